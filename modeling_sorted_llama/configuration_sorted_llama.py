@@ -1,0 +1,246 @@
+"""Configuration of Sorted LLaMA: a Llama whose first `k` decoder layers are a model for several `k`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import LlamaConfig
+
+
+# Where the Auto classes find the code that `save_pretrained` puts beside the weights
+AUTO_MAP = {
+    "AutoConfig": "configuration_sorted_llama.SortedLlamaConfig",
+    "AutoModel": "modeling_sorted_llama.SortedLlamaModel",
+    "AutoModelForCausalLM": "modeling_sorted_llama.SortedLlamaForCausalLM",
+}
+
+
+def check_exit_layer(exit_layer: Any, num_hidden_layers: int, name: str = "exit_layer") -> int:
+    """
+    Check one exit layer.
+
+    Args:
+        exit_layer (`int`):
+            Number of decoder layers to run.
+        num_hidden_layers (`int`):
+            Number of decoder layers that the model has.
+        name (`str`, *optional*, defaults to `"exit_layer"`):
+            What the error calls the value.
+
+    Returns:
+        `int`: `exit_layer`, unchanged.
+
+    Raises:
+        ValueError: If `exit_layer` is not an integer from 1 to `num_hidden_layers`.
+    """
+    if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or not 1 <= exit_layer <= num_hidden_layers:
+        raise ValueError(f"`{name}` must be an integer from 1 to {num_hidden_layers}, got {exit_layer!r}.")
+    return exit_layer
+
+
+def check_exit_layers(exit_layers: Any, num_hidden_layers: int, name: str = "exit_layers") -> list[int]:
+    """
+    Check the exits that SoFT trains.
+
+    Args:
+        exit_layers (`Sequence[int]`):
+            Exit layers, ascending, unique, the last one being `num_hidden_layers`.
+        num_hidden_layers (`int`):
+            Number of decoder layers that the model has.
+        name (`str`, *optional*, defaults to `"exit_layers"`):
+            What the error calls the value.
+
+    Returns:
+        `list[int]`: The exits.
+
+    Raises:
+        ValueError: If `exit_layers` is no such list.
+    """
+    if isinstance(exit_layers, str) or not isinstance(exit_layers, Sequence) or len(exit_layers) == 0:
+        raise ValueError(
+            f"`{name}` must be a non-empty list of integers from 1 to {num_hidden_layers}, got {exit_layers!r}."
+        )
+    exits = [check_exit_layer(exit_layer, num_hidden_layers, name) for exit_layer in exit_layers]
+    if any(low >= high for low, high in zip(exits, exits[1:])) or exits[-1] != num_hidden_layers:
+        raise ValueError(
+            f"`{name}` must be strictly ascending and end in the full depth, {num_hidden_layers}, got {exits}."
+        )
+    return exits
+
+
+def check_exit_loss_weights(weights: Any, num_exits: int, name: str = "exit_loss_weights") -> list[float]:
+    """
+    Check the weights of the exits in the SoFT loss.
+
+    Args:
+        weights (`Sequence[float]`):
+            One finite, non-negative weight an exit, in the order of the exits; at least one above 0.
+        num_exits (`int`):
+            Number of exits.
+        name (`str`, *optional*, defaults to `"exit_loss_weights"`):
+            What the error calls the value.
+
+    Returns:
+        `list[float]`: The weights.
+
+    Raises:
+        ValueError: If `weights` is no such list.
+    """
+    if (
+        isinstance(weights, str)
+        or not isinstance(weights, Sequence)
+        or len(weights) != num_exits
+        or any(isinstance(w, bool) or not isinstance(w, (int, float)) for w in weights)
+        or any(not math.isfinite(w) or w < 0 for w in weights)
+        or not any(w > 0 for w in weights)
+    ):
+        raise ValueError(
+            f"`{name}` must be a list of {num_exits} finite numbers of at least 0, one for each of `exit_layers` and "
+            f"at least one above 0, got {weights!r}."
+        )
+    return [float(w) for w in weights]
+
+
+class SortedLlamaConfig(LlamaConfig):
+    r"""
+    Configuration of a [`SortedLlamaForCausalLM`]. Every argument of [`~transformers.LlamaConfig`] keeps its meaning;
+    a Llama configuration loads as a sorted one, with no exits but the full depth.
+
+    Args:
+        exit_layers (`list[int]`, *optional*):
+            The exits that Sorted Fine-Tuning (SoFT) trains: numbers of decoder layers, ascending, unique, ending in
+            `num_hidden_layers` (the paper's 13B: `[12, 16, 20, 24, 28, 32, 36, 40]`). `None` means full depth only.
+        exit_layer (`int`, *optional*):
+            Number of decoder layers that every call runs unless it asks for another depth. `None` means all.
+        exit_loss_weights (`list[float]`, *optional*):
+            Weight of each of `exit_layers` in the SoFT loss. `None` means 1.0 each, the paper's sum.
+
+    Raises:
+        ValueError: At construction, if a value is out of range; the message names the field, the value and the range.
+
+    Example:
+
+    ```python
+    >>> from modeling_sorted_llama import SortedLlamaConfig
+
+    >>> config = SortedLlamaConfig(num_hidden_layers=30, exit_layers=[10, 15, 20, 30])
+    ```
+    """
+
+    model_type = "sorted_llama"
+    # `Trainer` takes every other output for logits when it evaluates
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "exit_losses",
+        "exit_token_accuracies",
+        "exit_agreements",
+    ]
+
+    # `Any`: transformers' own type check would raise an error that is no `ValueError` before `__post_init__` is reached
+    exit_layers: Any = None
+    exit_layer: Any = None
+    exit_loss_weights: Any = None
+
+    def __post_init__(self, **kwargs):
+        kwargs.pop("model_type", None)
+        super().__post_init__(**kwargs)
+        if self.exit_layers is not None:
+            self.exit_layers = check_exit_layers(self.exit_layers, self.num_hidden_layers)
+        if self.exit_layer is not None:
+            self.exit_layer = check_exit_layer(self.exit_layer, self.num_hidden_layers)
+        if self.exit_loss_weights is not None:
+            if self.exit_layers is None:
+                raise ValueError(
+                    f"`exit_loss_weights` weights the exits of `exit_layers`, which is None: got "
+                    f"{self.exit_loss_weights!r}, set `exit_layers` too."
+                )
+            self.exit_loss_weights = check_exit_loss_weights(self.exit_loss_weights, len(self.exit_layers))
+        if getattr(self, "auto_map", None) is None:  # TRL reads it from the config of every class it does not know
+            self.auto_map = dict(AUTO_MAP)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == "llama":  # any Llama is a sorted model without trained exits
+            config_dict["model_type"] = cls.model_type
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # The depth fields depend on one another, so overrides must be there at construction, where they are checked
+        overrides = {
+            name: kwargs.pop(name)
+            for name in ("num_hidden_layers", "exit_layers", "exit_layer", "exit_loss_weights")
+            if name in kwargs
+        }
+        config_dict = {key: value for key, value in config_dict.items() if key != "model_type"}
+        if "num_hidden_layers" in overrides:
+            config_dict = _cut_exits(config_dict, overrides["num_hidden_layers"])
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def to_llama(self, num_hidden_layers: int | None = None) -> LlamaConfig:
+        """
+        The plain Llama configuration of a sub-model.
+
+        Args:
+            num_hidden_layers (`int`, *optional*):
+                Number of decoder layers. Defaults to all.
+
+        Returns:
+            [`~transformers.LlamaConfig`]: A new configuration without the fields of this class.
+
+        Raises:
+            ValueError: If `num_hidden_layers` is not an integer from 1 to the number of layers.
+        """
+        fields = self.to_dict()
+        for name in ("model_type", "auto_map", "architectures", "exit_layers", "exit_layer", "exit_loss_weights"):
+            fields.pop(name, None)
+        if num_hidden_layers is not None:
+            fields["num_hidden_layers"] = check_exit_layer(
+                num_hidden_layers, self.num_hidden_layers, "num_hidden_layers"
+            )
+        return LlamaConfig(**fields, attn_implementation=self._attn_implementation)
+
+    @classmethod
+    def from_llama(cls, config: LlamaConfig, **kwargs: Any) -> "SortedLlamaConfig":
+        """
+        The sorted configuration of a plain Llama.
+
+        Args:
+            config ([`~transformers.LlamaConfig`]):
+                Configuration to start from; not changed.
+            kwargs (`Any`, *optional*):
+                Fields of this class, `exit_layers` for example.
+
+        Returns:
+            [`SortedLlamaConfig`]: A new configuration.
+
+        Raises:
+            ValueError: If a field is out of range.
+        """
+        fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+        new = cls(**{**fields, **kwargs}, attn_implementation=config._attn_implementation)
+        new.name_or_path = config.name_or_path
+        return new
+
+
+def _cut_exits(config_dict: dict[str, Any], num_hidden_layers: int) -> dict[str, Any]:
+    """Drop what a checkpoint says of exits above `num_hidden_layers`, where only so many layers are loaded."""
+    config_dict = dict(config_dict)
+    exits, weights = config_dict.get("exit_layers"), config_dict.get("exit_loss_weights")
+    if exits is not None and exits[-1] != num_hidden_layers:
+        if num_hidden_layers not in exits:  # not a trained exit: nothing is known of the new full depth's weight
+            exits, weights = None, None
+        else:
+            exits = exits[: exits.index(num_hidden_layers) + 1]
+            weights = weights and weights[: len(exits)]
+        config_dict["exit_layers"], config_dict["exit_loss_weights"] = exits, weights
+    if (config_dict.get("exit_layer") or 0) > num_hidden_layers:
+        config_dict["exit_layer"] = None
+    return config_dict
+
+
+SortedLlamaConfig.register_for_auto_class()
+
+__all__ = ["SortedLlamaConfig"]

@@ -1,0 +1,536 @@
+"""Sorted LLaMA (arXiv 2309.08968): one Llama checkpoint whose first `k` layers are a model for several `k`."""
+
+import copy
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_sorted_llama import (
+    AUTO_MAP,
+    SortedLlamaConfig,
+    check_exit_layer,
+    check_exit_layers,
+    check_exit_loss_weights,
+)
+from .loss_sorted_llama import MultiExitLossOutput, multi_exit_loss
+
+
+logger = logging.get_logger(__name__)
+
+# transformers 5.24 renamed `past_key_values` to `cache`, everywhere at once
+CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+# Trainer's label smoothing (and pipelines) look a model up here to know that its labels are to be shifted
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sorted_llama"] = "SortedLlamaForCausalLM"
+
+
+class SortedLlamaKwargs(TransformersKwargs, total=False):
+    """
+    Keyword arguments of [`SortedLlamaForCausalLM.forward`] beside those of every transformers model. All concern the
+    SoFT loss; see [`~modeling_sorted_llama.multi_exit_loss`].
+
+    Args:
+        shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Labels already shifted by one, as passed under context parallelism; used in place of `labels`.
+        exit_loss_weights (`list[float]`, *optional*):
+            Weight of each exit. Defaults to the config's, or 1.0 each.
+        exit_loss_reduction (`str`, *optional*, defaults to `"sum"`):
+            `"sum"` or `"mean"` over the exits.
+        loss_type (`str`, *optional*, defaults to `"nll"`):
+            `"nll"` or `"dft"`.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of the target mass spread over the vocabulary.
+    """
+
+    shift_labels: torch.LongTensor | None
+    exit_loss_weights: list[float] | None
+    exit_loss_reduction: str
+    loss_type: str
+    label_smoothing: float
+
+
+@dataclass
+class SortedModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    [`~transformers.modeling_outputs.BaseModelOutputWithPast`] with the states that the exits read.
+
+    Args:
+        exit_hidden_states (`tuple[torch.Tensor]`, *optional*, returned when `exit_layers` is passed):
+            Output of each exit's last layer, *before* the final norm, each of shape
+            `(batch_size, sequence_length, hidden_size)`.
+    """
+
+    exit_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    [`~transformers.modeling_outputs.CausalLMOutputWithPast`] with what the SoFT loss knows of each exit, returned when
+    `labels` are passed and the loss is that of several exits. All are detached and float32.
+
+    Args:
+        exit_losses (`torch.Tensor` of shape `(num_exits,)`, *optional*):
+            Loss of each exit, unweighted; `loss` is their weighted sum.
+        exit_token_accuracies (`torch.Tensor` of shape `(num_exits,)`, *optional*):
+            Share of the labelled tokens that each exit's greedy choice gets right.
+        exit_agreements (`torch.Tensor` of shape `(num_exits,)`, *optional*):
+            Share of the labelled tokens on which each exit's greedy choice is full depth's.
+    """
+
+    exit_losses: torch.Tensor | None = None
+    exit_token_accuracies: torch.Tensor | None = None
+    exit_agreements: torch.Tensor | None = None
+
+
+class _SavesRemoteCode:
+    """`save_pretrained` writes the code and the whole `auto_map`, so that `trust_remote_code=True` loads the folder."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        # A checkpoint loaded from the Hub names the repository of its code here; the new folder has its own
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
+    """
+    [`~transformers.LlamaModel`] that runs as many of its layers as it is asked to.
+
+    Args:
+        config ([`SortedLlamaConfig`] or [`~transformers.LlamaConfig`]):
+            Configuration; a plain Llama's becomes a sorted one.
+    """
+
+    config: SortedLlamaConfig
+    config_class = SortedLlamaConfig
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(_as_sorted_config(config))
+
+    def depth(self, exit_layer: int | None = None) -> int:
+        """
+        Number of layers that a call with `exit_layer` runs.
+
+        Args:
+            exit_layer (`int`, *optional*):
+                Asked depth. Defaults to `config.exit_layer`, then to all layers.
+
+        Returns:
+            `int`: The depth.
+
+        Raises:
+            ValueError: If the depth is not an integer from 1 to the number of layers.
+        """
+        if exit_layer is None:
+            exit_layer = self.config.exit_layer
+        if exit_layer is None:
+            return self.config.num_hidden_layers
+        check_exit_layer(exit_layer, len(self.layers))
+        trained = self.config.exit_layers or [len(self.layers)]
+        if exit_layer != len(self.layers) and exit_layer not in trained and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"`exit_layer={exit_layer}` is not among the exits that this checkpoint was trained for "
+                f"(`exit_layers={trained}`): expect poor output until it is fine-tuned with that exit."
+            )
+        # transformers' own early-exit drafting lowers `num_hidden_layers` while it drafts
+        return min(exit_layer, self.config.num_hidden_layers)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        exit_layer: int | None = None,
+        exit_layers: Sequence[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SortedModelOutputWithPast:
+        r"""
+        Run the first layers. Every argument of [`~transformers.LlamaModel`] keeps its meaning; `past_key_values` is
+        the cache's name before transformers 5.24, and works as well.
+
+        Args:
+            exit_layer (`int`, *optional*):
+                Number of layers to run. Defaults to `config.exit_layer`, then to all.
+            exit_layers (`list[int]`, *optional*):
+                Layers after which to keep the hidden states, ascending, within the depth that runs.
+
+        Returns:
+            [`SortedModelOutputWithPast`]: `last_hidden_state` is the normed output of the last layer that ran.
+
+        Raises:
+            ValueError: If `exit_layer` or `exit_layers` is out of range, or if `cache` was filled by a shallower run.
+        """
+        cache = kwargs.pop("past_key_values", cache)
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        depth = self.depth(exit_layer)
+        kept = () if exit_layers is None else tuple(check_exit_layer(k, depth, "exit_layers") for k in exit_layers)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+            del cache.layers[depth:]
+        elif cache is not None and not torch.compiler.is_compiling():
+            check_cache_depth(cache, depth)
+
+        if position_ids is None:
+            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        cache_argument = {CACHE_NAME: cache}
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **cache_argument,
+        )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        exit_hidden_states = []
+        for layers_run, decoder_layer in enumerate(self.layers[:depth], start=1):
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **cache_argument,
+                **kwargs,
+            )
+            if layers_run in kept:
+                exit_hidden_states.append(hidden_states)
+
+        return SortedModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            exit_hidden_states=tuple(exit_hidden_states) or None,
+            **cache_argument,
+        )
+
+
+class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
+    """
+    [`~transformers.LlamaForCausalLM`] whose first `k` layers, with the same final norm and LM head, are a model of
+    their own: `exit_layer=k` in `forward` and in `generate` runs them and nothing more.
+
+    Parameter names are Llama's own, so any Llama checkpoint loads as a sorted model and the other way round.
+
+    Args:
+        config ([`SortedLlamaConfig`] or [`~transformers.LlamaConfig`]):
+            Configuration; a plain Llama's becomes a sorted one.
+
+    Example:
+
+    ```python
+    >>> from modeling_sorted_llama import SortedLlamaForCausalLM
+    >>> from transformers import AutoTokenizer
+
+    >>> model = SortedLlamaForCausalLM.from_pretrained("user/sorted-llama")
+    >>> tokenizer = AutoTokenizer.from_pretrained("user/sorted-llama")
+    >>> inputs = tokenizer("The capital of France is", return_tensors="pt")
+    >>> model.generate(**inputs, exit_layer=12, max_new_tokens=8)
+    ```
+    """
+
+    config: SortedLlamaConfig
+    config_class = SortedLlamaConfig
+
+    def __init__(self, config: LlamaConfig):
+        # Past `LlamaForCausalLM.__init__`, which would build a plain inner model first
+        LlamaPreTrainedModel.__init__(self, _as_sorted_config(config))
+        self.model = SortedLlamaModel(self.config)
+        self.vocab_size = self.config.vocab_size
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        exit_layer: int | None = None,
+        exit_layers: list[int] | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[SortedLlamaKwargs],
+    ) -> SortedCausalLMOutputWithPast:
+        r"""
+        Run the model, or its first layers. Every argument of [`~transformers.LlamaForCausalLM`] keeps its meaning;
+        `past_key_values` is the cache's name before transformers 5.24, and works as well.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Tokens to predict, not shifted, `-100` where there is no loss. With `exit_layer` the loss is that
+                exit's alone. Without it, and with `exit_layers` (here or in the config), it is the SoFT objective:
+                the weighted sum over the exits. Without either it is Llama's.
+            exit_layer (`int`, *optional*):
+                Number of layers to run, from 1 to the number of layers. Defaults to `config.exit_layer`, then to all.
+            exit_layers (`list[int]`, *optional*):
+                Exits whose losses are summed, ascending and ending in the full depth. Defaults to
+                `config.exit_layers`.
+            skip_logits (`bool`, *optional*):
+                Whether to leave `logits` out of the output of a SoFT loss. Defaults to `True` while training several
+                exits, where they would be the largest tensor of the step, else to `False`.
+
+        Returns:
+            [`SortedCausalLMOutputWithPast`]: `logits` are those of the deepest layer that ran.
+
+        Raises:
+            ValueError: If an exit is out of range, if both `exit_layer` and `exit_layers` are passed, if `exit_layers`
+                comes without `labels`, or if `cache` was filled by a shallower run.
+        """
+        cache = kwargs.pop("past_key_values", cache)
+        exits = self._loss_exits(exit_layer, exit_layers, labels)
+        loss_arguments = {} if exits is None else self._pop_loss_arguments(kwargs, exits)
+
+        outputs: SortedModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            exit_layer=self.config.num_hidden_layers if exits is not None else exit_layer,
+            exit_layers=exits,
+            **kwargs,
+        )
+
+        loss = logits = None
+        multi_exit = MultiExitLossOutput(None, None, None, None)
+        if exits is not None:
+            multi_exit = self._multi_exit_loss(outputs.exit_hidden_states, labels, **loss_arguments)
+            loss = multi_exit.loss
+            if skip_logits is None:
+                skip_logits = self.training and len(exits) > 1
+        if exits is None or not skip_logits:
+            logits = self.lm_head(_slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if exits is None and labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return SortedCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            exit_losses=multi_exit.exit_losses,
+            exit_token_accuracies=multi_exit.exit_token_accuracies,
+            exit_agreements=multi_exit.exit_agreements,
+            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
+        )
+
+    def _loss_exits(self, exit_layer, exit_layers, labels) -> list[int] | None:
+        """The exits of a SoFT loss; `None` where the call has no loss or a single exit's."""
+        if exit_layers is not None:
+            if exit_layer is not None:
+                raise ValueError(
+                    f"`exit_layer={exit_layer!r}` (one exit's loss) and `exit_layers={exit_layers!r}` (the sum of "
+                    "several) contradict each other: pass one of them."
+                )
+            if labels is None:
+                raise ValueError(f"`exit_layers={exit_layers!r}` chooses the exits of the loss: pass `labels` too.")
+        elif labels is None or exit_layer is not None or self.config.exit_layer is not None:
+            return None
+        else:
+            exit_layers = self.config.exit_layers
+        return None if exit_layers is None else check_exit_layers(exit_layers, self.config.num_hidden_layers)
+
+    def _pop_loss_arguments(self, kwargs: dict[str, Any], exits: list[int]) -> dict[str, Any]:
+        """Take the arguments of the SoFT loss out of `kwargs`; checked here, before any layer runs."""
+        weights = kwargs.pop("exit_loss_weights", None)
+        if weights is None and exits == self.config.exit_layers:
+            weights = self.config.exit_loss_weights
+        return {
+            "exit_loss_weights": None if weights is None else check_exit_loss_weights(weights, len(exits)),
+            "shift_labels": kwargs.pop("shift_labels", None),
+            "reduction": kwargs.pop("exit_loss_reduction", "sum"),
+            "num_items_in_batch": kwargs.pop("num_items_in_batch", None),
+            "loss_type": kwargs.pop("loss_type", "nll"),
+            "label_smoothing": kwargs.pop("label_smoothing", 0.0),
+        }
+
+    def _multi_exit_loss(self, exit_hidden_states, labels, shift_labels=None, **loss_arguments) -> MultiExitLossOutput:
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+        shift_labels = shift_labels.flatten()
+        # Only tokens with a label reach the norm and the head
+        labelled = (shift_labels != -100).nonzero().squeeze(-1)
+        normed = [
+            self.model.norm(states.flatten(0, -2).index_select(0, labelled.to(states.device)))
+            for states in exit_hidden_states
+        ]
+        # Not `self.lm_head`: PEFT and resizing may have put another module in its place
+        return multi_exit_loss(normed, self.get_output_embeddings(), shift_labels[labelled], **loss_arguments)
+
+    def extract_submodel(self, exit_layer: int) -> LlamaForCausalLM:
+        """
+        The sub-model of an exit as a plain Llama that *shares* its tensors with this model: no copy is made, and
+        training either trains both. `save_pretrained` then writes a vanilla Llama checkpoint for any engine.
+
+        Args:
+            exit_layer (`int`):
+                Number of decoder layers, from 1 to the number of layers.
+
+        Returns:
+            [`~transformers.LlamaForCausalLM`]: A model of `exit_layer` layers.
+
+        Raises:
+            ValueError: If `exit_layer` is not an integer in that range.
+        """
+        check_exit_layer(exit_layer, len(self.model.layers))
+        return _share_modules(self, LlamaForCausalLM, self.config.to_llama(exit_layer))
+
+    @classmethod
+    def from_llama(cls, model: LlamaForCausalLM, **kwargs: Any) -> "SortedLlamaForCausalLM":
+        """
+        A sorted model that *shares* its tensors with a plain Llama: no copy is made, and training either trains both.
+
+        Args:
+            model ([`~transformers.LlamaForCausalLM`]):
+                The Llama, as loaded, quantized or with adapters injected.
+            kwargs (`Any`, *optional*):
+                Fields of [`SortedLlamaConfig`], `exit_layers=[...]` for example.
+
+        Returns:
+            [`SortedLlamaForCausalLM`]
+
+        Raises:
+            ValueError: If a field is out of range.
+            TypeError: If `model` is no [`~transformers.LlamaForCausalLM`].
+        """
+        if not isinstance(model, LlamaForCausalLM):
+            raise TypeError(f"`model` must be a LlamaForCausalLM, got {type(model).__name__}.")
+        return _share_modules(model, cls, SortedLlamaConfig.from_llama(model.config, **kwargs))
+
+    # `generate`: the three methods of `GenerationMixin` that know of the depth. Everything else is transformers' own.
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
+        # `generate` keeps unknown fields of a generation config but hands none to `forward`: carry the depth over
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        exit_layer = model_kwargs.pop("exit_layer", None)
+        if hasattr(generation_config, "exit_layer"):
+            exit_layer = generation_config.exit_layer if exit_layer is None else exit_layer
+            del generation_config.exit_layer  # an assistant model is given this config: it has its own depth
+        if exit_layer is None:
+            exit_layer = self.config.exit_layer
+        if exit_layer is not None:
+            model_kwargs["exit_layer"] = check_exit_layer(exit_layer, len(self.model.layers))
+        return generation_config, model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
+        given = model_kwargs.get(CACHE_NAME)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get(CACHE_NAME)
+        depth = min(model_kwargs.get("exit_layer") or len(self.model.layers), self.config.num_hidden_layers)
+        if given is not None:
+            check_cache_depth(given, depth, synchronize=True)
+        elif isinstance(cache, Cache):
+            del cache.layers[depth:]  # keys and values of the layers that run, and no more
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any):
+        if kwargs.get("assistant_model") is not None:  # it runs at its own depth
+            kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "exit_layer"}
+        return super()._get_candidate_generator(*args, **kwargs)
+
+
+def check_cache_depth(cache: Cache, depth: int, synchronize: bool = False) -> None:
+    """
+    Refuse a cache whose upper layers have seen fewer tokens than its first: their keys and values are missing.
+
+    Args:
+        cache ([`~transformers.Cache`]):
+            The cache to continue from.
+        depth (`int`):
+            Number of layers about to run.
+        synchronize (`bool`, *optional*, defaults to `False`):
+            Whether to read lengths that live on a device (static caches), which waits for it. Without it only layers
+            that were never run are found there.
+
+    Raises:
+        ValueError: If the cache is shallower than `depth`.
+    """
+    first, last = cache.get_seq_length(0), cache.get_seq_length(depth - 1)
+    if isinstance(first, torch.Tensor) or isinstance(last, torch.Tensor):
+        if not synchronize and isinstance(last, torch.Tensor):
+            return
+        first, last = int(first), int(last)
+    if last < first:
+        raise ValueError(
+            f"The cache holds {first} tokens in its first layer but {last} in layer {depth}: it was filled at a "
+            f"smaller `exit_layer` and cannot be continued at `exit_layer={depth}`. Go on at the exit that filled it, "
+            "or start from an empty cache."
+        )
+
+
+def _as_sorted_config(config: LlamaConfig) -> SortedLlamaConfig:
+    # By model type: remote code and an installed package have a class each
+    return config if config.model_type == "sorted_llama" else SortedLlamaConfig.from_llama(config)
+
+
+def _share_modules(source: LlamaForCausalLM, cls: type[LlamaForCausalLM], config: LlamaConfig) -> LlamaForCausalLM:
+    """A `cls` of `config.num_hidden_layers` layers, its modules copies of `source`'s around the same tensors."""
+    with torch.device("meta"):
+        target = cls(config)
+    # What `deepcopy` finds here it does not copy: tensors are shared, and the copies point to the new config
+    memo: dict[int, Any] = {id(t): t for t in (*source.parameters(), *source.buffers())}
+    memo[id(source.config)] = target.config
+    target.model.embed_tokens = copy.deepcopy(source.model.embed_tokens, memo)
+    layers = [copy.deepcopy(layer, memo) for layer in source.model.layers[: config.num_hidden_layers]]
+    target.model.layers = nn.ModuleList(layers)
+    target.model.norm = copy.deepcopy(source.model.norm, memo)
+    target.model.rotary_emb = copy.deepcopy(source.model.rotary_emb, memo)
+    target.lm_head = copy.deepcopy(source.lm_head, memo)
+    target.generation_config = copy.deepcopy(source.generation_config)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+    if not isinstance(target, SortedLlamaForCausalLM) and hasattr(target.generation_config, "exit_layer"):
+        del target.generation_config.exit_layer
+    return target.train(source.training)
+
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep as _slice_logits_to_keep
+except ImportError:  # before transformers 5.24
+
+    def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, kept, :]
+
+
+SortedLlamaModel.register_for_auto_class("AutoModel")
+SortedLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "SortedCausalLMOutputWithPast",
+    "SortedLlamaForCausalLM",
+    "SortedLlamaModel",
+    "SortedModelOutputWithPast",
+]

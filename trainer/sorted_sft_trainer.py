@@ -1,0 +1,238 @@
+"""Sorted Fine-Tuning (SoFT): TRL's `SFTTrainer` with the summed loss of several exits."""
+
+from typing import Any
+
+import peft.utils.constants
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftModel
+from transformers import AutoProcessor, LlamaForCausalLM, PreTrainedModel, TrainingArguments
+from trl import SFTTrainer
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from modeling_sorted_llama import SortedLlamaForCausalLM
+from modeling_sorted_llama.configuration_sorted_llama import check_exit_loss_weights
+
+from .sorted_sft_config import SortedSFTConfig
+
+
+# PEFT's default target modules, by model type: a sorted Llama has a Llama's
+for _targets in vars(peft.utils.constants).values():
+    if isinstance(_targets, dict) and "llama" in _targets:
+        _targets.setdefault("sorted_llama", _targets["llama"])
+
+
+class SortedSFTTrainer(SFTTrainer):
+    """
+    Trainer for Sorted Fine-Tuning (SoFT, arXiv 2309.08968): supervised fine-tuning that trains the first `k` decoder
+    layers, for several `k` at once, to be models of their own.
+
+    It is [`~trl.SFTTrainer`] with another objective and nothing else: the sum over `exit_layers` of what SFT computes
+    for the full depth, from one backbone pass. Beside SFT's logs there are `exit_10_loss` and
+    `exit_10_mean_token_accuracy` for each exit, averaged over the labelled tokens since the last log, and in an
+    evaluation `eval_exit_10_loss`, `eval_exit_10_mean_token_accuracy` and `eval_exit_10_agreement` (how often the
+    exit's greedy token is full depth's). `entropy` is not logged.
+
+    Args:
+        model (`str`, [`~transformers.LlamaForCausalLM`], [`SortedLlamaForCausalLM`] or [`~peft.PeftModel`] of either):
+            A model id or path of a Llama or of a sorted model, or the model. A plain Llama becomes a sorted model
+            around the same weights, without a copy: `trainer.model` is the sorted one.
+        args ([`SortedSFTConfig`], *optional*):
+            Configuration. An [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`] works where the model's config
+            has `exit_layers`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. Loaded from the model's id or path by default.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization to load the model with, where `model` is an id or path.
+        kwargs (`Any`, *optional*):
+            Every other argument of [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `peft_config`, `callbacks`,
+            `data_collator`, `optimizers`, ...
+
+    Raises:
+        ValueError: If there are no exits, in `args` or in the model's config, if they do not fit the model's depth, or
+            if `compute_loss_func` is passed, which would replace the objective.
+        TypeError: If `model` is no Llama.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trainer import SortedSFTConfig, SortedSFTTrainer
+
+    >>> trainer = SortedSFTTrainer(
+    ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ...     args=SortedSFTConfig(output_dir="out", exit_layers=[10, 15, 20, 30]),
+    ...     train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "sft", "sorted-llama", "soft"]
+    _name = "SoFT"
+    _paper = {
+        "title": "Sorted LLaMA: Unlocking the Potential of Intermediate Layers of Large Language Models for Dynamic "
+        "Inference",
+        "id": "2309.08968",
+        # docstyle-ignore
+        "citation": """\
+@inproceedings{valipour2024sorted,
+    title     = {{Sorted LLaMA: Unlocking the Potential of Intermediate Layers of Large Language Models for Dynamic Inference}},
+    author    = {Mojtaba Valipour and Mehdi Rezagholizadeh and Hossein Rajabzadeh and Parsa Kavehzadeh and Marzieh Tahaei and Boxing Chen and Ali Ghodsi},
+    year      = 2024,
+    booktitle = {Findings of the Association for Computational Linguistics: EACL 2024},
+    eprint    = {2309.08968},
+    archivePrefix = {arXiv}
+}""",  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SortedSFTConfig | TrainingArguments | None = None,
+        *,
+        processing_class: Any = None,
+        quantization_config: Any = None,
+        **kwargs: Any,
+    ):
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "`compute_loss_func` would replace the SoFT objective: pass None, or use `trl.SFTTrainer`."
+            )
+        if args is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = SortedSFTConfig(f"{model_id.rstrip('/').split('/')[-1]}-SoFT")
+        elif not isinstance(args, SortedSFTConfig):
+            args = SortedSFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
+
+        model_init_kwargs = args.model_init_kwargs
+        if isinstance(model, str):
+            if processing_class is None:
+                processing_class = AutoProcessor.from_pretrained(
+                    model,
+                    revision=(model_init_kwargs or {}).get("revision"),
+                    trust_remote_code=args.trust_remote_code,
+                )
+            model = _load_sorted(model, args, quantization_config)
+            quantization_config = args.model_init_kwargs = None  # used: `SFTTrainer` need not warn of them
+        model = _as_sorted(model)
+
+        config = model.config
+        self.exit_layers = args.exits_of(config.num_hidden_layers) or config.exit_layers
+        if self.exit_layers is None:
+            raise ValueError(
+                "`exit_layers` is not set, neither in the `SortedSFTConfig` nor in the model's config: pass a list that "
+                f"ends in the full depth, {config.num_hidden_layers}, or a spacing such as 'every:4'."
+            )
+        if args.exit_loss_weights is not None:
+            config.exit_loss_weights = check_exit_loss_weights(args.exit_loss_weights, len(self.exit_layers))
+        elif self.exit_layers != config.exit_layers:
+            config.exit_loss_weights = None
+        config.exit_layers = self.exit_layers  # saved with the weights
+
+        self._sums: dict[str, torch.Tensor] = {}
+        self._num_tokens = 0
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            quantization_config=quantization_config,
+            **kwargs,
+        )
+        args.model_init_kwargs = model_init_kwargs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        smoothing = self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0  # as in `SFTTrainer`
+        outputs = model(
+            **{**inputs, "use_cache": False},
+            exit_layers=self.exit_layers,
+            exit_loss_reduction=self.args.exit_loss_reduction,
+            loss_type=self.args.loss_type,
+            label_smoothing=smoothing,
+            num_items_in_batch=num_items_in_batch,
+            skip_logits=not return_outputs,
+        )
+        loss = outputs.loss
+        # As in `Trainer`: `num_items_in_batch` counts the tokens of all ranks, and DDP averages the gradients over them
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        self._add_to_sums(inputs, outputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _add_to_sums(self, inputs, outputs, num_items_in_batch) -> None:
+        """Sums over tokens since the last log, kept on the device: reading them there would wait for every step."""
+        labels = inputs["shift_labels"] if inputs.get("shift_labels") is not None else inputs["labels"][..., 1:]
+        labelled = (labels != -100).sum().to(outputs.exit_losses.device)
+        present = inputs["attention_mask"].sum() if "attention_mask" in inputs else labels.new_tensor(labels.numel())
+        num_items = labelled.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        sums = torch.cat(
+            [
+                outputs.exit_losses * num_items,
+                outputs.exit_token_accuracies * labelled,
+                outputs.exit_agreements * labelled,
+                torch.stack([labelled, present.to(labelled.device)]).float(),
+            ]
+        )
+        mode = "train" if self.model.training else "eval"
+        self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        is_summary = mode == "train" and "loss" not in logs  # at the end of training: no step since the last log
+        if mode in self._sums and not is_summary:
+            # `eval_`, or `eval_NAME_` where several datasets are evaluated
+            loss_key = "loss" if mode == "train" else next((k for k in logs if k.endswith("_loss")), "eval_loss")
+            logs.update(self._exit_metrics(mode, prefix=loss_key.removesuffix("loss")))
+        super().log(logs, start_time)
+
+    def _exit_metrics(self, mode: str, prefix: str) -> dict[str, float]:
+        sums = self.accelerator.reduce(self._sums.pop(mode), reduction="sum").tolist()
+        num_exits = len(self.exit_layers)
+        labelled, present = max(sums[-2], 1), int(sums[-1])
+        means = [total / labelled for total in sums[:-2]]
+        metrics = {}
+        for i, exit_layer in enumerate(self.exit_layers):
+            metrics[f"{prefix}exit_{exit_layer}_loss"] = means[i]
+            metrics[f"{prefix}exit_{exit_layer}_mean_token_accuracy"] = means[num_exits + i]
+            if mode == "eval":
+                metrics[f"{prefix}exit_{exit_layer}_agreement"] = means[2 * num_exits + i]
+        if mode == "train":
+            self._num_tokens += present
+        return {
+            **metrics,
+            f"{prefix}mean_token_accuracy": means[2 * num_exits - 1],
+            f"{prefix}num_tokens": self._num_tokens,
+        }
+
+
+def _load_sorted(model_id: str, args: SortedSFTConfig, quantization_config: Any) -> SortedLlamaForCausalLM:
+    """Load a Llama or a sorted model as `SFTTrainer` loads its models, whose own loading picks a plain Llama's class."""
+    model_init_kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in model_init_kwargs:
+            raise ValueError(
+                "`quantization_config` is set both as an argument of the trainer and in `args.model_init_kwargs`: "
+                "pass it once, preferably to the trainer."
+            )
+        model_init_kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        model_init_kwargs["device_map"] = None
+    return create_model_from_path(model_id, architecture=SortedLlamaForCausalLM, **model_init_kwargs)
+
+
+def _as_sorted(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """`model` itself where it is sorted, else a sorted model around its weights."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    if getattr(base.config, "model_type", None) == "sorted_llama":
+        return model
+    if not isinstance(base, LlamaForCausalLM):
+        raise TypeError(
+            "`model` must be a model id or path, a LlamaForCausalLM, a SortedLlamaForCausalLM or a PeftModel of one, "
+            f"got {type(base).__name__}."
+        )
+    sorted_model = SortedLlamaForCausalLM.from_llama(base)
+    if base is model:
+        return sorted_model
+    model.base_model.model = sorted_model
+    return model
