@@ -1,0 +1,88 @@
+"""Tiny models and a byte-level tokenizer: real code paths in milliseconds, without a download."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 259 tokens, with a chat template that marks what the assistant says."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        [],
+        trainers.BpeTrainer(
+            special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_fields(**overrides: Any) -> dict[str, Any]:
+    """Fields of a Llama configuration: 4 layers, grouped-query attention, tied head, room for `tiny_tokenizer`."""
+    return {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.3,  # decisive logits: greedy decoding does not hang on rounding
+        **overrides,
+    }
+
+
+def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+    """A plain Llama with random float32 weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**tiny_fields(**overrides))).eval()
+
+
+def tiny_sorted(seed: int = 0, exit_layers: list[int] | None = (1, 2, 4), **overrides: Any) -> SortedLlamaForCausalLM:
+    """A sorted model with random float32 weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    exits = None if exit_layers is None else list(exit_layers)
+    return SortedLlamaForCausalLM(SortedLlamaConfig(**tiny_fields(**overrides), exit_layers=exits)).eval()
+
+
+def reference_llama(model: SortedLlamaForCausalLM, num_layers: int) -> LlamaForCausalLM:
+    """transformers' own Llama of the first layers, its weights copied: what an exit must equal."""
+    fields = model.config.to_dict()
+    for name in ("model_type", "auto_map", "architectures", "exit_layers", "exit_layer", "exit_loss_weights"):
+        fields.pop(name, None)
+    config = LlamaConfig(**{**fields, "num_hidden_layers": num_layers})
+    config._attn_implementation = model.config._attn_implementation
+    reference = LlamaForCausalLM(config).to(model.dtype)
+    kept = reference.state_dict().keys()
+    reference.load_state_dict({name: t.clone() for name, t in model.state_dict().items() if name in kept})
+    return reference.train(model.training)
+
+
+def save_tiny(folder: Path | str, model: Any = None) -> str:
+    """Save a model (a tiny plain Llama by default) with the tokenizer; returns the folder."""
+    (tiny_llama() if model is None else model).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
