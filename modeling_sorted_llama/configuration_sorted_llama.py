@@ -137,7 +137,7 @@ class SortedLlamaConfig(LlamaConfig):
         "exit_agreements",
     ]
 
-    # `Any`: transformers' own type check would raise an error that is no `ValueError` before `__post_init__` is reached
+    # `Any`: for another type transformers raises, before `__post_init__`, an error that is no `ValueError`
     exit_layers: Any = None
     exit_layer: Any = None
     exit_loss_weights: Any = None
@@ -162,7 +162,12 @@ class SortedLlamaConfig(LlamaConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == "llama":  # any Llama is a sorted model without trained exits
+        if config_dict.get("model_type", cls.model_type) not in ("llama", cls.model_type):
+            raise ValueError(
+                f"`{pretrained_model_name_or_path}` holds a model of type {config_dict['model_type']!r}: "
+                "a sorted model is made from a checkpoint of type 'llama' or 'sorted_llama'."
+            )
+        if config_dict:  # any Llama is a sorted model without trained exits
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
 

@@ -99,6 +99,7 @@ def multi_exit_loss(
 
     with _gathered(lm_head):
         head_weight = _linear_weight(lm_head)
+        head_params: tuple[torch.Tensor, ...]
         if head_weight is None:
             head_params = tuple(param for param in lm_head.parameters() if param.requires_grad)
             device = hidden_states[-1].device
@@ -130,9 +131,7 @@ class _MultiExitLoss(torch.autograd.Function):
     """See [`multi_exit_loss`]: `tensors` are the exits' hidden states, then the head's weight or parameters."""
 
     @staticmethod
-    def forward(
-        ctx, lm_head, labels, weights, num_items, loss_type, label_smoothing, needs_grad, num_exits, *tensors
-    ):
+    def forward(ctx, lm_head, labels, weights, num_items, loss_type, label_smoothing, needs_grad, num_exits, *tensors):
         hidden_states, head_params = tensors[:num_exits], tensors[num_exits:]
         device = labels.device
         wants_grad = [needs_grad and tensor.requires_grad for tensor in tensors]

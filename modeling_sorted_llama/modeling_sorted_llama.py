@@ -38,7 +38,7 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).paramet
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sorted_llama"] = "SortedLlamaForCausalLM"
 
 
-class SortedLlamaKwargs(TransformersKwargs, total=False):
+class SortedLlamaKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]
     """
     Keyword arguments of [`SortedLlamaForCausalLM.forward`] beside those of every transformers model. All concern the
     SoFT loss; see [`~modeling_sorted_llama.multi_exit_loss`].
@@ -98,12 +98,14 @@ class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class _SavesRemoteCode:
-    """`save_pretrained` writes the code and the whole `auto_map`, so that `trust_remote_code=True` loads the folder."""
+    """`save_pretrained` writes the code and the whole `auto_map`: `trust_remote_code=True` loads the folder."""
+
+    config: SortedLlamaConfig
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         # A checkpoint loaded from the Hub names the repository of its code here; the new folder has its own
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
 
 class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
@@ -155,7 +157,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -196,8 +198,8 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
 
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = positions.unsqueeze(0)
 
         cache_argument = {CACHE_NAME: cache}
         causal_mask = create_causal_mask(
@@ -271,7 +273,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -324,10 +326,15 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         )
 
         loss = logits = None
-        multi_exit = MultiExitLossOutput(None, None, None, None)
+        exit_statistics = {}
         if exits is not None:
             multi_exit = self._multi_exit_loss(outputs.exit_hidden_states, labels, **loss_arguments)
             loss = multi_exit.loss
+            exit_statistics = {
+                "exit_losses": multi_exit.exit_losses,
+                "exit_token_accuracies": multi_exit.exit_token_accuracies,
+                "exit_agreements": multi_exit.exit_agreements,
+            }
             if skip_logits is None:
                 skip_logits = self.training and len(exits) > 1
         if exits is None or not skip_logits:
@@ -340,9 +347,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            exit_losses=multi_exit.exit_losses,
-            exit_token_accuracies=multi_exit.exit_token_accuracies,
-            exit_agreements=multi_exit.exit_agreements,
+            **exit_statistics,
             **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
 

@@ -54,7 +54,7 @@ class SortedSFTConfig(SFTConfig):
             if self.exit_layers[0].startswith("every:"):
                 self.exit_layers = self.exit_layers[0]
         if isinstance(self.exit_layers, str):
-            self._spacing()
+            _spacing(self.exit_layers)
         elif self.exit_layers is not None:
             exits = self.exit_layers
             if isinstance(exits, (list, tuple)):
@@ -67,14 +67,6 @@ class SortedSFTConfig(SFTConfig):
             self.exit_loss_weights = check_exit_loss_weights(self.exit_loss_weights, expected)
         if self.exit_loss_reduction not in ("sum", "mean"):
             raise ValueError(f"`exit_loss_reduction` must be 'sum' or 'mean', got {self.exit_loss_reduction!r}.")
-
-    def _spacing(self) -> int:
-        spacing = self.exit_layers.removeprefix("every:")
-        if spacing == self.exit_layers or not spacing.isdecimal() or int(spacing) < 1:
-            raise ValueError(
-                f"`exit_layers` must be a list of integers or 'every:N' with N of at least 1, got {self.exit_layers!r}."
-            )
-        return int(spacing)
 
     def exits_of(self, num_hidden_layers: int) -> list[int] | None:
         """
@@ -91,6 +83,16 @@ class SortedSFTConfig(SFTConfig):
             ValueError: If the exits do not end in `num_hidden_layers`.
         """
         if isinstance(self.exit_layers, str):
-            spacing = self._spacing()
+            spacing = _spacing(self.exit_layers)
             return [*range(spacing, num_hidden_layers, spacing), num_hidden_layers]
         return None if self.exit_layers is None else check_exit_layers(self.exit_layers, num_hidden_layers)
+
+
+def _spacing(exit_layers: str) -> int:
+    """The N of `"every:N"`."""
+    spacing = exit_layers.removeprefix("every:")
+    if spacing == exit_layers or not spacing.isdecimal() or int(spacing) < 1:
+        raise ValueError(
+            f"`exit_layers` must be a list of integers or 'every:N' with N of at least 1, got {exit_layers!r}."
+        )
+    return int(spacing)

@@ -121,8 +121,8 @@ class SortedSFTTrainer(SFTTrainer):
         self.exit_layers = args.exits_of(config.num_hidden_layers) or config.exit_layers
         if self.exit_layers is None:
             raise ValueError(
-                "`exit_layers` is not set, neither in the `SortedSFTConfig` nor in the model's config: pass a list that "
-                f"ends in the full depth, {config.num_hidden_layers}, or a spacing such as 'every:4'."
+                "`exit_layers` is not set, neither in the `SortedSFTConfig` nor in the model's config: pass a list "
+                f"that ends in the full depth, {config.num_hidden_layers}, or a spacing such as 'every:4'."
             )
         if args.exit_loss_weights is not None:
             config.exit_loss_weights = check_exit_loss_weights(args.exit_loss_weights, len(self.exit_layers))
@@ -153,7 +153,7 @@ class SortedSFTTrainer(SFTTrainer):
             skip_logits=not return_outputs,
         )
         loss = outputs.loss
-        # As in `Trainer`: `num_items_in_batch` counts the tokens of all ranks, and DDP averages the gradients over them
+        # As in `Trainer`: `num_items_in_batch` counts the tokens of all ranks, over which DDP averages the gradients
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         self._add_to_sums(inputs, outputs, num_items_in_batch)
@@ -207,7 +207,7 @@ class SortedSFTTrainer(SFTTrainer):
 
 
 def _load_sorted(model_id: str, args: SortedSFTConfig, quantization_config: Any) -> SortedLlamaForCausalLM:
-    """Load a Llama or a sorted model as `SFTTrainer` loads its models, whose own loading picks a plain Llama's class."""
+    """Load a model as `SFTTrainer` does, but as a sorted one: its own loading picks a plain Llama's class."""
     model_init_kwargs = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
         if "quantization_config" in model_init_kwargs:

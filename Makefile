@@ -1,0 +1,45 @@
+PYTHON ?= python3
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+DATA ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint install clean
+
+help:
+	@echo "make demo     fine-tune a real Llama into several models in one checkpoint, and show them"
+	@echo "              [MODEL=<id or path>] [DATA=<prompt/completion file>]"
+	@echo "make test     run the test suite"
+	@echo "make lint     ruff and mypy"
+	@echo "make install  make .venv and install the project into it (PYTHON=<interpreter>)"
+	@echo "make clean    remove .venv and caches; models/ and out/ stay"
+
+demo: .venv/.installed
+	.venv/bin/python examples/demo.py --model "$(MODEL)" $(if $(DATA),--data "$(DATA)")
+
+test: .venv/.installed
+	.venv/bin/python -m pytest
+
+lint: .venv/.lint-installed
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+
+install: .venv/.installed
+
+# The stamps are written last, so an interrupted install starts again.
+.venv/.installed: pyproject.toml scripts/install.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer (TRL needs it) is needed, and '$(PYTHON)' is not. Name another: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "'$(PYTHON)' has no venv module. On Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
+	$(PYTHON) scripts/install.py .venv
+	@touch $@
+
+.venv/.lint-installed: .venv/.installed
+	.venv/bin/python -m pip install --quiet -e ".[lint]"
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

