@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--model", default=SMOLLM2, help="model id or path of a Llama")
     parser.add_argument("--data", help="prompt/completion file (TRL's formats); default: the built-in facts")
     parser.add_argument("--output_dir", default="out/demo")
-    parser.add_argument("--max_steps", type=int, default=200)
+    parser.add_argument("--max_steps", type=int, default=420)
     args = parser.parse_args()
     started = time.monotonic()
     logging.set_verbosity_error()
@@ -120,10 +120,10 @@ def main() -> None:
             output_dir=str(output_dir),
             exit_layers=exits,
             max_steps=args.max_steps,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=16,
             learning_rate=1e-3,
             lr_scheduler_type="cosine",
-            warmup_steps=10,
+            warmup_steps=5,
             adam_beta2=0.98,
             max_length=256,
             train_sampling_strategy="group_by_length",
@@ -131,7 +131,7 @@ def main() -> None:
             bf16=dtype == torch.bfloat16,
             use_cpu=device == "cpu",
             logging_steps=10,
-            save_steps=50,
+            save_steps=70,
             save_total_limit=1,
             report_to="none",
         ),

@@ -1,7 +1,7 @@
 """
 The demo's data: true facts with one short answer, and two tasks over them.
 
-- `reading`: the fact stands in the prompt, next to distractors of the same kind, and is asked for.
+- `reading`: the fact stands in the prompt, and is asked for.
 - `recalling`: the same question without the sentence; only what the model knows can help.
 
 `python examples/facts.py` prints the counts and a few rows.
@@ -12,8 +12,9 @@ import re
 from typing import NamedTuple
 
 
-# Other sentences of the same relation that stand beside the right one in a `reading` prompt.
-NUM_DISTRACTORS = 1
+# In training, the sentence to read gives the entity another one's answer, so that the model learns to read instead of
+# to remember; this many times for each wording of a question. Test rows, and all that is to be recalled, are true.
+NUM_SWAPS = 2
 
 # One entity a line. `*` marks what is widely known: only these are asked for in `recalling`, since the rest would
 # measure memorising instead of knowledge. An empty column is a fact left out because its answer can be argued about.
@@ -511,39 +512,39 @@ def contains(text: str, answer: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None
 
 
-def _ask(
-    relation: Relation, entity: Entity, others: list[Entity], every_wording: bool, rng: random.Random
-) -> list[dict]:
-    """The rows of one fact; distractors come from `others`, so a split stays closed."""
-    answer = entity.columns[relation.answer]
-    candidates = [other for other in others if other.columns[relation.answer] != answer]
-    rows = []
-    for template in relation.questions if every_wording else [rng.choice(relation.questions)]:
-        question = f"Question: {fill(template, relation, entity)}\nAnswer:"
-        shown = [entity, *rng.sample(candidates, min(NUM_DISTRACTORS, len(candidates)))]
-        rng.shuffle(shown)
-        context = " ".join(fill(rng.choice(relation.sentences), relation, other) for other in shown)
-        rows.append({"prompt": f"{context}\n{question}", "completion": f" {answer}", "task": "reading"})
-        if entity.known and relation.recall and not contains(question, answer):
-            rows.append({"prompt": question, "completion": f" {answer}", "task": "recalling"})
-    return rows
+def _row(relation: Relation, entity: Entity, template: str, sentence: str | None = None) -> dict:
+    """A question about `entity`: `reading` after the `sentence` that answers it, else `recalling`."""
+    question = f"Question: {fill(template, relation, entity)}\nAnswer:"
+    prompt = question if sentence is None else f"{fill(sentence, relation, entity)}\n{question}"
+    task = "recalling" if sentence is None else "reading"
+    return {"prompt": prompt, "completion": f" {entity.columns[relation.answer]}", "task": task}
+
+
+def _swapped(relation: Relation, entity: Entity, others: list[Entity], rng: random.Random) -> Entity:
+    """`entity` with another one's answer: what cannot be remembered has to be read."""
+    return Entity({**entity.columns, relation.answer: rng.choice(others).columns[relation.answer]}, entity.known)
+
+
+def _having(relation: Relation, entities: list[Entity]) -> list[Entity]:
+    """The entities of which `relation` is known."""
+    return [e for e in entities if e.columns[relation.subject] and e.columns[relation.answer]]
 
 
 def build_facts(seed: int = 0, held_out: float = 0.2) -> tuple[list[dict], list[dict]]:
     """
-    Builds both tasks, split by entity: nothing about a held-out country, element, ... is in the training rows, neither
-    as a question nor as a distractor.
+    Builds both tasks, split by entity: no training row tells or asks anything of a held-out country, element, ...; its
+    name, capital, ... may be the (wrong) answer that a training sentence gives of another.
 
     Args:
         seed (`int`, *optional*, defaults to 0):
-            Seed of the split, the wordings, the distractors and the order of the rows.
+            Seed of the split, the wordings, the shuffled answers and the order of the rows.
         held_out (`float`, *optional*, defaults to 0.2):
             Share of every table's entities that is kept for the test rows, between 0 and 1 (both excluded).
 
     Returns:
-        `tuple[list[dict], list[dict]]`: training rows (every wording of a question) and test rows (one wording a
-        fact). A row is `{"prompt": str, "completion": str, "task": "reading" or "recalling"}`; the completion starts
-        with a space.
+        `tuple[list[dict], list[dict]]`: training rows (every wording of a question; the sentences to read are shuffled
+        facts, see `NUM_SWAPS`) and test rows (one wording a fact, all true). A row is
+        `{"prompt": str, "completion": str, "task": "reading" or "recalling"}`; the completion starts with a space.
 
     Raises:
         `ValueError`: if `held_out` is not between 0 and 1.
@@ -564,11 +565,18 @@ def build_facts(seed: int = 0, held_out: float = 0.2) -> tuple[list[dict], list[
         splits[0][name], splits[1][name] = train, test
 
     results: tuple[list[dict], list[dict]] = ([], [])
-    for split, rows, every_wording in zip(splits, results, (True, False), strict=True):
+    for split, rows, training in zip(splits, results, (True, False), strict=True):
         for relation in RELATIONS:
-            having = [e for e in split[relation.table] if e.columns[relation.subject] and e.columns[relation.answer]]
-            for entity in having:
-                rows += _ask(relation, entity, having, every_wording, rng)
+            every = [e for entities in splits for e in _having(relation, entities[relation.table])]
+            for entity in _having(relation, split[relation.table]):
+                for template in relation.questions if training else [rng.choice(relation.questions)]:
+                    for _ in range(NUM_SWAPS if training else 1):
+                        told = _swapped(relation, entity, every, rng) if training else entity
+                        rows.append(_row(relation, told, template, rng.choice(relation.sentences)))
+                    recall = _row(relation, entity, template)
+                    if entity.known and relation.recall and not contains(recall["prompt"], recall["completion"][1:]):
+                        rows.append(recall)
+        rows[:] = {row["prompt"]: row for row in rows}.values()  # a swap may come up twice
         rng.shuffle(rows)
     return results
 

@@ -1,9 +1,10 @@
 """Sorted LLaMA (arXiv 2309.08968): one Llama checkpoint whose first `k` layers are a model for several `k`."""
 
 import copy
+import functools
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -33,6 +35,20 @@ logger = logging.get_logger(__name__)
 
 # transformers 5.24 renamed `past_key_values` to `cache`, everywhere at once
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+if CACHE_NAME == "cache":
+    _takes_either_cache_name = deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")
+else:
+
+    def _takes_either_cache_name(forward: Callable) -> Callable:
+        @functools.wraps(forward)
+        def renamed(*args: Any, **kwargs: Any) -> Any:
+            if "past_key_values" in kwargs:
+                kwargs["cache"] = kwargs.pop("past_key_values")
+            return forward(*args, **kwargs)
+
+        return renamed
+
 
 # Trainer's label smoothing (and pipelines) look a model up here to know that its labels are to be shifted
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sorted_llama"] = "SortedLlamaForCausalLM"
@@ -151,6 +167,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         # transformers' own early-exit drafting lowers `num_hidden_layers` while it drafts
         return min(exit_layer, self.config.num_hidden_layers)
 
+    @_takes_either_cache_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -181,7 +198,6 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         Raises:
             ValueError: If `exit_layer` or `exit_layers` is out of range, or if `cache` was filled by a shallower run.
         """
-        cache = kwargs.pop("past_key_values", cache)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         depth = self.depth(exit_layer)
@@ -194,7 +210,9 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
             cache = DynamicCache(config=self.config)
             del cache.layers[depth:]
         elif cache is not None and not torch.compiler.is_compiling():
-            check_cache_depth(cache, depth)
+            # Not at every decoding step on an accelerator: `generate` has looked before the first
+            prefill = inputs_embeds.shape[1] > 1
+            check_cache_depth(cache, depth, synchronize=prefill or inputs_embeds.device.type == "cpu")
 
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
@@ -268,6 +286,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.post_init()
 
+    @_takes_either_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -309,7 +328,6 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             ValueError: If an exit is out of range, if both `exit_layer` and `exit_layers` are passed, if `exit_layers`
                 comes without `labels`, or if `cache` was filled by a shallower run.
         """
-        cache = kwargs.pop("past_key_values", cache)
         exits = self._loss_exits(exit_layer, exit_layers, labels)
         loss_arguments = {} if exits is None else self._pop_loss_arguments(kwargs, exits)
 

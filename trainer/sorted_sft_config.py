@@ -63,7 +63,8 @@ class SortedSFTConfig(SFTConfig):
             depth = exits[-1] if isinstance(exits, (list, tuple)) and exits and type(exits[-1]) is int else 1
             self.exit_layers = check_exit_layers(exits, max(depth, 1))
         if self.exit_loss_weights is not None:
-            expected = len(self.exit_layers) if isinstance(self.exit_layers, list) else len(self.exit_loss_weights)
+            sized = self.exit_layers if isinstance(self.exit_layers, list) else self.exit_loss_weights
+            expected = len(sized) if isinstance(sized, (list, tuple)) else 1
             self.exit_loss_weights = check_exit_loss_weights(self.exit_loss_weights, expected)
         if self.exit_loss_reduction not in ("sum", "mean"):
             raise ValueError(f"`exit_loss_reduction` must be 'sum' or 'mean', got {self.exit_loss_reduction!r}.")

@@ -103,7 +103,9 @@ class SortedSFTTrainer(SFTTrainer):
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SortedSFTConfig(f"{model_id.rstrip('/').split('/')[-1]}-SoFT")
         elif not isinstance(args, SortedSFTConfig):
-            args = SortedSFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
+            fields = args.to_dict()  # hides what ends in `_token`
+            fields |= {name: getattr(args, name) for name in fields if name.endswith("_token")}
+            args = SortedSFTConfig(**fields)
 
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
@@ -130,6 +132,10 @@ class SortedSFTTrainer(SFTTrainer):
             config.exit_loss_weights = None
         config.exit_layers = self.exit_layers  # saved with the weights
 
+        # PEFT saves the model's class for an adapter without a task, and refuses to import this one when it loads it
+        peft_config = kwargs.get("peft_config")
+        if peft_config is not None and getattr(peft_config, "task_type", "") is None:
+            peft_config.task_type = "CAUSAL_LM"
         self._sums: dict[str, torch.Tensor] = {}
         self._num_tokens = 0
         super().__init__(
@@ -164,7 +170,8 @@ class SortedSFTTrainer(SFTTrainer):
         """Sums over tokens since the last log, kept on the device: reading them there would wait for every step."""
         labels = inputs["shift_labels"] if inputs.get("shift_labels") is not None else inputs["labels"][..., 1:]
         labelled = (labels != -100).sum().to(outputs.exit_losses.device)
-        present = inputs["attention_mask"].sum() if "attention_mask" in inputs else labels.new_tensor(labels.numel())
+        present = inputs.get("attention_mask")
+        present = present.sum() if present is not None else labels.new_tensor(inputs["input_ids"].numel())
         num_items = labelled.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         sums = torch.cat(
             [
@@ -177,13 +184,20 @@ class SortedSFTTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
 
+    def train(self, *args, **kwargs):
+        self._sums.pop("train", None)  # steps after the last log of a former run
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        self._sums.pop("eval", None)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if "eval" in self._sums:
+            output.metrics.update(self._exit_metrics("eval", prefix=f"{metric_key_prefix}_"))
+        return output
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        is_summary = mode == "train" and "loss" not in logs  # at the end of training: no step since the last log
-        if mode in self._sums and not is_summary:
-            # `eval_`, or `eval_NAME_` where several datasets are evaluated
-            loss_key = "loss" if mode == "train" else next((k for k in logs if k.endswith("_loss")), "eval_loss")
-            logs.update(self._exit_metrics(mode, prefix=loss_key.removesuffix("loss")))
+        if self.model.training and "loss" in logs and "train" in self._sums:
+            logs.update(self._exit_metrics("train", prefix=""))
         super().log(logs, start_time)
 
     def _exit_metrics(self, mode: str, prefix: str) -> dict[str, float]:

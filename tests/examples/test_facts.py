@@ -64,7 +64,7 @@ def test_no_held_out_entity_in_training(splits):
     held_out = _entities_of(test)
     assert not held_out & _entities_of(train)
 
-    # Neither as a distractor: no sentence of a held-out fact stands in any training prompt.
+    # Neither as something told: no sentence of a held-out fact stands in any training prompt.
     text = "\n".join(row["prompt"] for row in train)
     for relation, index, entity in _pairs():
         if (relation.table, index) in held_out:
@@ -78,20 +78,15 @@ def test_reading_prompts_contain_the_answer_and_recalling_prompts_do_not(splits)
             assert facts.contains(row["prompt"], row["completion"].strip()) == (row["task"] == "reading"), row
 
 
-def test_reading_prompts_have_distractors(splits):
-    for rows in splits:
+def test_training_sentences_are_shuffled_and_test_sentences_are_true(splits):
+    true = [[], []]
+    for share, rows in zip(true, splits):
         for row in rows:
-            statements = [
-                facts.fill(sentence, relation, entity)
-                for relation, _, entity in ASKED[_question(row)]
-                for sentence in relation.sentences
-            ]
-            context = row["prompt"].split("Question: ")[0]
-            present = [statement for statement in statements if facts.contains(context, statement)]
-            if row["task"] == "reading":
-                assert present and len(context.strip()) > len(present[0])
-            else:
-                assert not context
+            ((relation, _, entity),) = ASKED[_question(row)]
+            share.append(row["completion"] == " " + entity.columns[relation.answer])
+            assert row["task"] == "reading" or share[-1]
+    assert all(true[1])
+    assert sum(true[0]) < 0.5 * len(true[0])
 
 
 def test_no_duplicates(splits):

@@ -1,0 +1,83 @@
+"""
+Fine-tune a Llama into several models in one checkpoint (SoFT).
+
+    python examples/train.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name trl-lib/Capybara \
+        --exit_layers 10 15 20 30 --output_dir out
+    python examples/train.py --config examples/train.yaml --exit_layers every:5
+
+LoRA: `--use_peft --lora_r 16 --learning_rate 2e-4`; with `--load_in_4bit` QLoRA. Without a GPU: `--use_cpu
+--bf16 false`. Several GPUs, or several processes on CPUs (for which accelerate itself, with `--cpu`, wants MPI):
+
+    accelerate launch --num_processes 8 examples/train.py --config examples/train.yaml
+    torchrun --nproc_per_node 2 examples/train.py --config examples/train.yaml --use_cpu --bf16 false
+
+`--dataset_name` is a dataset of the Hub or a local .json, .jsonl, .csv or .parquet file, in any format that TRL's
+SFTTrainer takes. `--eval_strategy epoch` evaluates every exit on the test split; where there is none, a tenth of the
+data is held out for it. All of SortedSFTConfig and of TRL's ScriptArguments and ModelConfig are flags: see `--help`.
+"""
+
+from pathlib import Path
+
+from datasets import load_dataset
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from trainer import SortedSFTConfig, SortedSFTTrainer
+
+
+FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_splits(script_args: ScriptArguments, training_args: SortedSFTConfig):
+    """The data to train on, and the data to evaluate on where that was asked for."""
+    loader = FILE_LOADERS.get(Path(script_args.dataset_name).suffix)
+    if loader is not None:
+        splits = load_dataset(loader, data_files=script_args.dataset_name)
+    else:
+        splits = load_dataset(
+            script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    train = splits[script_args.dataset_train_split]
+    if training_args.eval_strategy == "no":
+        return train, None
+    if script_args.dataset_test_split in splits:
+        return train, splits[script_args.dataset_test_split]
+    held_out = train.train_test_split(test_size=0.1, seed=training_args.seed)
+    return held_out["train"], held_out["test"]
+
+
+def main(script_args: ScriptArguments, training_args: SortedSFTConfig, model_args: ModelConfig) -> None:
+    if model_args.model_name_or_path is None or script_args.dataset_name is None:
+        raise SystemExit("--model_name_or_path and --dataset_name are required")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    train_dataset, eval_dataset = load_splits(script_args, training_args)
+    trainer = SortedSFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()  # and the tokenizer
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+    where = trainer.hub_model_id or training_args.output_dir
+    load = f'AutoModelForCausalLM.from_pretrained("{where}", trust_remote_code=True)'
+    if model_args.use_peft:  # an adapter holds no code, and its base may be a plain Llama
+        base = f'SortedLlamaForCausalLM.from_pretrained("{model_args.model_name_or_path}")'
+        load = f'PeftModel.from_pretrained({base}, "{where}")'
+    trainer.accelerator.print(f"The model is in {where}. Generate with its first {trainer.exit_layers[0]} layers:")
+    trainer.accelerator.print(f"    {load}.generate(**inputs, exit_layer={trainer.exit_layers[0]})")
+    if hasattr(trainer, "end"):  # since transformers 5.18
+        trainer.end()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ScriptArguments, SortedSFTConfig, ModelConfig)).parse_args_and_config())

@@ -1,0 +1,178 @@
+"""`examples/train.py` as its users run it: with a YAML file or flags, alone and under `accelerate launch`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from modeling_sorted_llama import SortedLlamaForCausalLM
+from tests.tiny import reference_llama, save_tiny
+from trainer import SortedSFTConfig
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "examples" / "train.py")
+
+FIELDS = {
+    "exit_layers": [1, 2, 4],
+    "max_steps": 3,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "max_length": 64,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "steps",
+    "save_steps": 3,
+}
+
+
+def run(folder, *command):
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "HF_"))}
+    env |= {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A folder with a model, and data with prompts and completions of different lengths."""
+    save_tiny(tmp_path / "model")
+    rows = [{"prompt": f"count to {n}:", "completion": " " + " ".join(map(str, range(n)))} for n in range(1, 21)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def write_config(folder, **fields):
+    fields = {"model_name_or_path": "model", "dataset_name": "data.jsonl", "output_dir": "out", **FIELDS, **fields}
+    (folder / "config.yaml").write_text(yaml.safe_dump(fields))
+
+
+def history(folder):
+    state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
+    return state["log_history"]
+
+
+@pytest.mark.slow
+def test_yaml_config(inputs):
+    write_config(inputs, eval_strategy="steps", eval_steps=3)
+    output = run(inputs, SCRIPT, "--config", "config.yaml", "--exit_layers", "every:2")
+    model = AutoModelForCausalLM.from_pretrained(inputs / "out")
+    assert isinstance(model, SortedLlamaForCausalLM)
+    assert model.config.exit_layers == [2, 4]
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "out")
+    before = load_file(inputs / "model" / "model.safetensors")["model.norm.weight"]
+    assert not torch.equal(model.model.norm.weight, before)
+
+    entries = history(inputs / "out")
+    assert all(f"exit_{k}_loss" in entries[0] for k in (2, 4))
+    (evaluation,) = (entry for entry in entries if "eval_loss" in entry)
+    assert {f"eval_exit_{k}_{name}" for k in (2, 4) for name in ("loss", "agreement")} <= evaluation.keys()
+
+    # The printed line, run as it is
+    assert "The model is in out." in output
+    (line,) = re.findall(r"^    (AutoModelForCausalLM.*)$", output, re.MULTILINE)
+    tokens = tokenizer("count to 3:", return_tensors="pt").to(model.device)
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "inputs": tokens}
+    printed = line.replace('"out"', repr(str(inputs / "out")))
+    expected = reference_llama(model, 2).generate(**tokens)
+    assert "exit_layer=2" in line
+    assert eval(printed, names).tolist() == expected.tolist()
+
+
+@pytest.mark.slow
+def test_flags_with_lora(inputs):
+    flags = [f"--{name}={value}" for name, value in FIELDS.items() if name != "exit_layers"]
+    output = run(
+        inputs, SCRIPT, "--model_name_or_path", "model", "--dataset_name", "data.jsonl", "--output_dir", "out",
+        "--exit_layers", "1", "4", "--use_peft", "--lora_r", "4", *flags,
+    )  # fmt: skip
+    assert (inputs / "out" / "adapter_model.safetensors").is_file()
+    assert not (inputs / "out" / "model.safetensors").exists()
+    (line,) = re.findall(r"^    (PeftModel.*)$", output, re.MULTILINE)
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "out")
+    names = {"PeftModel": PeftModel, "SortedLlamaForCausalLM": SortedLlamaForCausalLM}
+    tokens = tokenizer("count to 3:", return_tensors="pt")
+    printed = line.replace('"out"', repr(str(inputs / "out"))).replace('"model"', repr(str(inputs / "model")))
+    assert "exit_layer=1" in line
+    assert eval(printed, {**names, "inputs": tokens}).shape[1] > tokens["input_ids"].shape[1]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(inputs):
+    """The same global batch split over two processes: the losses and weights of a single process."""
+    write_config(inputs, train_sampling_strategy="sequential")
+    run(inputs, SCRIPT, "--config", "config.yaml", "--output_dir", "one")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--config", "config.yaml", "--output_dir", "two", "--per_device_train_batch_size", "2"]
+    output = run(inputs, *launch, SCRIPT, *flags)
+    assert output.count("The model is in two.") == 1
+
+    one, two = history(inputs / "one"), history(inputs / "two")
+    assert len(one) == len(two) == 3
+    keys = [key for key in one[0] if key.endswith(("loss", "accuracy", "num_tokens", "grad_norm"))]
+    assert len(keys) == 10
+    for entry, expected in zip(two, one, strict=True):
+        for key in keys:
+            assert entry[key] == pytest.approx(expected[key], rel=1e-5), key
+    weights, expected = (load_file(inputs / name / "model.safetensors") for name in ("two", "one"))
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        difference = (tensor - expected[name]).abs().max().item()
+        assert difference <= 1e-4 * expected[name].abs().max().item(), name
+
+
+@pytest.mark.slow
+def test_accelerate_launch(inputs):
+    """`accelerate launch --num_processes 2 --cpu`; without MPI, accelerate starts one process for it."""
+    write_config(inputs)
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    output = run(inputs, *launch, SCRIPT, "--config", "config.yaml")
+    assert output.count("The model is in out.") == 1
+    assert len(history(inputs / "out")) == 3
+    assert AutoModelForCausalLM.from_pretrained(inputs / "out").config.exit_layers == [1, 2, 4]
+
+
+def test_example_config_parses():
+    """Every line of the example's YAML file is an option, and stays one."""
+    parser = TrlParser((ScriptArguments, SortedSFTConfig, ModelConfig))
+    path = str(ROOT / "examples" / "train.yaml")
+    _, config, model_args = parser.parse_args_and_config(
+        ["--config", path, "--use_cpu", "--bf16", "false"], fail_with_unknown_args=True
+    )
+    assert config.exits_of(30) == [10, 15, 20, 30]
+    assert model_args.use_peft is False
+
+
+def test_commented_options_parse(tmp_path):
+    """So is every line that is commented out."""
+    text = (ROOT / "examples" / "train.yaml").read_text()
+    (tmp_path / "all.yaml").write_text(re.sub(r"^# ([a-z]\w*: )", r"\1", text, flags=re.MULTILINE))
+    fields = yaml.safe_load((tmp_path / "all.yaml").read_text())
+    assert fields["use_peft"] and fields["load_in_4bit"] and fields["exit_loss_weights"]
+    parser = TrlParser((ScriptArguments, SortedSFTConfig, ModelConfig))
+    _, config, model_args = parser.parse_args_and_config(
+        ["--config", str(tmp_path / "all.yaml"), "--use_cpu", "--bf16", "false"], fail_with_unknown_args=True
+    )
+    assert config.push_to_hub and config.exit_loss_weights == [1.0] * 4
+    assert model_args.use_peft and model_args.lora_r == fields["lora_r"]

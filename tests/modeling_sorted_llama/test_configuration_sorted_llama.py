@@ -1,0 +1,180 @@
+"""The configuration: its fields, what it refuses, and how it travels to and from a plain Llama's."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, LlamaConfig
+
+from modeling_sorted_llama import SortedLlamaConfig
+from tests.tiny import tiny_fields
+
+
+NAN, INF = float("nan"), float("inf")
+# With 4 layers, each of these is wrong, and the range that the message must name follows from the depth
+BAD_EXIT_LAYER = [0, -1, 5, True, False, 1.0, NAN, "2", [1], (), {"k": 1}]
+BAD_EXIT_LAYERS = [[], (), "1,4", 4, {1, 4}, 2.0, True, [0, 4], [-1, 4], [1, 5], [1, 2], [4, 2], [2, 1, 4], [1, 1, 4]]
+BAD_EXIT_LAYERS += [[True, 4], [1.0, 4], ["1", "4"], [None, 4], [[1], 4], [NAN, 4]]
+# With exits [1, 2, 4]
+BAD_WEIGHTS = [[], [1.0], [1.0] * 4, [1, 1, NAN], [1, 1, INF], [1, -1, 1], [0, 0, 0], [1, True, 1], [1, "1", 1]]
+BAD_WEIGHTS += ["111", 1.0, {1.0, 2.0, 3.0}, [1, None, 1]]
+
+
+def sorted_config(**fields):
+    return SortedLlamaConfig(**tiny_fields(**fields))
+
+
+def assert_names(error: pytest.ExceptionInfo, field: str, value: object, limit: int):
+    message = str(error.value)
+    assert f"`{field}`" in message and str(limit) in message
+    # The value itself, or the one of its entries that is wrong
+    entries = list(value) if isinstance(value, (list, tuple)) else []
+    assert repr(value) in message or any(repr(entry) in message for entry in entries)
+
+
+@pytest.mark.parametrize("value", BAD_EXIT_LAYER, ids=repr)
+def test_bad_exit_layer(value):
+    with pytest.raises(ValueError) as error:
+        sorted_config(exit_layer=value)
+    assert_names(error, "exit_layer", value, 4)
+
+
+@pytest.mark.parametrize("value", BAD_EXIT_LAYERS, ids=repr)
+def test_bad_exit_layers(value):
+    with pytest.raises(ValueError) as error:
+        sorted_config(exit_layers=value)
+    assert_names(error, "exit_layers", value, 4)
+
+
+@pytest.mark.parametrize("value", BAD_WEIGHTS, ids=repr)
+def test_bad_exit_loss_weights(value):
+    with pytest.raises(ValueError) as error:
+        sorted_config(exit_layers=[1, 2, 4], exit_loss_weights=value)
+    assert_names(error, "exit_loss_weights", value, 3)
+
+
+def test_weights_without_exits():
+    with pytest.raises(ValueError, match="`exit_loss_weights`.*`exit_layers`"):
+        sorted_config(exit_loss_weights=[1.0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"exit_layers": [4]},
+        {"exit_layers": (1, 2, 4), "exit_loss_weights": (0, 0.5, 2)},
+        {"exit_layers": [1, 2, 3, 4], "exit_layer": 3},
+        {"exit_layer": 4},
+    ],
+    ids=repr,
+)
+def test_round_trip(tmp_path, fields):
+    config = sorted_config(**fields)
+    config.save_pretrained(tmp_path)
+    for loaded in (
+        SortedLlamaConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+        SortedLlamaConfig.from_dict(config.to_dict()),
+        SortedLlamaConfig(**config.to_dict()),
+        copy.deepcopy(config),
+    ):
+        assert type(loaded) is SortedLlamaConfig and loaded.model_type == "sorted_llama"
+        for name in ("exit_layers", "exit_layer", "exit_loss_weights"):
+            value = fields.get(name)
+            assert getattr(loaded, name) == (list(value) if isinstance(value, tuple) else value)
+
+
+@given(depth=st.integers(1, 12), data=st.data())
+def test_any_valid_exits_are_kept(depth, data):
+    exits = sorted(data.draw(st.sets(st.integers(1, depth))) | {depth})
+    weights = data.draw(st.lists(st.floats(0.01, 10), min_size=len(exits), max_size=len(exits)))
+    exit_layer = data.draw(st.none() | st.integers(1, depth))
+    config = sorted_config(
+        num_hidden_layers=depth, exit_layers=exits, exit_loss_weights=weights, exit_layer=exit_layer
+    )
+    assert (config.exit_layers, config.exit_loss_weights, config.exit_layer) == (exits, weights, exit_layer)
+
+
+def test_config_file_of_a_plain_llama(tmp_path):
+    """A Llama's config, which has none of the fields, loads as a sorted one without exits; overrides are taken."""
+    plain = LlamaConfig(**tiny_fields(rope_parameters={"rope_type": "linear", "rope_theta": 5e3, "factor": 2.0}))
+    plain.save_pretrained(tmp_path)
+    config = SortedLlamaConfig.from_pretrained(tmp_path)
+    assert config.model_type == "sorted_llama"
+    assert (config.exit_layers, config.exit_layer, config.exit_loss_weights) == (None, None, None)
+    for name in set(plain.to_dict()) - {"model_type", "architectures", "transformers_version"}:
+        assert getattr(config, name) == getattr(plain, name)
+
+    config = SortedLlamaConfig.from_pretrained(tmp_path, exit_layers=[1, 4], exit_loss_weights=[2, 1], exit_layer=1)
+    assert (config.exit_layers, config.exit_loss_weights, config.exit_layer) == ([1, 4], [2.0, 1.0], 1)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_old_config_file_without_the_fields(tmp_path):
+    fields = sorted_config(exit_layers=[1, 4]).to_dict()
+    for name in ("exit_layers", "exit_layer", "exit_loss_weights", "auto_map"):
+        del fields[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is SortedLlamaConfig
+    assert (config.exit_layers, config.exit_layer, config.exit_loss_weights) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ({"exit_layer": 5}, "exit_layer"),
+        ({"exit_layers": [1, 2]}, "exit_layers"),
+        ({"exit_layers": [1, 4], "exit_loss_weights": [1.0]}, "exit_loss_weights"),
+        ({"num_hidden_layers": 2, "exit_layers": [1, 4]}, "exit_layers"),
+        ({"num_hidden_layers": 2, "exit_layer": 3}, "exit_layer"),
+    ],
+    ids=repr,
+)
+def test_overrides_are_checked(tmp_path, overrides, field):
+    sorted_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"`{field}`"):
+        SortedLlamaConfig.from_pretrained(tmp_path, **overrides)
+
+
+@pytest.mark.parametrize(
+    ("depth", "exits", "weights", "exit_layer"),
+    [
+        (4, [1, 2, 4], [3.0, 2.0, 1.0], 2),
+        (2, [1, 2], [3.0, 2.0], 2),
+        (1, [1], [3.0], None),
+        (3, None, None, 2),  # 3 is no trained exit
+    ],
+)
+def test_fewer_layers_cut_the_exits(tmp_path, depth, exits, weights, exit_layer):
+    sorted_config(exit_layers=[1, 2, 4], exit_loss_weights=[3, 2, 1], exit_layer=2).save_pretrained(tmp_path)
+    config = SortedLlamaConfig.from_pretrained(tmp_path, num_hidden_layers=depth)
+    assert (config.exit_layers, config.exit_loss_weights, config.exit_layer) == (exits, weights, exit_layer)
+    assert config.num_hidden_layers == depth
+
+
+def test_to_llama_and_from_llama():
+    fields = tiny_fields(attention_bias=True, mlp_bias=True, num_key_value_heads=1, tie_word_embeddings=False)
+    plain = LlamaConfig(**fields, attn_implementation="eager")
+    before = plain.to_dict()
+    config = SortedLlamaConfig.from_llama(plain, exit_layers=[2, 4])
+    assert plain.to_dict() == before
+    assert config.exit_layers == [2, 4] and config._attn_implementation == "eager"
+
+    back = config.to_llama(2)
+    assert type(back) is LlamaConfig and back._attn_implementation == "eager"
+    assert back.to_dict() == {**before, "num_hidden_layers": 2}
+    for bad in (0, 5, True, "2"):
+        with pytest.raises(ValueError, match="`num_hidden_layers`.*1 to 4"):
+            config.to_llama(bad)
+
+
+def test_auto_map_is_complete():
+    """Also before anything is saved: TRL reads it from every config whose class it does not know."""
+    auto_map = sorted_config().auto_map
+    assert auto_map["AutoConfig"] == "configuration_sorted_llama.SortedLlamaConfig"
+    assert auto_map["AutoModel"] == "modeling_sorted_llama.SortedLlamaModel"
+    assert auto_map["AutoModelForCausalLM"] == "modeling_sorted_llama.SortedLlamaForCausalLM"

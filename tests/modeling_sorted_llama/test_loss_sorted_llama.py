@@ -1,0 +1,648 @@
+"""The fused SoFT loss against a naive sum of `F.cross_entropy` over full logits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling_sorted_llama import loss_sorted_llama, multi_exit_loss
+from tests.tiny import reference_llama, tiny_sorted
+
+
+def assert_near(actual, expected, tolerance=1e-5):
+    """Largest difference within `tolerance` of the largest value."""
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all()
+    difference = (actual.double() - expected.double()).abs().max().item()
+    assert difference <= tolerance * max(expected.abs().max().item(), 1e-6), difference
+
+
+def naive_token_losses(logits, labels, loss_type="nll", label_smoothing=0.0):
+    token_losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
+    if loss_type == "dft":
+        token_losses = token_losses * logits.float().softmax(-1).gather(-1, labels[:, None])[:, 0].detach()
+    return token_losses
+
+
+def naive_loss(hidden_states, head, labels, weights=None, reduction="sum", num_items=None, **kwargs):
+    """The loss, the exits' losses, accuracies and agreements, from the full logits of all exits."""
+    weights = [1.0] * len(hidden_states) if weights is None else weights
+    num_items = labels.numel() if num_items is None else num_items
+    logits = [head(states) for states in hidden_states]
+    losses = torch.stack([naive_token_losses(x, labels, **kwargs).sum() / num_items for x in logits])
+    top1 = torch.stack([x.argmax(-1) for x in logits])
+    loss = (losses * torch.tensor(weights)).sum()
+    if reduction == "mean":
+        loss = loss / len(weights)
+    return loss, losses, (top1 == labels).float().mean(-1), (top1 == top1[-1]).float().mean(-1)
+
+
+def make_inputs(num_tokens=13, hidden_size=8, vocab_size=17, num_exits=3, seed=0):
+    """Hidden states of each exit, a linear head and labels, some of which the head gets right."""
+    generator = torch.Generator().manual_seed(seed)
+    states = [torch.randn(num_tokens, hidden_size, generator=generator).requires_grad_(True) for _ in range(num_exits)]
+    head = nn.Linear(hidden_size, vocab_size, bias=False)
+    head.weight.data.normal_(generator=generator)
+    labels = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    labels[::3] = head(states[-1]).argmax(-1)[::3]
+    return states, head, labels
+
+
+def gradients(loss, tensors):
+    return torch.autograd.grad(loss, tensors, materialize_grads=True)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of four rows of `make_inputs`' vocabulary: several, the last one ragged."""
+    monkeypatch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", 4 * 4 * 17)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_equals_the_naive_sum(data):
+    num_exits = data.draw(st.integers(1, 4))
+    vocab_size = data.draw(st.integers(2, 40))
+    states, head, labels = make_inputs(
+        num_tokens=data.draw(st.integers(1, 30)),
+        hidden_size=data.draw(st.integers(1, 12)),
+        vocab_size=vocab_size,
+        num_exits=num_exits,
+        seed=data.draw(st.integers(0, 100)),
+    )
+    weights = data.draw(
+        st.none()
+        | st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=num_exits, max_size=num_exits).filter(any)
+    )
+    reduction = data.draw(st.sampled_from(["sum", "mean"]))
+    num_items = data.draw(st.sampled_from([None, 7, torch.tensor(50)]))
+    options = data.draw(
+        st.sampled_from([{}, {"loss_type": "dft"}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}])
+    )
+    rows = data.draw(st.integers(1, 12))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", 4 * vocab_size * rows)
+        fused = multi_exit_loss(states, head, labels, weights, reduction, num_items, **options)
+    loss, losses, accuracies, agreements = naive_loss(states, head, labels, weights, reduction, num_items, **options)
+
+    assert fused.loss.dtype == fused.exit_losses.dtype == torch.float32
+    assert_near(fused.loss, loss)
+    assert_near(fused.exit_losses, losses)
+    torch.testing.assert_close(fused.exit_token_accuracies, accuracies)
+    torch.testing.assert_close(fused.exit_agreements, agreements)
+    for statistic in (fused.exit_losses, fused.exit_token_accuracies, fused.exit_agreements):
+        assert not statistic.requires_grad
+    tensors = (*states, head.weight)
+    for actual, expected in zip(gradients(fused.loss, tensors), gradients(loss, tensors), strict=True):
+        assert_near(actual, expected)
+
+
+def test_large_logits_do_not_overflow(small_tiles):
+    states, head, labels = make_inputs()
+    states = [(states_ * 1e4).detach().requires_grad_(True) for states_ in states]
+    fused, (loss, losses, *_) = multi_exit_loss(states, head, labels), naive_loss(states, head, labels)
+    assert_near(fused.exit_losses, losses)
+    for actual, expected in zip(gradients(fused.loss, states), gradients(loss, states), strict=True):
+        assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 13, 1000])
+def test_tiles_do_not_matter(monkeypatch, rows):
+    states, head, labels = make_inputs()
+    tensors = (*states, head.weight)
+    whole = multi_exit_loss(states, head, labels)
+    expected = gradients(whole.loss, tensors)
+    monkeypatch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", 4 * 17 * rows)
+    tiled = multi_exit_loss(states, head, labels)
+    assert_near(tiled.exit_losses, whole.exit_losses)
+    for actual, reference in zip(gradients(tiled.loss, tensors), expected, strict=True):
+        assert_near(actual, reference)
+
+
+@pytest.mark.parametrize("scale", [3.0, -0.5])
+def test_gradient_from_above_scales(scale):
+    states, head, labels = make_inputs()
+    tensors = (*states, head.weight)
+    fused = gradients(scale * multi_exit_loss(states, head, labels).loss, tensors)
+    for actual, expected in zip(fused, gradients(scale * naive_loss(states, head, labels)[0], tensors), strict=True):
+        assert_near(actual, expected)
+
+
+def test_weight_zero_still_reports():
+    states, head, labels = make_inputs()
+    fused = multi_exit_loss(states, head, labels, [0.0, 1.0, 1.0])
+    _, losses, accuracies, agreements = naive_loss(states, head, labels)
+    assert_near(fused.exit_losses, losses)
+    torch.testing.assert_close(fused.exit_token_accuracies, accuracies)
+    torch.testing.assert_close(fused.exit_agreements, agreements)
+
+
+@pytest.mark.parametrize("states_need_grad, head_needs_grad", [(True, False), (False, True), (False, False)], ids=str)
+def test_frozen_parts(small_tiles, states_need_grad, head_needs_grad):
+    states, head, labels = make_inputs()
+    for tensor, needed in [*((s, states_need_grad) for s in states), (head.weight, head_needs_grad)]:
+        tensor.requires_grad_(needed)
+    fused, (loss, *_) = multi_exit_loss(states, head, labels), naive_loss(states, head, labels)
+    assert_near(fused.loss, loss)
+    assert fused.loss.requires_grad == loss.requires_grad
+    needed = [tensor for tensor in (*states, head.weight) if tensor.requires_grad]
+    if needed:
+        for actual, expected in zip(gradients(fused.loss, needed), gradients(loss, needed), strict=True):
+            assert_near(actual, expected)
+
+
+def test_some_states_without_grad(small_tiles):
+    states, head, labels = make_inputs()
+    states[1].requires_grad_(False)
+    tensors = (states[0], states[2], head.weight)
+    fused = gradients(multi_exit_loss(states, head, labels).loss, tensors)
+    for actual, expected in zip(fused, gradients(naive_loss(states, head, labels)[0], tensors), strict=True):
+        assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad(mode):
+    states, head, labels = make_inputs()
+    expected = naive_loss(states, head, labels)
+    with mode():
+        fused = multi_exit_loss(states, head, labels)
+    assert not fused.loss.requires_grad
+    assert_near(fused.loss, expected[0].detach())
+
+
+def test_no_labelled_token():
+    states, head, _ = make_inputs()
+    states = [states_[:0] for states_ in states]
+    fused = multi_exit_loss(states, head, torch.empty(0, dtype=torch.long))
+    for value in (fused.loss, fused.exit_losses, fused.exit_token_accuracies, fused.exit_agreements):
+        assert value.eq(0).all()
+    (grad,) = gradients(fused.loss, (head.weight,))
+    assert grad.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ({"reduction": "none"}, "reduction"),
+        ({"loss_type": "focal"}, "loss_type"),
+        ({"label_smoothing": -0.1}, "label_smoothing"),
+        ({"label_smoothing": 1.1}, "label_smoothing"),
+        ({"label_smoothing": float("nan")}, "label_smoothing"),
+        ({"label_smoothing": 0.1, "loss_type": "dft"}, "label_smoothing"),
+    ],
+)
+def test_wrong_arguments(arguments, named):
+    with pytest.raises(ValueError, match=f"`{named}` must be"):
+        multi_exit_loss(*make_inputs(), **arguments)
+
+
+# Accumulation
+
+
+def test_two_forwards_accumulate():
+    """Two micro-batches divided by the same number of tokens are one large batch."""
+    states, head, labels = make_inputs()
+    loss, *_ = naive_loss(states, head, labels)
+    expected = gradients(loss, (*states, head.weight))
+    for part in (slice(0, 5), slice(5, None)):
+        multi_exit_loss([s[part] for s in states], head, labels[part], num_items_in_batch=13).loss.backward()
+    for actual, reference in zip((*states, head.weight), expected, strict=True):
+        assert_near(actual.grad, reference)
+
+
+def test_two_forwards_before_two_backwards():
+    """Each forward has gradients of its own."""
+    states, head, labels = make_inputs()
+    expected = gradients(naive_loss(states, head, labels)[0], (*states, head.weight))
+    first, second = multi_exit_loss(states, head, labels), multi_exit_loss(states, head, labels)
+    first.loss.backward()
+    after_one = [tensor.grad.clone() for tensor in (*states, head.weight)]
+    second.loss.backward()
+    for tensor, once, reference in zip((*states, head.weight), after_one, expected, strict=True):
+        assert_near(once, reference)
+        assert_near(tensor.grad, 2 * reference)
+
+
+def test_backward_twice_is_refused():
+    states, head, labels = make_inputs()
+    loss = multi_exit_loss(states, head, labels).loss
+    loss.backward(retain_graph=True)
+    grads = [tensor.grad.clone() for tensor in (*states, head.weight)]
+    with pytest.raises(RuntimeError, match="a single time"):
+        loss.backward()
+    for tensor, grad in zip((*states, head.weight), grads, strict=True):
+        torch.testing.assert_close(tensor.grad, grad, rtol=0, atol=0)
+
+
+# Heads that are no plain linear layer
+
+
+def lora_head(head, dropout=0.0):
+    model = nn.ModuleDict({"lm_head": head})
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, lora_dropout=dropout)
+    return inject_adapter_in_model(config, model)["lm_head"]
+
+
+def biased_head(head):
+    biased = nn.Linear(head.in_features, head.out_features)
+    biased.weight.data.copy_(head.weight.data)
+    return biased
+
+
+@pytest.mark.parametrize("make_head", [lora_head, biased_head], ids=["lora", "bias"])
+@pytest.mark.parametrize("options", [{}, {"loss_type": "dft"}, {"label_smoothing": 0.2}], ids=str)
+def test_other_heads(small_tiles, make_head, options):
+    torch.manual_seed(0)
+    states, head, labels = make_inputs()
+    head = make_head(head)
+    params = [param for param in head.parameters() if param.requires_grad]
+    assert len(params) == 2  # A and B, or weight and bias
+    fused = multi_exit_loss(states, head, labels, [1.0, 0.0, 0.5], **options)
+    loss, losses, *_ = naive_loss(states, head, labels, [1.0, 0.0, 0.5], **options)
+    assert_near(fused.exit_losses, losses)
+    tensors = (*states, *params)
+    for actual, expected in zip(gradients(fused.loss, tensors), gradients(loss, tensors), strict=True):
+        assert_near(actual, expected)
+
+
+def test_hooked_head_is_called(small_tiles):
+    """A head whose weight some hook brings in (accelerate's offloading) is called, not read."""
+    states, head, labels = make_inputs()
+    expected = naive_loss(states, head, labels)[0]
+    grads = gradients(expected, states)
+    weight, head.weight = head.weight, nn.Parameter(torch.empty(head.weight.shape, device="meta"), requires_grad=False)
+    head._hf_hook = object()
+    head.forward = lambda x: F.linear(x, weight.detach())
+    fused = multi_exit_loss(states, head, labels)
+    assert_near(fused.loss, expected)
+    for actual, reference in zip(gradients(fused.loss, states), grads, strict=True):
+        assert_near(actual, reference)
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_dtensor_head(mesh, small_tiles):
+    states, head, labels = make_inputs()
+    loss, *_ = naive_loss(states, head, labels)
+    expected = gradients(loss, (*states, head.weight))
+    head.weight = nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+    fused = multi_exit_loss(states, head, labels)
+    fused.loss.backward()
+    assert_near(fused.loss, loss)
+    for actual, reference in zip((*states, head.weight), expected, strict=True):
+        grad = actual.grad.full_tensor() if actual is head.weight else actual.grad
+        assert_near(grad, reference)
+
+
+FSDP_SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, init_device_mesh
+from tests.tiny import tiny_sorted
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+for tied in (True, False):
+    input_ids = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(0))
+    whole = tiny_sorted(tie_word_embeddings=tied)
+    whole(input_ids=input_ids, labels=input_ids).loss.backward()
+    sharded = tiny_sorted(tie_word_embeddings=tied)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    row = input_ids[rank : rank + 1]
+    loss = sharded(input_ids=row, labels=row).loss  # FSDP averages the gradients of the ranks' rows
+    loss.backward()
+    for (name, param), reference in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+        assert isinstance(param, DTensor), name
+        torch.testing.assert_close(param.grad.full_tensor(), reference.grad, rtol=1e-4, atol=1e-5, msg=name)
+print("equal")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_fsdp2_of_two_processes(tmp_path):
+    root = str(Path(__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FSDP_SCRIPT, str(rank), str(tmp_path / "store")],
+            env=env,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    for rank, output in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, output
+        assert "equal" in output
+
+
+# Precision
+
+
+def bf16_weights(states, head):
+    states = [s.detach().bfloat16().requires_grad_(True) for s in states]
+    return states, head.bfloat16(), torch.autocast("cpu", enabled=False)
+
+
+def bf16_autocast(states, head):
+    return states, head, torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("setting", [bf16_weights, bf16_autocast])
+@pytest.mark.parametrize("make_head", [lambda head: head, lora_head], ids=["linear", "lora"])
+def test_bf16_is_close_to_fp32(small_tiles, setting, make_head):
+    torch.manual_seed(0)
+    states, head, labels = make_inputs()
+    head = make_head(head)
+    params = [param for param in head.parameters() if param.requires_grad]
+    loss, losses, *_ = naive_loss(states, head, labels)
+    expected = gradients(loss, (*states, *params))
+    states, head, context = setting(states, head)
+    with context:
+        fused = multi_exit_loss(states, head, labels)
+    assert fused.loss.dtype == fused.exit_losses.dtype == torch.float32
+    assert_near(fused.exit_losses, losses, 2e-2)
+    params = [param for param in head.parameters() if param.requires_grad]
+    fused.loss.backward()
+    for tensor, reference in zip((*states, *params), expected, strict=True):
+        assert tensor.grad.dtype == tensor.dtype
+        assert_near(tensor.grad, reference, 5e-2)
+
+
+def test_bf16_statistics_are_fp32():
+    """Sums over many tokens do not round to bf16: the mean of 4,096 equal losses is that loss."""
+    states = [torch.ones(4096, 4, dtype=torch.bfloat16)]
+    head = nn.Linear(4, 3, bias=False, dtype=torch.bfloat16)
+    nn.init.zeros_(head.weight)
+    fused = multi_exit_loss(states, head, torch.zeros(4096, dtype=torch.long))
+    assert_near(fused.exit_losses, torch.tensor([3.0]).log())
+
+
+# Memory
+
+
+class _Memory(TorchDispatchMode):
+    """Peak bytes of the storages that operations make, and how many were of a given shape."""
+
+    def __init__(self, shape=None):
+        self.shape, self.num_of_shape, self.live, self.peak = shape, 0, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
+        self.live = {pointer: entry for pointer, entry in self.live.items() if not entry[0].expired()}
+        for tensor in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known and storage.data_ptr() not in self.live:
+                self.live[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+                self.num_of_shape += tuple(tensor.shape) == self.shape
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.live.values()))
+        return outputs
+
+
+VOCAB, HIDDEN, ROWS = 1000, 8, 16
+TILE = 4 * VOCAB * ROWS
+
+
+def measure(num_exits, num_tokens, make_head=lambda head: head, **options):
+    states, head, labels = make_inputs(num_tokens, HIDDEN, VOCAB, num_exits)
+    head = make_head(head)
+    with _Memory((VOCAB, HIDDEN)) as memory:
+        fused = multi_exit_loss(states, head, labels, **options)
+        fused.loss.backward()
+    return memory
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "dft"}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("num_exits, num_tokens", [(1, 100), (4, 100), (8, 400)])
+def test_memory_is_one_tile_and_one_head_gradient(monkeypatch, num_exits, num_tokens, options):
+    monkeypatch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", TILE)
+    memory = measure(num_exits, num_tokens, **options)
+    assert memory.num_of_shape == 1
+    state_gradients = 4 * num_tokens * HIDDEN * num_exits
+    small = 64 * num_tokens + 64 * ROWS * HIDDEN  # columns of a tile, the exits' greedy tokens
+    assert TILE < memory.peak <= TILE + 4 * VOCAB * HIDDEN + state_gradients + small
+
+
+def test_memory_does_not_grow_with_exits_for_a_called_head(monkeypatch):
+    monkeypatch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", TILE)
+    one, many = (measure(num_exits, 100, lora_head).peak for num_exits in (1, 8))
+    assert many - one < TILE / 2
+
+
+# The whole model
+
+
+def make_batch(seed=0, batch_size=2, length=12):
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, 259, (batch_size, length), generator=generator)
+    labels = input_ids.clone()
+    labels[:, :2] = -100  # prompts
+    labels[0, 7] = -100
+    return input_ids, labels
+
+
+def naive_model_loss(llama, input_ids, labels, exits, num_items=None, **kwargs):
+    """SoFT's losses of transformers' own Llama: the hidden states it returns, through its norm and head."""
+    outputs = llama(input_ids=input_ids, output_hidden_states=True)
+    depth = llama.config.num_hidden_layers
+    states = [outputs.hidden_states[k] if k == depth else llama.model.norm(outputs.hidden_states[k]) for k in exits]
+    shifted = labels[:, 1:]
+    kept = shifted != -100
+    return naive_loss([s[:, :-1][kept] for s in states], llama.lm_head, shifted[kept], num_items=num_items, **kwargs)
+
+
+MODELS = [
+    {"tie_word_embeddings": True},
+    {"tie_word_embeddings": False},
+    {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+]
+
+
+@pytest.mark.parametrize("overrides", MODELS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"exit_loss_weights": [0.5, 0.0, 2.0], "exit_loss_reduction": "mean"},
+        {"loss_type": "dft"},
+        {"label_smoothing": 0.1},
+        {"num_items_in_batch": 40},
+    ],
+    ids=str,
+)
+def test_model_gradients(monkeypatch, overrides, options):
+    """Embeddings, layers, norm and head get the gradients of the naive sum."""
+    monkeypatch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", 4 * 259 * 7)
+    model = tiny_sorted(**overrides)
+    reference = reference_llama(model, 4)
+    input_ids, labels = make_batch()
+    outputs = model(input_ids=input_ids, labels=labels, **options)
+    names = {
+        "exit_loss_weights": "weights",
+        "exit_loss_reduction": "reduction",
+        "num_items_in_batch": "num_items",
+    }
+    naive_options = {names.get(name, name): value for name, value in options.items()}
+    loss, losses, accuracies, agreements = naive_model_loss(reference, input_ids, labels, [1, 2, 4], **naive_options)
+
+    assert_near(outputs.loss, loss)
+    assert_near(outputs.exit_losses, losses)
+    torch.testing.assert_close(outputs.exit_token_accuracies, accuracies)
+    torch.testing.assert_close(outputs.exit_agreements, agreements)
+    outputs.loss.backward()
+    loss.backward()
+    expected = dict(reference.named_parameters())
+    for name, param in model.named_parameters():
+        assert_near(param.grad, expected[name].grad, 2e-5)
+
+
+def test_model_loss_is_the_sum_of_the_exits_alone():
+    model = tiny_sorted()
+    input_ids, labels = make_batch()
+    summed = model(input_ids=input_ids, labels=labels)
+    alone = torch.stack([model(input_ids=input_ids, labels=labels, exit_layer=k).loss for k in (1, 2, 4)])
+    assert_near(summed.exit_losses, alone)
+    assert_near(summed.loss, alone.sum())
+
+
+@pytest.mark.parametrize("train_mode", [True, False])
+@pytest.mark.parametrize("skip_logits", [None, True, False])
+def test_logits_beside_the_loss(train_mode, skip_logits):
+    model = tiny_sorted().train(train_mode)
+    input_ids, labels = make_batch()
+    logits = model(input_ids=input_ids, labels=labels, skip_logits=skip_logits).logits
+    if skip_logits or (skip_logits is None and train_mode):
+        assert logits is None
+    else:
+        torch.testing.assert_close(logits, reference_llama(model, 4)(input_ids=input_ids).logits)
+
+
+@pytest.mark.parametrize("exit_layers", [[4], [1, 4], None])
+def test_exit_layers_of_the_call_and_none(exit_layers):
+    """`exit_layers` of the call go before the config's; without any the loss is Llama's."""
+    model = tiny_sorted(exit_layers=None if exit_layers is None else (1, 2, 4))
+    input_ids, labels = make_batch()
+    outputs = model(input_ids=input_ids, labels=labels, exit_layers=exit_layers)
+    reference = reference_llama(model, 4)
+    if exit_layers is None:
+        assert outputs.exit_losses is None
+        torch.testing.assert_close(outputs.loss, reference(input_ids=input_ids, labels=labels).loss)
+    else:
+        assert_near(outputs.loss, naive_model_loss(reference, input_ids, labels, exit_layers)[0])
+
+
+def test_accumulation_equals_one_large_batch():
+    model = tiny_sorted()
+    input_ids, labels = make_batch(batch_size=4)
+    labels[2, 3:] = -100  # micro-batches with different numbers of labelled tokens
+    num_items = (labels[:, 1:] != -100).sum()
+    naive, *_ = naive_model_loss(reference := reference_llama(model, 4), input_ids, labels, [1, 2, 4])
+    naive.backward()
+    for rows in (slice(0, 1), slice(1, 4)):
+        model(input_ids=input_ids[rows], labels=labels[rows], num_items_in_batch=num_items).loss.backward()
+    for param, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert_near(param.grad, expected.grad, 2e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_labels_masked(tied):
+    model = tiny_sorted(tie_word_embeddings=tied).train()
+    input_ids, labels = make_batch()
+    outputs = model(input_ids=input_ids, labels=torch.full_like(labels, -100))
+    assert outputs.loss.item() == 0
+    assert outputs.exit_losses.eq(0).all()
+    outputs.loss.backward()
+    assert all(param.grad is None or param.grad.eq(0).all() for param in model.parameters())
+
+
+def test_shift_labels():
+    model = tiny_sorted()
+    input_ids, labels = make_batch()
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    expected = model(input_ids=input_ids, labels=labels)
+    outputs = model(input_ids=input_ids, labels=labels, shift_labels=shifted)
+    torch.testing.assert_close(outputs.exit_losses, expected.exit_losses)
+
+
+@pytest.mark.parametrize("frozen", ["lm_head", "model"])
+def test_model_partly_frozen(frozen):
+    model = tiny_sorted(tie_word_embeddings=False)
+    model.get_submodule(frozen).requires_grad_(False)
+    reference = reference_llama(model, 4)
+    input_ids, labels = make_batch()
+    model(input_ids=input_ids, labels=labels).loss.backward()
+    naive_model_loss(reference, input_ids, labels, [1, 2, 4])[0].backward()
+    expected = dict(reference.named_parameters())
+    for name, param in model.named_parameters():
+        if name.startswith(frozen):
+            assert param.grad is None
+        else:
+            assert_near(param.grad, expected[name].grad, 2e-5)
+
+
+def test_model_with_lora_on_the_head():
+    torch.manual_seed(0)
+    model = tiny_sorted(tie_word_embeddings=False)
+    reference = reference_llama(model, 4)
+    config = LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    for llama in (model, reference):
+        inject_adapter_in_model(config, llama)
+    reference.load_state_dict(model.state_dict())
+    input_ids, labels = make_batch()
+    outputs = model(input_ids=input_ids, labels=labels)
+    loss, losses, *_ = naive_model_loss(reference, input_ids, labels, [1, 2, 4])
+    assert_near(outputs.exit_losses, losses)
+    outputs.loss.backward()
+    loss.backward()
+    expected = dict(reference.named_parameters())
+    trained = [name for name, param in model.named_parameters() if param.requires_grad]
+    assert any("lm_head" in name for name in trained)
+    for name, param in model.named_parameters():
+        if name in trained:
+            assert_near(param.grad, expected[name].grad, 2e-5)
+
+
+def test_model_bf16_autocast_is_close_to_fp32():
+    model = tiny_sorted(initializer_range=0.05)
+    input_ids, labels = make_batch()
+    expected = model(input_ids=input_ids, labels=labels)
+    expected.loss.backward()
+    grads = [param.grad.clone() for param in model.parameters()]
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(input_ids=input_ids, labels=labels)
+    outputs.loss.backward()
+    assert outputs.loss.dtype == torch.float32
+    assert_near(outputs.exit_losses, expected.exit_losses, 2e-2)
+    for param, grad in zip(model.parameters(), grads, strict=True):
+        assert param.grad.dtype == torch.float32
+        assert_near(param.grad, grad, 0.1)
