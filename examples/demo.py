@@ -173,7 +173,9 @@ def main() -> None:
         f"  checkpoint  {final}\n  plot        {plot_path}\n  numbers     {state_file}\n\nNext:\n"
         f"  .venv/bin/python examples/evaluate.py {final}\n"
         f"  .venv/bin/python examples/train.py --model_name_or_path {final} --dataset_name my.jsonl\n"
-        f"  .venv/bin/transformers chat {final} --trust-remote-code"
+        f'  .venv/bin/python -c "from transformers import pipeline; '
+        f"print(pipeline('text-generation', '{final}', trust_remote_code=True, exit_layer={exits[1]})"
+        "('The capital of Peru is Lima. Question: What is the capital of Peru? Answer:'))\""
     )
 
 

@@ -15,6 +15,10 @@ AUTO_MAP = {
 }
 
 
+# What this config adds to Llama's
+SORTED_FIELDS = ("exit_layers", "exit_layer", "exit_loss_weights")
+
+
 def check_exit_layer(exit_layer: Any, num_hidden_layers: int, name: str = "exit_layer") -> int:
     """
     Check one exit layer.
@@ -174,11 +178,7 @@ class SortedLlamaConfig(LlamaConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         # The depth fields depend on one another, so overrides must be there at construction, where they are checked
-        overrides = {
-            name: kwargs.pop(name)
-            for name in ("num_hidden_layers", "exit_layers", "exit_layer", "exit_loss_weights")
-            if name in kwargs
-        }
+        overrides = {name: kwargs.pop(name) for name in ("num_hidden_layers", *SORTED_FIELDS) if name in kwargs}
         config_dict = {key: value for key, value in config_dict.items() if key != "model_type"}
         if "num_hidden_layers" in overrides:
             config_dict = _cut_exits(config_dict, overrides["num_hidden_layers"])
@@ -199,7 +199,7 @@ class SortedLlamaConfig(LlamaConfig):
             ValueError: If `num_hidden_layers` is not an integer from 1 to the number of layers.
         """
         fields = self.to_dict()
-        for name in ("model_type", "auto_map", "architectures", "exit_layers", "exit_layer", "exit_loss_weights"):
+        for name in ("model_type", "auto_map", "architectures", *SORTED_FIELDS):
             fields.pop(name, None)
         if num_hidden_layers is not None:
             fields["num_hidden_layers"] = check_exit_layer(

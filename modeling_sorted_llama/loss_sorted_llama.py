@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
 
 # Size of the one float32 tile of logits. On a CPU 64 MiB already keep the matrix products near their peak; an
@@ -85,14 +84,7 @@ def multi_exit_loss(
     Raises:
         ValueError: If `reduction`, `loss_type` or `label_smoothing` is none of the above.
     """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
-    if loss_type not in ("nll", "dft"):
-        raise ValueError(f"`loss_type` must be 'nll' or 'dft', got {loss_type!r}.")
-    if not 0.0 <= label_smoothing <= 1.0 or (label_smoothing and loss_type == "dft"):
-        raise ValueError(
-            f"`label_smoothing` must be from 0 to 1, and 0 with `loss_type='dft'`, got {label_smoothing!r}."
-        )
+    check_loss_options(reduction, loss_type, label_smoothing)
     weights = [1.0] * len(hidden_states) if exit_loss_weights is None else list(exit_loss_weights)
     if reduction == "mean":
         weights = [weight / len(weights) for weight in weights]
@@ -125,6 +117,23 @@ def multi_exit_loss(
             *head_params,
         )
     return MultiExitLossOutput(loss, *statistics)
+
+
+def check_loss_options(reduction: str, loss_type: str, label_smoothing: float) -> None:
+    """
+    Check the options of [`multi_exit_loss`]; see there for what they mean.
+
+    Raises:
+        ValueError: If an option has a value that is not allowed.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"The reduction over the exits must be 'sum' or 'mean', got {reduction!r}.")
+    if loss_type not in ("nll", "dft"):
+        raise ValueError(f"`loss_type` must be 'nll' or 'dft', got {loss_type!r}.")
+    if not 0.0 <= label_smoothing <= 1.0 or (label_smoothing and loss_type == "dft"):
+        raise ValueError(
+            f"`label_smoothing` must be from 0 to 1, and 0 with `loss_type='dft'`, got {label_smoothing!r}."
+        )
 
 
 class _MultiExitLoss(torch.autograd.Function):
@@ -282,7 +291,7 @@ def _linear_weight(lm_head: nn.Module) -> torch.Tensor | None:
         or weight.shape != (lm_head.out_features, lm_head.in_features)
     ):
         return None
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # a DTensor under FSDP
 
 
 def _gathered(lm_head: nn.Module):

@@ -23,15 +23,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_sorted_llama import (
     AUTO_MAP,
+    SORTED_FIELDS,
     SortedLlamaConfig,
     check_exit_layer,
     check_exit_layers,
     check_exit_loss_weights,
 )
-from .loss_sorted_llama import MultiExitLossOutput, multi_exit_loss
+from .loss_sorted_llama import MultiExitLossOutput, check_loss_options, multi_exit_loss
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.modeling_sorted_llama")  # transformers' verbosity applies to it
 
 # transformers 5.24 renamed `past_key_values` to `cache`, everywhere at once
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -121,6 +122,10 @@ class _SavesRemoteCode:
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         # A checkpoint loaded from the Hub names the repository of its code here; the new folder has its own
         self.config.auto_map = dict(AUTO_MAP)
+        generation_config: Any = getattr(self, "generation_config", None)
+        if hasattr(generation_config, "exit_layer"):
+            # Loading drops the fields that transformers does not know where this flag is set
+            generation_config._from_model_config = False
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
 
@@ -286,6 +291,22 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, gguf_file: str | None = None, **kwargs: Any):
+        """
+        Load a sorted model, or any Llama as one: see [`~transformers.PreTrainedModel.from_pretrained`]. The fields of
+        [`SortedLlamaConfig`] are keyword arguments (`exit_layers=[...]`, `exit_layer=k`), and `num_hidden_layers=k`
+        reads only the first `k` layers.
+        """
+        if gguf_file is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # transformers finds the tensors of a GGUF file by the model type, and knows Llama's
+        fields = {name: kwargs.pop(name) for name in SORTED_FIELDS if name in kwargs}
+        loaded = LlamaForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, gguf_file=gguf_file, **kwargs)
+        if isinstance(loaded, tuple):  # `output_loading_info=True`
+            return cls.from_llama(loaded[0], **fields), loaded[1]
+        return cls.from_llama(loaded, **fields)
+
     @_takes_either_cache_name
     @can_return_tuple
     def forward(
@@ -326,10 +347,11 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
 
         Raises:
             ValueError: If an exit is out of range, if both `exit_layer` and `exit_layers` are passed, if `exit_layers`
-                comes without `labels`, or if `cache` was filled by a shallower run.
+                comes without `labels` or an argument of the SoFT loss without exits, or if `cache` was filled by a
+                shallower run.
         """
         exits = self._loss_exits(exit_layer, exit_layers, labels)
-        loss_arguments = {} if exits is None else self._pop_loss_arguments(kwargs, exits)
+        loss_arguments = self._pop_loss_arguments(kwargs, exits)
 
         outputs: SortedModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -385,18 +407,32 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             exit_layers = self.config.exit_layers
         return None if exit_layers is None else check_exit_layers(exit_layers, self.config.num_hidden_layers)
 
-    def _pop_loss_arguments(self, kwargs: dict[str, Any], exits: list[int]) -> dict[str, Any]:
+    def _pop_loss_arguments(self, kwargs: dict[str, Any], exits: list[int] | None) -> dict[str, Any]:
         """Take the arguments of the SoFT loss out of `kwargs`; checked here, before any layer runs."""
-        weights = kwargs.pop("exit_loss_weights", None)
+        names = ("exit_loss_weights", "exit_loss_reduction", "loss_type", "label_smoothing")
+        own = {name: kwargs.pop(name, None) for name in names}
+        own = {name: value for name, value in own.items() if value is not None}
+        if exits is None:
+            if own:
+                raise ValueError(
+                    f"{own} are arguments of the SoFT loss: it needs `labels` and `exit_layers` (here or in the "
+                    "config), and no `exit_layer`."
+                )
+            return {}
+        weights = own.get("exit_loss_weights")
         if weights is None and exits == self.config.exit_layers:
             weights = self.config.exit_loss_weights
+        options = {
+            "reduction": own.get("exit_loss_reduction", "sum"),
+            "loss_type": own.get("loss_type", "nll"),
+            "label_smoothing": own.get("label_smoothing", 0.0),
+        }
+        check_loss_options(**options)
         return {
             "exit_loss_weights": None if weights is None else check_exit_loss_weights(weights, len(exits)),
             "shift_labels": kwargs.pop("shift_labels", None),
-            "reduction": kwargs.pop("exit_loss_reduction", "sum"),
             "num_items_in_batch": kwargs.pop("num_items_in_batch", None),
-            "loss_type": kwargs.pop("loss_type", "nll"),
-            "label_smoothing": kwargs.pop("label_smoothing", 0.0),
+            **options,
         }
 
     def _multi_exit_loss(self, exit_hidden_states, labels, shift_labels=None, **loss_arguments) -> MultiExitLossOutput:

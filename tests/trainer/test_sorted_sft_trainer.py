@@ -38,15 +38,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices are several times faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 EXITS = [1, 2, 4]
 WORDS = "a tiny model learns to copy what it reads, one byte after another, until it knows the line by heart".split()
 
