@@ -40,7 +40,7 @@ for name in ("modeling_sorted_llama", "trainer"):
 from transformers import AutoModelForCausalLM, AutoTokenizer
 path, prompt, exit_layer = sys.argv[1], sys.argv[2], int(sys.argv[3])
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 inputs = tokenizer(prompt, return_tensors="pt")
 tokens = model.generate(**inputs, exit_layer=exit_layer, max_new_tokens=12, do_sample=False)
 answer = tokenizer.decode(tokens[0, inputs.input_ids.shape[1]:], skip_special_tokens=True).strip().splitlines()
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--model", default=SMOLLM2, help="model id or path of a Llama")
     parser.add_argument("--data", help="prompt/completion file (TRL's formats); default: the built-in facts")
     parser.add_argument("--output_dir", default="out/demo")
-    parser.add_argument("--max_steps", type=int, default=420)
+    parser.add_argument("--max_steps", type=int, default=400)
     args = parser.parse_args()
     started = time.monotonic()
     logging.set_verbosity_error()
@@ -158,12 +158,12 @@ def main() -> None:
     # 6. The checkpoint, and a process that has only transformers
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
-    write(state_file, {**state, "after": [asdict(r) for r in after]})
     row = as_text(test_rows[:1], tokenizer)[0]
     here = answers(model, tokenizer, [row["prompt"]], exits[0])[0]
     there = reload_elsewhere(final, row["prompt"], exits[0])
     if there != here:
         raise RuntimeError(f"The reloaded checkpoint answers {there!r} at exit {exits[0]}, this process {here!r}.")
+    write(state_file, {**state, "after": [asdict(r) for r in after]})  # finished
     print(
         f"\nReloaded in a process without this project, `AutoModelForCausalLM.from_pretrained('{final}', "
         f"trust_remote_code=True)`, `generate(exit_layer={exits[0]})` answers the same: {there!r}"
