@@ -75,8 +75,11 @@ def main(script_args: ScriptArguments, training_args: SortedSFTConfig, model_arg
         load = f'PeftModel.from_pretrained({base}, "{where}")'
     trainer.accelerator.print(f"The model is in {where}. Generate with its first {trainer.exit_layers[0]} layers:")
     trainer.accelerator.print(f"    {load}.generate(**inputs, exit_layer={trainer.exit_layers[0]})")
-    if hasattr(trainer, "end"):  # since transformers 5.18
-        trainer.end()
+    # As `trainer.end()`, but with the model gone first: gloo can hang where its group dies with DDP's last reference
+    accelerator = trainer.accelerator
+    del trainer
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
