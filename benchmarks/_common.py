@@ -43,13 +43,13 @@ def synchronize() -> None:
 
 
 def in_turns(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    """Seconds of each call in each run: all take turns in every run, so a drifting machine hits them alike."""
+    """Seconds of each call in each run: all take turns, there and back, so that a drifting machine hits them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for run in range(runs + 1):
-        for name, call in calls.items():
+        for name in list(calls) if run % 2 else reversed(calls):
             synchronize()
             start = time.perf_counter()
-            call()
+            calls[name]()
             synchronize()
             if run > 0:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - start)

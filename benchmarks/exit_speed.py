@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--exit_layers", type=int, nargs="+", default=[10, 15, 20, 30])
     parser.add_argument("--prompt_tokens", type=int, default=32)
     parser.add_argument("--new_tokens", type=int, default=48)
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=12)
     parser.add_argument("--small", action="store_true", help="a tiny random model: only checks that it runs")
     args = parser.parse_args()
     exits = [2, 6] if args.small else args.exit_layers
