@@ -76,11 +76,12 @@ class SortedSFTTrainer(SFTTrainer):
         "id": "2309.08968",
         # docstyle-ignore
         "citation": """\
-@inproceedings{valipour2024sorted,
+@inproceedings{kavehzadeh2024sorted,
     title     = {{Sorted LLaMA: Unlocking the Potential of Intermediate Layers of Large Language Models for Dynamic Inference}},
-    author    = {Mojtaba Valipour and Mehdi Rezagholizadeh and Hossein Rajabzadeh and Parsa Kavehzadeh and Marzieh Tahaei and Boxing Chen and Ali Ghodsi},
+    author    = {Parsa Kavehzadeh and Mojtaba Valipour and Marzieh Tahaei and Ali Ghodsi and Boxing Chen and Mehdi Rezagholizadeh},
     year      = 2024,
     booktitle = {Findings of the Association for Computational Linguistics: EACL 2024},
+    pages     = {2129--2145},
     eprint    = {2309.08968},
     archivePrefix = {arXiv}
 }""",  # noqa: E501

@@ -361,6 +361,38 @@ def test_contradictions():
     assert_refused(tiny_sorted(), ["input_ids"], input_ids=inputs["input_ids"], inputs_embeds=torch.zeros(2, 9, 32))
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"exit_loss_weights": [1, 1, 1]},
+        {"exit_loss_reduction": "mean"},
+        {"loss_type": "dft"},
+        {"label_smoothing": 0.1},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+@pytest.mark.parametrize("without", ["exits", "labels", "several exits"])
+def test_arguments_of_the_soft_loss_are_not_ignored_without_one(without, argument):
+    inputs = batch()
+    model = tiny_sorted(exit_layers=None) if without == "exits" else tiny_sorted()
+    if without == "labels":
+        del inputs["labels"]
+    depth = {"exit_layer": 2} if without == "several exits" else {}
+    assert_refused(model, [next(iter(argument)), "`labels`", "`exit_layers`"], **inputs, **depth, **argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "allowed"),
+    [
+        ({"exit_loss_reduction": "none"}, "'sum' or 'mean'"),
+        ({"loss_type": "focal"}, "'nll' or 'dft'"),
+        ({"label_smoothing": 1.5}, "from 0 to 1"),
+    ],
+)
+def test_bad_options_of_the_soft_loss(argument, allowed):
+    assert_refused(tiny_sorted(), [allowed, repr(next(iter(argument.values())))], **batch(), **argument)
+
+
 def test_untrained_exit_warns_once(caplog):
     model = tiny_sorted(num_hidden_layers=7, exit_layers=[3, 7])
     tokens = batch()["input_ids"]
