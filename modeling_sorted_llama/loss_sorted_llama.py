@@ -127,7 +127,7 @@ def check_loss_options(reduction: str, loss_type: str, label_smoothing: float) -
         ValueError: If an option has a value that is not allowed.
     """
     if reduction not in ("sum", "mean"):
-        raise ValueError(f"The `reduction` over the exits must be 'sum' or 'mean', got {reduction!r}.")
+        raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
     if loss_type not in ("nll", "dft"):
         raise ValueError(f"`loss_type` must be 'nll' or 'dft', got {loss_type!r}.")
     if not 0.0 <= label_smoothing <= 1.0 or (label_smoothing and loss_type == "dft"):
