@@ -493,6 +493,8 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         # `generate` keeps unknown fields of a generation config but hands none to `forward`: carry the depth over
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if "cache" in model_kwargs and CACHE_NAME != "cache":  # the new name, on a transformers that knows the old
+            model_kwargs[CACHE_NAME] = model_kwargs.pop("cache")
         exit_layer = model_kwargs.pop("exit_layer", None)
         if hasattr(generation_config, "exit_layer"):
             exit_layer = generation_config.exit_layer if exit_layer is None else exit_layer
