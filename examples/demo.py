@@ -149,7 +149,7 @@ def main() -> None:
     print(f"\nAfter SoFT, one checkpoint (speed: one row, {dtype}, {device})\n{format_table(after)}\n")
     for question in pick_questions(test_rows):
         row = as_text([question], tokenizer)[0]
-        print(f"{row['prompt']}   [{row['task']}; right: {row['completion'].strip()}]")
+        print(f"{row['prompt']}   [{row['task']}; right: {row['answer']}]")
         for exit_layer in exits:
             print(f"    exit {exit_layer:2d}: {answers(model, tokenizer, [row['prompt']], exit_layer)[0]}")
     plot_path = output_dir / "quality_speed.png"

@@ -50,9 +50,21 @@ class ExitResult:
 
 
 def as_text(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """Rows with `prompt` and `completion` as text (chat messages through the template) and a `task`."""
-    texts = [maybe_apply_chat_template(dict(row), tokenizer) for row in rows]
-    return [{**text, "task": row.get("task", "all")} for text, row in zip(texts, rows, strict=True)]
+    """
+    Rows as TRL trains them: `prompt` and `completion` as text, chat messages through the template, plain text with the
+    end-of-text token behind it; beside them the `answer` without special tokens, and a `task`.
+    """
+    texts = []
+    for row in rows:
+        text = maybe_apply_chat_template({"prompt": row["prompt"], "completion": row["completion"]}, tokenizer)
+        if isinstance(row["completion"], str):
+            text["completion"] += tokenizer.eos_token
+        elif tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+            text["prompt"] = text["prompt"].removeprefix(tokenizer.bos_token)  # the tokenizer adds it itself
+        answer = tokenizer(text["completion"], add_special_tokens=False)["input_ids"]
+        answer = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        texts.append({**text, "answer": answer, "task": row.get("task", "all")})
+    return texts
 
 
 @torch.inference_mode()
@@ -100,7 +112,7 @@ def exit_losses(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         prompts = [tokenizer(row["prompt"])["input_ids"] for row in batch]
-        whole = [tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"] for row in batch]
+        whole = [tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in batch]
         padded = tokenizer.pad({"input_ids": whole}, padding_side="right", return_tensors="pt")
         labels = padded["input_ids"].clone()
         for row, (prompt, tokens) in enumerate(zip(prompts, whole, strict=True)):
@@ -142,7 +154,7 @@ def decoding_speed(
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
-            )  # the tokens come back to the host: no further synchronisation is needed
+            ).cpu()
             if run > 0:  # the first is a warm-up
                 seconds[exit_layer].append(time.perf_counter() - start)
     return [new_tokens / statistics.median(seconds[exit_layer]) for exit_layer in exits]
@@ -174,7 +186,7 @@ def evaluate_exits(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     rows = as_text(rows, tokenizer)
-    prompts, wanted = [row["prompt"] for row in rows], [row["completion"].strip() for row in rows]
+    prompts, wanted = [row["prompt"] for row in rows], [row["answer"] for row in rows]
     longest = max(len(tokenizer(text)["input_ids"]) for text in wanted) + 1
     losses = exit_losses(model, tokenizer, rows, exits)
     speeds = decoding_speed(model, tokenizer, prompts[0], exits)
