@@ -2,7 +2,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .cache_sorted_llama import SortedCache
 from .configuration_sorted_llama import SortedLlamaConfig
+from .generation_sorted_llama import DraftStatistics, SortedGenerateOutput
 from .loss_sorted_llama import MultiExitLossOutput, multi_exit_loss
 from .modeling_sorted_llama import (
     SortedCausalLMOutputWithPast,
@@ -17,8 +19,11 @@ AutoModel.register(SortedLlamaConfig, SortedLlamaModel, exist_ok=True)
 AutoModelForCausalLM.register(SortedLlamaConfig, SortedLlamaForCausalLM, exist_ok=True)
 
 __all__ = [
+    "DraftStatistics",
     "MultiExitLossOutput",
+    "SortedCache",
     "SortedCausalLMOutputWithPast",
+    "SortedGenerateOutput",
     "SortedLlamaConfig",
     "SortedLlamaForCausalLM",
     "SortedLlamaModel",

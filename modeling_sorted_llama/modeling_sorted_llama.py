@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_sorted_llama import CACHE_NAME, SortedCache, is_sorted_cache
 from .configuration_sorted_llama import (
     AUTO_MAP,
     SORTED_FIELDS,
@@ -29,13 +29,11 @@ from .configuration_sorted_llama import (
     check_exit_layers,
     check_exit_loss_weights,
 )
+from .generation_sorted_llama import SORTED_GENERATION_FIELDS, choose_decoding, decode, read_decoding_fields
 from .loss_sorted_llama import MultiExitLossOutput, check_loss_options, multi_exit_loss
 
 
 logger = logging.get_logger("transformers.modeling_sorted_llama")  # transformers' verbosity applies to it
-
-# transformers 5.24 renamed `past_key_values` to `cache`, everywhere at once
-CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 if CACHE_NAME == "cache":
     _takes_either_cache_name = deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")
@@ -123,7 +121,7 @@ class _SavesRemoteCode:
         # A checkpoint loaded from the Hub names the repository of its code here; the new folder has its own
         self.config.auto_map = dict(AUTO_MAP)
         generation_config: Any = getattr(self, "generation_config", None)
-        if hasattr(generation_config, "exit_layer"):
+        if any(hasattr(generation_config, name) for name in SORTED_GENERATION_FIELDS):
             # Loading drops the fields that transformers does not know where this flag is set
             generation_config._from_model_config = False
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
@@ -169,8 +167,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
                 f"`exit_layer={exit_layer}` is not among the exits that this checkpoint was trained for "
                 f"(`exit_layers={trained}`): expect poor output until it is fine-tuned with that exit."
             )
-        # transformers' own early-exit drafting lowers `num_hidden_layers` while it drafts
-        return min(exit_layer, self.config.num_hidden_layers)
+        return exit_layer
 
     @_takes_either_cache_name
     @merge_with_config_defaults
@@ -185,6 +182,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         use_cache: bool | None = None,
         exit_layer: int | None = None,
         exit_layers: Sequence[int] | None = None,
+        cache_rows: list[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SortedModelOutputWithPast:
         r"""
@@ -196,9 +194,15 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
                 Number of layers to run. Defaults to `config.exit_layer`, then to all.
             exit_layers (`list[int]`, *optional*):
                 Layers after which to keep the hidden states, ascending, within the depth that runs.
+            cache_rows (`list[int]`, *optional*):
+                With a [`SortedCache`], the rows of the cache that the rows of this input are, ascending. Default to
+                all.
 
         Returns:
-            [`SortedModelOutputWithPast`]: `last_hidden_state` is the normed output of the last layer that ran.
+            [`SortedModelOutputWithPast`]: `last_hidden_state` is the normed output of the last layer that ran. With a
+            [`SortedCache`], tokens that were pending below `exit_layer` are taken along and come before the new ones;
+            an input of no tokens takes along what is pending and nothing else. Where rows had different numbers of
+            tokens pending, the newest are in the last columns.
 
         Raises:
             ValueError: If `exit_layer` or `exit_layers` is out of range, or if `cache` was filled by a shallower run.
@@ -210,6 +214,18 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+
+        if is_sorted_cache(cache):
+            states = self._run_segments(
+                inputs_embeds, attention_mask, position_ids, cache, depth, kept, cache_rows, **kwargs
+            )
+            return SortedModelOutputWithPast(
+                last_hidden_state=self.norm(states[-1]),
+                exit_hidden_states=tuple(states[:-1]) or None,
+                **{CACHE_NAME: cache},
+            )
+        if cache_rows is not None:
+            raise ValueError("`cache_rows` chooses rows of a `SortedCache`: pass one as `cache`.")
 
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -254,6 +270,47 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
             exit_hidden_states=tuple(exit_hidden_states) or None,
             **cache_argument,
         )
+
+    def _run_segments(
+        self, inputs_embeds, attention_mask, position_ids, cache, depth, kept, cache_rows, **kwargs: Any
+    ) -> list[torch.Tensor]:
+        """Walk up to `depth`, taking along what is pending; the states after the layers `kept` and the last."""
+        if cache_rows is not None and cache_rows == list(range(len(cache.lengths))):
+            cache_rows = None
+        segments = cache.segments(depth, cache_rows)
+        hidden_states = inputs_embeds
+        block = cache.append(inputs_embeds, position_ids, attention_mask, cache_rows)
+        entered, kept_states = None, []
+        try:
+            for first, last in segments:
+                hidden_states, block = cache.enter(first, hidden_states, block)
+                if block.width == 0:
+                    continue
+                if block is not entered:
+                    entered = block
+                    position_ids = cache.position_ids(block)
+                    position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+                    causal_mask = cache.attention_mask(block, self.config, hidden_states)
+                for layers_run, decoder_layer in enumerate(self.layers[first:last], start=first + 1):
+                    hidden_states = decoder_layer(
+                        hidden_states,
+                        attention_mask=causal_mask,
+                        position_embeddings=position_embeddings,
+                        position_ids=position_ids,
+                        use_cache=True,
+                        **{CACHE_NAME: cache},
+                        **kwargs,
+                    )
+                    if layers_run in kept:
+                        kept_states.append(block.align_right(hidden_states))
+                cache.leave(first, last, block)
+        except BaseException:
+            # States on their way up are lost: keep the tokens that every layer they passed agrees on
+            cache.rollback([min(block.starts)] * len(cache.lengths))
+            raise
+        if depth < len(self.layers) and block.width > 0:
+            cache.suspend(depth, hidden_states, block)
+        return [*kept_states, block.align_right(hidden_states)]
 
 
 class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
@@ -488,32 +545,63 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             raise TypeError(f"`model` must be a LlamaForCausalLM, got {type(model).__name__}.")
         return _share_modules(model, cls, SortedLlamaConfig.from_llama(model.config, **kwargs))
 
-    # `generate`: the three methods of `GenerationMixin` that know of the depth. Everything else is transformers' own.
+    # `generate`: the methods of `GenerationMixin` that know of the depth. Everything else is transformers' own.
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         # `generate` keeps unknown fields of a generation config but hands none to `forward`: carry the depth over
+        fields = read_decoding_fields(self, generation_config, kwargs)
+        if fields["num_assistant_tokens"] == "auto":
+            kwargs["num_assistant_tokens"] = None  # a number to transformers
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if "cache" in model_kwargs and CACHE_NAME != "cache":  # the new name, on a transformers that knows the old
             model_kwargs[CACHE_NAME] = model_kwargs.pop("cache")
-        exit_layer = model_kwargs.pop("exit_layer", None)
-        if hasattr(generation_config, "exit_layer"):
-            exit_layer = generation_config.exit_layer if exit_layer is None else exit_layer
-            del generation_config.exit_layer  # an assistant model is given this config: it has its own depth
-        if exit_layer is None:
-            exit_layer = self.config.exit_layer
-        if exit_layer is not None:
-            model_kwargs["exit_layer"] = check_exit_layer(exit_layer, len(self.model.layers))
+        for name in SORTED_GENERATION_FIELDS:  # an assistant model is given this config: it has its own depth
+            model_kwargs.pop(name, None)
+            if hasattr(generation_config, name):
+                delattr(generation_config, name)
+        decoding = choose_decoding(self, generation_config, fields)
+        if decoding is not None:
+            generation_config.sorted_decoding = decoding
+            generation_config.assistant_early_exit = generation_config.prompt_lookup_num_tokens = None
+        elif fields["exit_layer"] is not None:
+            model_kwargs["exit_layer"] = fields["exit_layer"]
         return generation_config, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
         given = model_kwargs.get(CACHE_NAME)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
-        depth = min(model_kwargs.get("exit_layer") or len(self.model.layers), self.config.num_hidden_layers)
-        if given is not None:
+        depth = model_kwargs.get("exit_layer") or len(self.model.layers)
+        if hasattr(generation_config, "sorted_decoding"):
+            if given is None:
+                kind = generation_config.cache_implementation
+                length = generation_config.max_length if kind == "static" else 0
+                model_kwargs[CACHE_NAME] = SortedCache(length, offloading=kind == "offloaded")
+        elif given is not None:
             check_cache_depth(given, depth, synchronize=True)
         elif isinstance(cache, Cache):
             del cache.layers[depth:]  # keys and values of the layers that run, and no more
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **kwargs,
+    ):
+        decoding = getattr(generation_config, "sorted_decoding", None)
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if decoding is None:
+            return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
+        if synced_gpus:
+            raise ValueError(
+                "Decoding at moving depth takes a different number of steps on every process, so that sharded weights "
+                "(`synced_gpus=True`: DeepSpeed ZeRO-3, FSDP) would wait for each other forever: gather them first."
+            )
+        return decode(self, decoding, *arguments, streamer, kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any):
         if kwargs.get("assistant_model") is not None:  # it runs at its own depth
@@ -537,6 +625,9 @@ def check_cache_depth(cache: Cache, depth: int, synchronize: bool = False) -> No
     Raises:
         ValueError: If the cache is shallower than `depth`.
     """
+    if is_sorted_cache(cache):
+        cache.segments(depth)
+        return
     first, last = cache.get_seq_length(0), cache.get_seq_length(depth - 1)
     if isinstance(first, torch.Tensor) or isinstance(last, torch.Tensor):
         if not synchronize and isinstance(last, torch.Tensor):

@@ -28,7 +28,13 @@ from tests.tiny import reference_llama, save_tiny, tiny_llama, tiny_sorted
 
 TOKENS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
 PACKAGE = Path(modeling_sorted_llama.__file__).parent
-REMOTE_CODE = ["configuration_sorted_llama.py", "loss_sorted_llama.py", "modeling_sorted_llama.py"]
+REMOTE_CODE = [
+    "cache_sorted_llama.py",
+    "configuration_sorted_llama.py",
+    "generation_sorted_llama.py",
+    "loss_sorted_llama.py",
+    "modeling_sorted_llama.py",
+]
 AUTO_MAP = {
     "AutoConfig": "configuration_sorted_llama.SortedLlamaConfig",
     "AutoModel": "modeling_sorted_llama.SortedLlamaModel",

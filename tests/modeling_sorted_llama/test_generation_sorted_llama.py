@@ -427,25 +427,6 @@ def test_a_sorted_model_drafts_for_a_plain_llama():
     assert set(draft_calls) == {1, 2}
 
 
-@pytest.mark.parametrize("depth", [None, 4, 3, 2])
-@pytest.mark.parametrize("draft", [1, 2])
-@pytest.mark.parametrize("source", ["argument", "config", "generation_config"])
-def test_transformers_own_early_exit_drafting(source, draft, depth):
-    """`assistant_early_exit` lowers `config.num_hidden_layers` while it drafts: still lossless, at every depth."""
-    arguments = {**prompts((5,)), "max_new_tokens": 16}
-    model = tiny_sorted(exit_layer=depth if source == "config" else None)
-    if source == "generation_config" and depth:
-        model.generation_config.exit_layer = depth
-    asked = {"exit_layer": depth} if source == "argument" and depth else {}
-    calls = count_layer_calls(model)
-    tokens = model.generate(**arguments, assistant_early_exit=draft, **asked)
-    assert torch.equal(tokens, submodel_tokens(model, depth or 4, **arguments))
-    assert set(calls) == set(range(1, (depth or 4) + 1))
-    if draft < (depth or 4):
-        assert calls.count(1) > calls.count(depth or 4)  # it did draft with fewer layers
-    assert model.config.num_hidden_layers == 4
-
-
 # Where the depth comes from
 
 
@@ -608,6 +589,7 @@ OVERRIDDEN = {
     "_prepare_generation_config": ["generation_config", "kwargs"],
     "_prepare_cache_for_generation": ["generation_config", "model_kwargs"],
     "_get_candidate_generator": ["assistant_model", "model_kwargs"],
+    "_sample": ["input_ids", "logits_processor", "stopping_criteria", "generation_config"],
 }
 
 
@@ -636,7 +618,8 @@ def test_overridden_private_methods_are_called(name, monkeypatch):
 
     monkeypatch.setattr(SortedLlamaForCausalLM, name, spy)
     model = tiny_sorted()
-    model.generate(**prompts((5,)), max_new_tokens=3, assistant_model=tiny_llama(num_hidden_layers=1), exit_layer=2)
+    assistant = {} if name == "_sample" else {"assistant_model": tiny_llama(num_hidden_layers=1)}
+    model.generate(**prompts((5,)), max_new_tokens=3, **assistant, exit_layer=2)
     assert seen
     for argument in OVERRIDDEN[name]:
         assert argument in seen[0]

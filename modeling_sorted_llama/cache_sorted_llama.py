@@ -1,0 +1,511 @@
+"""SortedCache: a key-value cache that knows how deep each token has been run."""
+
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, LlamaModel, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+
+# transformers 5.24 renamed `past_key_values` to `cache`, everywhere at once
+CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+STORAGE_BLOCK = 256  # tokens by which the keys and values of a layer grow: no copy per token, little unused memory
+PENDING_BLOCK = 32
+
+
+class Block:
+    """
+    The tokens that pass a stretch of layers together: token `i` of row `rows[j]` is in slot `starts[j] + i` of the
+    cache. Rows may hold different numbers of tokens; the cells behind a shorter row's last one hold no token, and
+    what is written there is overwritten before it is ever attended to.
+    """
+
+    def __init__(self, rows: list[int] | None, starts: Sequence[int], counts: Sequence[int]):
+        self.rows = rows  # `None`: all rows of the cache
+        self.starts = list(starts)
+        self.counts = list(counts)
+        self.width = max(self.counts)
+        self.end = max(self.starts) + self.width
+        self.even = len(set(self.starts)) == 1 and len(set(self.counts)) == 1
+        self._index: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows, `(num_rows, 1)`, and slots, `(num_rows, width)`, of the cells."""
+        if device not in self._index:
+            rows = range(len(self.starts)) if self.rows is None else self.rows
+            slots = torch.tensor(self.starts, device=device)[:, None] + torch.arange(self.width, device=device)
+            self._index[device] = torch.tensor(list(rows), device=device)[:, None], slots
+        return self._index[device]
+
+    def write(self, storage: torch.Tensor, values: torch.Tensor) -> None:
+        """Put `values`, `(num_rows, ..., width, dim)`, into `storage`, `(batch_size, ..., slots, dim)`."""
+        if self.even and self.rows is None:
+            storage[..., self.starts[0] : self.starts[0] + self.width, :] = values
+            return
+        rows, slots = self.index(storage.device)
+        if storage.dim() == 4:
+            storage[rows, :, slots] = values.transpose(1, 2)
+        else:
+            storage[rows, slots] = values
+
+    def read(self, storage: torch.Tensor) -> torch.Tensor:
+        """The cells of `storage`, `(batch_size, slots, ...)`: `(num_rows, width, ...)`."""
+        if self.even and self.rows is None:
+            return storage[:, self.starts[0] : self.starts[0] + self.width]
+        return storage[self.index(storage.device)]
+
+    def select(self, storage: torch.Tensor) -> torch.Tensor:
+        """The rows of `storage`: a view where they are all of them."""
+        if self.rows is None:
+            return storage
+        return storage.index_select(0, self.index(storage.device)[0].squeeze(1))
+
+    def align_right(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Every row's newest token in the last column, as with left padding; the cells before the first repeat it."""
+        if min(self.counts) == self.width:
+            return hidden_states
+        device = hidden_states.device
+        shift = self.width - torch.tensor(self.counts, device=device)
+        columns = (torch.arange(self.width, device=device) - shift[:, None]).clamp(min=0)
+        return hidden_states.gather(1, columns[..., None].expand_as(hidden_states))
+
+
+class SortedCacheLayer(DynamicLayer):
+    """
+    Keys and values of one decoder layer, each of shape `(batch_size, num_heads, max(lengths), head_dim)`, in storage
+    that grows by blocks of 256 tokens. Row `r` holds `lengths[r]` tokens.
+    """
+
+    def __init__(self, max_cache_len: int = 0):
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        self.lengths: tuple[int, ...] = ()
+        self.block: Block | None = None
+
+    # What transformers sees (and offloads, reorders, repeats) is the storage in use
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return None if self._keys is None else self._keys[..., : self.get_seq_length(), :]
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._keys = keys
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return None if self._values is None else self._values[..., : self.get_seq_length(), :]
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self._values = values
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    @torch.compiler.disable
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        block, appended = self.block, self.block is None
+        if block is None:  # a model that is not ours: the rows grow alike
+            block = _block_of_all_rows(self.lengths, key_states)
+        batch_size = len(self.lengths) or key_states.shape[0]
+        self._keys = reserve(self._keys, key_states, batch_size, block.end, STORAGE_BLOCK, self.max_cache_len)
+        self._values = reserve(self._values, value_states, batch_size, block.end, STORAGE_BLOCK, self.max_cache_len)
+        block.write(self._keys, key_states)
+        block.write(self._values, value_states)
+        if appended:
+            self.lengths = (block.end,) * batch_size
+        return block.select(self._keys[..., : block.end, :]), block.select(self._values[..., : block.end, :])
+
+    def get_seq_length(self) -> int:
+        return max(self.lengths, default=0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.lengths = tuple(max(length - abs(tokens_to_remove), 0) for length in self.lengths)
+
+    def reset(self) -> None:
+        self.lengths = ()
+        self._keys = self._values = None
+        self.is_initialized = False
+
+
+class SortedCache(Cache):
+    """
+    A key-value cache in which every token may have been run to its own depth. `generate` makes one wherever depth
+    moves; passed back in, it continues in any mode.
+
+    Exits cut the decoder into segments. Each layer knows how many tokens passed it, and the hidden states of tokens
+    that stopped at an exit are kept there, *pending*: the next forward pass that goes deeper takes them along, as one
+    block with their own positions. So keys and values are exact in every layer, and no layer runs a token twice.
+    Rows of the batch may hold different numbers of tokens.
+
+    It holds the keys and values of an ordinary cache, the pending states (freed when they are taken along), and two
+    numbers a token. Storage grows by blocks of 256 tokens, or is allocated at once with `max_cache_len`. It is for
+    inference: storage is written in place.
+
+    Args:
+        max_cache_len (`int`, *optional*, defaults to 0):
+            Number of tokens to allocate at once; more still fit.
+        offloading (`bool`, *optional*, defaults to `False`):
+            Whether to keep keys and values in CPU memory, as [`~transformers.DynamicCache`] does.
+
+    Attributes:
+        lengths (`tuple[int, ...]`): Number of tokens of each row.
+        pending (`dict[int, torch.Tensor]`): By exit layer, states of shape `(batch_size, slots, hidden_size)`; row
+            `r`'s tokens from the first that its next layer has not seen.
+        layer_token_passes (`int`): Number of times that any layer was run for any token.
+
+    Example:
+
+    ```python
+    >>> turn = model.generate(**inputs, assistant_early_exit=10, return_dict_in_generate=True)
+    >>> next_turn = model.generate(**longer_inputs, cache=turn.cache, exit_threshold=0.9)
+    ```
+    """
+
+    def __init__(self, max_cache_len: int = 0, offloading: bool = False):
+        new_layer: Any = partial(SortedCacheLayer, max_cache_len)
+        super().__init__(layer_class_to_replicate=new_layer, offloading=offloading)
+        self.lengths: tuple[int, ...] = ()
+        self.pending: dict[int, torch.Tensor] = {}
+        self.layer_token_passes = 0
+        self._positions: torch.Tensor | None = None  # (batch_size, slots)
+        self._mask: torch.Tensor | None = None  # (batch_size, slots); `None` where every token is attended to
+        self._block: Block | None = None
+
+    # What transformers asks of a cache
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        self._add_layers(layer_idx + 1)
+        self.layers[layer_idx].block = self._block
+        self.layers[layer_idx].lengths = self.lengths_in(layer_idx)  # zeros before the first
+        keys_and_values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._block is None and layer_idx == 0:
+            self.lengths = self.layers[0].lengths
+        return keys_and_values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens of the longest row; of layer `layer_idx`, those that passed it."""
+        return max(self.lengths, default=0) if layer_idx == 0 else max(self.lengths_in(layer_idx), default=0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths) or -1
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens of every row (transformers counts them negative)."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}: `crop(-2)` forgets the two newest "
+                "tokens of every row, and `rollback(lengths)` keeps a number of tokens of each."
+            )
+        self.rollback([max(length + tokens_to_remove, 0) for length in self.lengths])
+
+    def reset(self) -> None:
+        super().reset()
+        self.lengths, self.pending = (), {}
+        self._positions = self._mask = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row `r` becomes a copy of row `beam_idx[r]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in that order."""
+        rows = torch.arange(len(self.lengths))[torch.as_tensor(indices).cpu()]
+        self._apply_to_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)), rows.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        rows = [row for row in range(len(self.lengths)) for _ in range(repeats)]
+        self._apply_to_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0), rows)
+
+    def _apply_to_rows(self, function: Any, rows: list[int]) -> None:
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = function(layer.keys), function(layer.values)
+                layer.lengths = tuple(layer.lengths[row] for row in rows)
+        self.lengths = tuple(self.lengths[row] for row in rows)
+        self.pending = {depth: function(states) for depth, states in self.pending.items()}
+        self._positions = None if self._positions is None else function(self._positions)
+        self._mask = None if self._mask is None else function(self._mask)
+
+    # What the sorted model asks of it
+
+    def lengths_in(self, layer_idx: int) -> tuple[int, ...]:
+        """Number of tokens of each row that passed layer `layer_idx` (from 0)."""
+        lengths = self.layers[layer_idx].lengths if layer_idx < len(self.layers) else ()
+        return lengths or (0,) * len(self.lengths)
+
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """
+        Keep the first `lengths[r]` tokens of row `r`, in every layer and among the pending states alike.
+
+        Args:
+            lengths (`Sequence[int]`):
+                One number of tokens a row; a row that holds fewer is left as it is.
+
+        Raises:
+            ValueError: If there is not one for each row.
+        """
+        if len(lengths) != len(self.lengths):
+            raise ValueError(f"`lengths` must hold {len(self.lengths)} numbers, one a row, got {list(lengths)}.")
+        self.lengths = tuple(map(min, self.lengths, lengths))
+        cropped: dict[tuple[int, ...], tuple[int, ...]] = {}  # the layers of a segment have the same lengths
+        for layer in self.layers:
+            if layer.lengths not in cropped:
+                cropped[layer.lengths] = tuple(map(min, layer.lengths, lengths))
+            layer.lengths = cropped[layer.lengths]
+        self._free_pending()
+
+    def append(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rows: list[int] | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> Block:
+        """
+        Give new tokens their slots and positions, before any layer runs.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(num_rows, num_tokens, hidden_size)`):
+                The new tokens.
+            position_ids (`torch.LongTensor` of shape `(num_rows, num_tokens)`, *optional*):
+                Their positions. Default to those after the row's newest token.
+            attention_mask (`torch.Tensor` of shape `(num_rows, num_tokens)`, *optional*):
+                0 where a token is never attended to; may hold the cached tokens before. Defaults to 1 for the
+                new tokens, and to what it was for the others.
+            rows (`list[int]`, *optional*):
+                The rows that grow. Default to all.
+            counts (`Sequence[int]`, *optional*):
+                Number of tokens of each row, left-aligned. Default to `num_tokens`.
+
+        Returns:
+            `Block`: Their cells.
+
+        Raises:
+            ValueError: If the number of rows or the mask's shape is not that of the cache.
+        """
+        num_rows, num_tokens = inputs_embeds.shape[:2]
+        if not self.lengths:
+            self.lengths = (0,) * num_rows
+        expected = len(self.lengths) if rows is None else len(rows)
+        if num_rows != expected:
+            raise ValueError(f"The cache holds {expected} rows, but the input has {num_rows}.")
+        starts = self.lengths if rows is None else [self.lengths[row] for row in rows]
+        block = Block(rows, starts, [num_tokens] * num_rows if counts is None else counts)
+        if num_tokens == 0:
+            return block
+
+        batch_size, device = len(self.lengths), inputs_embeds.device
+        if position_ids is None:
+            position_ids = self._next_positions(block, device)
+        template = position_ids.expand(num_rows, num_tokens).unsqueeze(-1)
+        positions = None if self._positions is None else self._positions.unsqueeze(-1)
+        positions = reserve(positions, template, batch_size, block.end, STORAGE_BLOCK)
+        block.write(positions, template)
+        self._positions = positions.squeeze(-1)
+        self._append_to_mask(attention_mask, block, device)
+
+        grown = list(self.lengths)
+        for row, start, count in zip(range(batch_size) if rows is None else rows, starts, block.counts, strict=True):
+            grown[row] = start + count
+        self.lengths = tuple(grown)
+        return block
+
+    def _next_positions(self, block: Block, device: torch.device) -> torch.Tensor:
+        new = torch.arange(block.width, device=device)
+        if self._positions is None:  # empty, or filled by a model that is not ours
+            return new + torch.tensor(block.starts, device=device)[:, None]
+        if block.even and block.rows is None:
+            start = block.starts[0]
+            return new + (self._positions[:, start - 1 : start] + 1 if start > 0 else 0)
+        rows, slots = block.index(device)
+        newest = self._positions[rows, slots[:, :1].clamp(min=1) - 1]
+        return new + torch.where(slots[:, :1] > 0, newest + 1, 0)
+
+    def _append_to_mask(self, attention_mask: torch.Tensor | None, block: Block, device: torch.device) -> None:
+        if attention_mask is None and self._mask is None:
+            return
+        batch_size, start = len(self.lengths), block.starts[0]
+        new = torch.ones(len(block.starts), block.width, dtype=torch.bool, device=device)
+        if attention_mask is not None:
+            whole = block.even and attention_mask.shape[-1] == block.end
+            if attention_mask.dim() != 2 or not (whole or attention_mask.shape[-1] == block.width):
+                raise ValueError(
+                    f"`attention_mask` must be of shape ({len(block.starts)}, {block.end}), the cached tokens and the "
+                    f"new ones, or ({len(block.starts)}, {block.width}), got {tuple(attention_mask.shape)}."
+                )
+            new = attention_mask[:, -block.width :].to(device, torch.bool)
+        if self._mask is None:
+            self._mask = torch.ones(batch_size, start, dtype=torch.bool, device=device)
+        mask = reserve(self._mask.unsqueeze(-1), new.unsqueeze(-1), batch_size, block.end, STORAGE_BLOCK)
+        block.write(mask, new.unsqueeze(-1))
+        self._mask = mask.squeeze(-1)
+        if attention_mask is not None and whole and block.rows is None:
+            self._mask[:, :start] = attention_mask[:, :start]
+
+    def segments(self, depth: int, rows: list[int] | None = None) -> list[tuple[int, int]]:
+        """
+        The stretches of layers, `(first, last)`, that a pass to `depth` runs: cut where rows have pending states.
+
+        Raises:
+            ValueError: If upper layers have seen fewer tokens than lower ones and nothing is pending there.
+        """
+        cuts = [0]
+        for cut in range(1, depth):
+            below, above = self.lengths_in(cut - 1), self.lengths_in(cut)
+            if below is above:
+                continue
+            short = [row for row in (range(len(below)) if rows is None else rows) if above[row] < below[row]]
+            if short and cut not in self.pending:
+                raise ValueError(
+                    f"The cache holds {below[short[0]]} tokens in layer {cut} but {above[short[0]]} in layer "
+                    f"{cut + 1}, and not the hidden states to go on from: it was filled by a model of {cut} layers "
+                    f"and cannot be continued at `exit_layer={depth}`. Go on at `exit_layer={cut}`, or start from an "
+                    "empty cache."
+                )
+            if short:
+                cuts.append(cut)
+        return list(zip(cuts, [*cuts[1:], depth], strict=True))
+
+    def enter(self, first: int, hidden_states: torch.Tensor, block: Block) -> tuple[torch.Tensor, Block]:
+        """Join what is pending before layer `first` with the states that arrive there."""
+        passed = self.lengths_in(first)
+        starts = passed if block.rows is None else [passed[row] for row in block.rows]
+        if list(starts) != block.starts:
+            if block.width > 0:
+                self.suspend(first, hidden_states, block)
+            counts = [a + n - b for a, n, b in zip(block.starts, block.counts, starts, strict=True)]
+            relative = Block(block.rows, [0] * len(starts), counts)
+            hidden_states = relative.read(self.pending[first])
+            block = Block(block.rows, starts, counts)
+        self._block = block
+        return hidden_states, block
+
+    def leave(self, first: int, last: int, block: Block) -> None:
+        """Layers `first` to `last` have run the block."""
+        passed = list(self.lengths_in(first))
+        rows = range(len(passed)) if block.rows is None else block.rows
+        for row, start, count in zip(rows, block.starts, block.counts, strict=True):
+            passed[row] = start + count
+        lengths = tuple(passed)
+        self._add_layers(last)
+        for layer in self.layers[first:last]:
+            layer.lengths = lengths
+        self.layer_token_passes += sum(block.counts) * (last - first)
+        self._block = None
+        self._free_pending()
+
+    def suspend(self, depth: int, hidden_states: torch.Tensor, block: Block) -> None:
+        """Keep states that layer `depth` (from 0) has not run: pending, until a pass goes deeper."""
+        passed = self.lengths_in(depth)
+        rows = range(len(passed)) if block.rows is None else block.rows
+        offsets = [start - passed[row] for start, row in zip(block.starts, rows, strict=True)]
+        relative = Block(block.rows, offsets, block.counts)
+        self.pending[depth] = reserve(self.pending.get(depth), hidden_states, len(passed), relative.end, PENDING_BLOCK)
+        relative.write(self.pending[depth], hidden_states)
+
+    def position_ids(self, block: Block) -> torch.Tensor:
+        """Positions of a block's tokens, `(num_rows, width)`."""
+        assert self._positions is not None
+        return block.read(self._positions)
+
+    def attention_mask(self, block: Block, config: PreTrainedConfig, hidden_states: torch.Tensor):
+        """
+        The mask of a block against all cached tokens, for the attention implementation of `config`.
+
+        Raises:
+            ValueError: If the implementation cannot attend to rows of different lengths.
+        """
+        implementation = config._attn_implementation
+        mask = None if self._mask is None else block.select(self._mask[:, : block.end])
+        if "flash" in implementation and block.even:
+            return mask
+        if mask is None and block.even and (block.width == 1 or (block.starts[0] == 0 and implementation == "sdpa")):
+            return None
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"`attn_implementation={implementation!r}` cannot attend to rows of different lengths: load the model "
+                "with `attn_implementation='sdpa'`, or generate one row at a time."
+            )
+        device = hidden_states.device
+        slots = torch.arange(block.width, device=device)
+        slots = (slots + block.starts[0])[None] if len(set(block.starts)) == 1 else block.index(device)[1]
+        keys = torch.arange(block.end, device=device)
+        attended = keys <= slots[..., None]
+        if mask is not None:  # a token that none attends to still attends to itself
+            attended = attended & mask[:, None] | (keys == slots[..., None])
+        attended = attended[:, None]
+        if implementation == "sdpa":
+            return attended
+        zero = torch.zeros((), dtype=hidden_states.dtype, device=device)
+        return torch.where(attended, zero, torch.finfo(hidden_states.dtype).min)
+
+    def _add_layers(self, number: int) -> None:
+        while len(self.layers) < number:
+            self.layers.append(self.layer_class_to_replicate())  # type: ignore[misc]
+
+    def _free_pending(self) -> None:
+        for depth in list(self.pending):
+            below = self.lengths if depth == 0 else self.lengths_in(depth - 1)
+            if below == self.lengths_in(depth):
+                del self.pending[depth]
+
+
+def is_sorted_cache(cache: Any) -> bool:
+    # By name: remote code and an installed package have a class each
+    return type(cache).__name__ == "SortedCache"
+
+
+def _block_of_all_rows(lengths: tuple[int, ...], states: torch.Tensor) -> Block:
+    batch_size, num_tokens = states.shape[0], states.shape[-2]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"The rows of this cache hold different numbers of tokens, {list(lengths)}: only a sorted model can go on."
+        )
+    return Block(None, lengths or (0,) * batch_size, (num_tokens,) * batch_size)
+
+
+def reserve(
+    storage: torch.Tensor | None, values: torch.Tensor, batch_size: int, slots: int, step: int, at_least: int = 0
+) -> torch.Tensor:
+    """`storage`, `(batch_size, ..., slots, dim)`, with room for `slots`; zeros: NaN would pass a mask."""
+    if storage is not None and storage.shape[-2] >= slots:
+        return storage
+    slots = max(-(-slots // step) * step, at_least)
+    grown = values.new_zeros(batch_size, *values.shape[1:-2], slots, values.shape[-1])
+    if storage is not None:
+        grown[..., : storage.shape[-2], :] = storage
+    return grown
+
+
+def as_sorted_cache(cache: Any) -> Any:
+    """`cache`, if it is a [`SortedCache`]; an error that says how to get one otherwise."""
+    if not is_sorted_cache(cache):
+        kind = "an empty DynamicCache" if isinstance(cache, DynamicCache) and not len(cache) else type(cache).__name__
+        raise ValueError(
+            f"Decoding at moving depth continues from a `SortedCache`, got {kind}: pass `SortedCache()` (it works "
+            "with every mode of `generate`), or the cache that a call with `return_dict_in_generate=True` returned."
+        )
+    return cache

@@ -1,0 +1,1114 @@
+"""`generate` at moving depth: tokens that leave at an exit, and an exit that drafts for the layers above it."""
+
+import inspect
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerateDecoderOnlyOutput, PromptLookupCandidateGenerator
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.utils import logging
+
+from .cache_sorted_llama import CACHE_NAME, STORAGE_BLOCK, Block, as_sorted_cache, reserve
+from .configuration_sorted_llama import check_exit_layer
+
+
+logger = logging.get_logger("transformers.modeling_sorted_llama")
+
+# Keyword arguments of `generate`, and fields of a generation config, that transformers does not know
+SORTED_GENERATION_FIELDS = (
+    "exit_layer",
+    "exit_threshold",
+    "exit_confidence",
+    "min_exit_layer",
+    "max_exit_layer",
+    "exit_agreement",
+)
+# Those of transformers' assisted generation that mean the same here
+_DRAFT_FIELDS = (
+    "assistant_early_exit",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+)
+_CONFIDENCES = ("max_prob", "margin", "entropy")
+_SCHEDULES = ("constant", "heuristic", "heuristic_transient")
+
+
+@dataclass
+class DraftStatistics:
+    """
+    What drafting did in one call of `generate`, over all rows.
+
+    Args:
+        cycles (`int`): Draft-and-verify cycles and plain steps.
+        new_tokens (`int`): Generated tokens.
+        drafted (`int`): Draft tokens.
+        accepted (`int`): Draft tokens that full depth kept.
+        exit_layers (`dict[int, int]`): By the exit that drafted them, number of draft tokens; 0 is prompt lookup.
+        layer_token_passes (`int`): Number of times that a layer was run for a token, the prompt's included.
+    """
+
+    cycles: int = 0
+    new_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    exit_layers: dict[int, int] = field(default_factory=dict)
+    layer_token_passes: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the draft tokens that were kept; 0 where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+@dataclass
+class SortedGenerateOutput(GenerateDecoderOnlyOutput):
+    """
+    [`~transformers.generation.GenerateDecoderOnlyOutput`] with how deep each token was run.
+
+    Args:
+        exit_layers_used (`torch.LongTensor` of shape `(batch_size, new_tokens)`):
+            The exit that each new token comes from; in drafting, the one that proposed it. 0 behind a row's end.
+        exit_confidences (`torch.FloatTensor` of shape `(batch_size, new_tokens)`, *optional*):
+            With `exit_threshold`, the confidence with which each token left. 0 behind a row's end.
+        draft_statistics ([`DraftStatistics`], *optional*):
+            With `assistant_early_exit`, what drafting did.
+    """
+
+    exit_layers_used: torch.Tensor | None = None
+    exit_confidences: torch.Tensor | None = None
+    draft_statistics: DraftStatistics | None = None
+
+
+# The modes: what a call asks for, checked before any work
+
+
+@dataclass(frozen=True)
+class ConfidenceExit:
+    """Each token leaves at the first of `depths` whose confidence reaches its threshold, at the latest at the last."""
+
+    depths: list[int]
+    thresholds: list[float]
+    confidence: str | Callable
+
+    def measure(self, scores: torch.Tensor, depth: int, input_ids: torch.Tensor) -> torch.Tensor:
+        """Confidence of each row of `scores`, `(num_rows, vocab_size)` processed scores: `(num_rows,)`, float32."""
+        if callable(self.confidence):
+            return self.confidence(scores, depth, input_ids)
+        probabilities = scores.softmax(-1, dtype=torch.float32)
+        if self.confidence == "max_prob":
+            return probabilities.amax(-1)
+        if self.confidence == "margin":
+            first, second = probabilities.topk(2, dim=-1).values.unbind(-1)
+            return first - second
+        return 1 - torch.special.entr(probabilities).sum(-1) / math.log(scores.shape[-1])
+
+
+@dataclass(frozen=True)
+class RowDepths:
+    """Each row of the batch has its own depth; `None` until the prompt has shown it (`exit_layer="auto"`)."""
+
+    row_depths: list[int] | None
+    candidates: list[int]
+    agreement: float
+
+
+@dataclass(frozen=True)
+class SelfSpeculation:
+    """One of `exits` drafts, the layers up to `depth` verify."""
+
+    depth: int
+    exits: list[int]
+    num_tokens: int | None  # `None` learns the length while decoding
+    schedule: str
+    confidence_threshold: float | None
+    lookup_tokens: int | None
+    lookup_ngram: int
+
+
+def read_decoding_fields(model, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    What a call says about depth and drafting: from its keyword arguments, else its generation config, else the
+    model's. Read before transformers fills in its defaults, which would pass for the user's.
+    """
+    sources = (generation_config, model.generation_config)
+    fields = {}
+    for name in (*SORTED_GENERATION_FIELDS, *_DRAFT_FIELDS):
+        values = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
+        fields[name] = next((value for value in values if value is not None), None)
+    if fields["exit_layer"] is None:
+        fields["exit_layer"] = model.config.exit_layer
+    return fields
+
+
+def choose_decoding(
+    model, generation_config: GenerationConfig, fields: dict[str, Any]
+) -> ConfidenceExit | RowDepths | SelfSpeculation | None:
+    """
+    The mode that `fields` ask for, or `None` for one depth and transformers' own decoding.
+
+    Raises:
+        ValueError: If a value is out of range, or if two contradict each other.
+    """
+    layers = len(model.model.layers)
+    exit_layer, threshold, draft = fields["exit_layer"], fields["exit_threshold"], fields["assistant_early_exit"]
+    by_row = exit_layer is not None and not isinstance(exit_layer, int)
+    if not by_row and exit_layer is not None:
+        check_exit_layer(exit_layer, layers)
+
+    asked = {
+        "exit_threshold": threshold,
+        "assistant_early_exit": draft,
+        "exit_layer": exit_layer if by_row else None,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if len(asked) > 1:
+        calls = " and ".join(f"`{name}={value!r}`" for name, value in asked.items())
+        raise ValueError(f"{calls} contradict each other: each chooses the depth of a token. Pass one of them.")
+    mode = next(iter(asked), None)
+    for name, owner in (
+        ("exit_confidence", "exit_threshold"),
+        ("min_exit_layer", "exit_threshold"),
+        ("max_exit_layer", "exit_threshold"),
+        ("exit_agreement", "exit_layer"),
+    ):
+        if fields[name] is not None and mode != owner:
+            with_ = 'exit_layer="auto"' if owner == "exit_layer" else owner
+            raise ValueError(f"`{name}={fields[name]!r}` has a meaning only together with `{with_}`.")
+    if mode is None:
+        return None
+
+    decoding: ConfidenceExit | RowDepths | SelfSpeculation
+    if mode == "exit_threshold":
+        decoding = _confidence_exit(model, fields, layers)
+    elif mode == "exit_layer":
+        decoding = _row_depths(model, fields, layers)
+    else:
+        decoding = _self_speculation(model, fields, layers)
+    _check_company(mode, asked[mode], decoding, generation_config)
+    return decoding
+
+
+def _confidence_exit(model, fields, layers) -> ConfidenceExit:
+    exits = model.config.exit_layers
+    if not exits or len(exits) < 2:
+        raise ValueError(
+            f"`exit_threshold={fields['exit_threshold']!r}` needs exits to leave at, but `config.exit_layers` is "
+            f"{exits!r}: load the model with `exit_layers=[...]`."
+        )
+    thresholds = fields["exit_threshold"]
+    if isinstance(thresholds, (int, float)) and not isinstance(thresholds, bool):
+        thresholds = [thresholds] * (len(exits) - 1)
+    if (
+        isinstance(thresholds, str)
+        or not isinstance(thresholds, Sequence)
+        or len(thresholds) != len(exits) - 1
+        or any(isinstance(t, bool) or not isinstance(t, (int, float)) or math.isnan(t) for t in thresholds)
+    ):
+        raise ValueError(
+            f"`exit_threshold` must be a number, or a list of {len(exits) - 1}, one for each exit below full depth "
+            f"({exits[:-1]}), got {fields['exit_threshold']!r}."
+        )
+    confidence = fields["exit_confidence"] or "max_prob"
+    if not callable(confidence) and confidence not in _CONFIDENCES:
+        raise ValueError(
+            f"`exit_confidence` must be one of {_CONFIDENCES}, or a callable that takes the processed scores "
+            f"`(num_rows, vocab_size)`, the exit layer and the `input_ids` so far, got {confidence!r}."
+        )
+    # A model whose config names a default depth never goes deeper
+    low = check_exit_layer(fields["min_exit_layer"] or 1, layers, "min_exit_layer")
+    high = check_exit_layer(fields["max_exit_layer"] or fields["exit_layer"] or layers, layers, "max_exit_layer")
+    bounded = [k for k in exits if low <= k <= high]
+    if not bounded:
+        raise ValueError(
+            f"No exit of {exits} lies between `min_exit_layer={low}` and `max_exit_layer={high}`: widen the bounds."
+        )
+    # No confidence of ours is above 1: nothing is decided there
+    open_exits = [
+        (k, float(t))
+        for k, t in zip(exits, thresholds, strict=False)
+        if k in bounded[:-1] and (t <= 1 or callable(confidence))
+    ]
+    return ConfidenceExit([*(k for k, _ in open_exits), bounded[-1]], [t for _, t in open_exits], confidence)
+
+
+def _row_depths(model, fields, layers) -> RowDepths:
+    depths = fields["exit_layer"]
+    agreement = 0.9 if fields["exit_agreement"] is None else fields["exit_agreement"]
+    if isinstance(agreement, bool) or not isinstance(agreement, (int, float)) or not 0 <= agreement <= 1:
+        raise ValueError(f"`exit_agreement` must be a number from 0 to 1, got {agreement!r}.")
+    if depths == "auto":
+        if not model.config.exit_layers:
+            raise ValueError(
+                '`exit_layer="auto"` chooses among the exits of the model, but `config.exit_layers` is None: load the '
+                "model with `exit_layers=[...]`."
+            )
+        return RowDepths(None, list(model.config.exit_layers), float(agreement))
+    if fields["exit_agreement"] is not None:
+        raise ValueError('`exit_agreement` has a meaning only together with `exit_layer="auto"`.')
+    if isinstance(depths, torch.Tensor):
+        depths = depths.tolist()
+    if isinstance(depths, str) or not isinstance(depths, Sequence) or not depths:
+        raise ValueError(
+            f"`exit_layer` must be an integer from 1 to {layers}, a list of them (one a row of the batch) or "
+            f'"auto", got {depths!r}.'
+        )
+    row_depths = [check_exit_layer(k, layers) for k in depths]
+    return RowDepths(row_depths, sorted(set(row_depths)), float(agreement))
+
+
+def _self_speculation(model, fields, layers) -> SelfSpeculation:
+    depth, draft = fields["exit_layer"] or layers, fields["assistant_early_exit"]
+    if draft == "auto":
+        trained = [k for k in model.config.exit_layers or () if k < depth]
+        exits = trained or sorted({k for k in (depth // 4, depth // 2) if k > 0})
+        if not exits:
+            raise ValueError(f'`assistant_early_exit="auto"` needs a model of two layers or more, got {depth}.')
+    elif isinstance(draft, bool) or not isinstance(draft, int) or not 1 <= draft < depth:
+        raise ValueError(
+            f"`assistant_early_exit` must be an integer from 1 to {depth - 1}, below the {depth} layers that verify, "
+            f'or "auto", got {draft!r}.'
+        )
+    else:
+        exits = [draft]
+    num_tokens = fields["num_assistant_tokens"]
+    if num_tokens == "auto":
+        num_tokens = None
+    if num_tokens is not None and (isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1):
+        raise ValueError(f'`num_assistant_tokens` must be a positive integer or "auto", got {num_tokens!r}.')
+    schedule = fields["num_assistant_tokens_schedule"] or "constant"
+    if schedule not in _SCHEDULES:
+        raise ValueError(f"`num_assistant_tokens_schedule` must be one of {_SCHEDULES}, got {schedule!r}.")
+    if fields["num_assistant_tokens_schedule"] not in (None, "constant") and num_tokens is None:
+        num_tokens = 5  # a heuristic needs somewhere to start
+    threshold = fields["assistant_confidence_threshold"]
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
+        raise ValueError(f"`assistant_confidence_threshold` must be a number, got {threshold!r}.")
+    return SelfSpeculation(
+        depth=depth,
+        exits=exits,
+        num_tokens=num_tokens,
+        schedule=schedule,
+        confidence_threshold=threshold or None,
+        lookup_tokens=fields["prompt_lookup_num_tokens"],
+        lookup_ngram=fields["max_matching_ngram_size"] or 2,
+    )
+
+
+def _check_company(mode: str, value: Any, decoding, generation_config: GenerationConfig) -> None:
+    """Refuse what the loops cannot do exactly."""
+    call = f"`{mode}={value!r}`"
+    others = GenerationConfig(**{**generation_config.to_diff_dict(), "transformers_version": None})
+    others.assistant_early_exit = None
+    if isinstance(decoding, SelfSpeculation):
+        others.prompt_lookup_num_tokens = None
+    allowed = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    if others.get_generation_mode() not in allowed:
+        raise ValueError(
+            f"{call} works with greedy decoding and sampling, not with {others.get_generation_mode().value} "
+            f"(`num_beams={generation_config.num_beams}`, `prompt_lookup_num_tokens="
+            f"{generation_config.prompt_lookup_num_tokens}`, ...)."
+        )
+    if generation_config.use_cache is False:
+        raise ValueError(f"{call} needs the cache: `use_cache=False` is not possible.")
+    if generation_config.cache_implementation not in (None, "dynamic", "static", "offloaded"):
+        raise ValueError(
+            f"{call} works with `cache_implementation` 'dynamic', 'static' and 'offloaded', got "
+            f"{generation_config.cache_implementation!r}."
+        )
+    if generation_config.guidance_scale not in (None, 1, 1.0):
+        raise ValueError(f"{call} does not work with `guidance_scale={generation_config.guidance_scale}`.")
+    if generation_config.output_attentions:
+        raise ValueError(f"{call} cannot return attentions, which it computes in blocks: `output_attentions=False`.")
+    if generation_config.output_hidden_states and not isinstance(decoding, SelfSpeculation):
+        raise ValueError(f"{call} cannot return hidden states, as tokens have no states above their exit.")
+
+
+# The state of one call, which both loops share
+
+
+class Sequences:
+    """The tokens of one call: how they are chosen, when they end, and what is recorded and streamed of them."""
+
+    def __init__(
+        self,
+        model,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer,
+        model_kwargs: dict[str, Any],
+    ):
+        self.model = model
+        self.config = generation_config
+        self.cache: Any = as_sorted_cache(model_kwargs[CACHE_NAME])
+        self.streamer = streamer
+        self.device = input_ids.device
+        self.batch_size, self.prompt_length = input_ids.shape
+        self.lengths = [self.prompt_length] * self.batch_size
+        self.ids: torch.Tensor = input_ids  # (batch_size, at least max(lengths))
+        self.prompt = self._prompt_inputs(input_ids, model_kwargs)
+        self.prompt_size: int = next(self.prompt[n] for n in ("inputs_embeds", "input_ids") if n in self.prompt).shape[
+            1
+        ]
+        self.do_sample = generation_config.do_sample
+
+        self._processor_rows: Sequence[int] = ()
+        self.processors = LogitsProcessorList(map(self._for_rows, logits_processor))
+        self.criteria = stopping_criteria
+        eos = [criterion.eos_token_id for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
+        self.eos_token_ids = {token for ids in eos for token in ids.tolist()}
+        self.ends_rows = bool(eos)  # as in transformers: without an end token, rows go on until all are done
+        self.pad_token_id = int(generation_config._pad_token_tensor) if self.ends_rows else 0
+        plain = (EosTokenCriteria, MaxLengthCriteria)
+        self.plain_criteria = all(type(criterion) in plain for criterion in stopping_criteria)
+        self.max_length = stopping_criteria.max_length or math.inf
+        self.finished_at: dict[int, int] = {}
+
+        returned = generation_config.return_dict_in_generate
+        self.scores: list[torch.Tensor] | None = [] if returned and generation_config.output_scores else None
+        self.logits: list[torch.Tensor] | None = [] if returned and generation_config.output_logits else None
+        self.cache_is_returned = returned or getattr(self.cache, "_is_user_defined", False)
+        self.depths: list[list[int]] = [[] for _ in self.lengths]
+        self.confidences: list[list[float]] | None = None
+        self.hidden: HiddenStates | None = None
+        self._streamed = self.prompt_length
+
+    def _prompt_inputs(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the prefill runs: the prompt, or what a continued cache has not seen of it."""
+        past, mask = self.cache.get_seq_length(), model_kwargs.get("attention_mask")
+        embeds = model_kwargs.get("inputs_embeds")
+        known = mask.shape[1] if mask is not None else getattr(self.config, "_mask_length", -1)
+        new_tokens = None
+        if embeds is not None:
+            new_tokens = embeds.shape[1] - past
+        elif past and known == input_ids.shape[1]:  # else only the new tokens were passed
+            new_tokens = input_ids.shape[1] - past
+        if new_tokens is not None and new_tokens < 1:
+            raise ValueError(
+                f"The cache holds {past} tokens and the prompt has no more: it needs at least one new token. "
+                "`cache.crop(-1)` forgets the newest."
+            )
+        inputs = self.model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=new_tokens, is_first_iteration=True, **model_kwargs
+        )
+        return {
+            name: inputs[name]
+            for name in ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
+            if inputs.get(name) is not None
+        }
+
+    def prefill(self, depth: int, exit_layers: Sequence[int] | None = None):
+        """Run the prompt to `depth`, in chunks where the config asks for them; yields the model's outputs."""
+        size = self.prompt_size
+        past = self.cache.get_seq_length()
+        chunk = self.config.prefill_chunk_size or size
+        for start in range(0, size, chunk):
+            end = min(start + chunk, size)
+            inputs = {
+                name: value[:, : past + end]
+                if name == "attention_mask" and value.shape[1] > size
+                else value[:, start:end]
+                for name, value in self.prompt.items()
+            }
+            yield self._run(list(range(self.batch_size)), depth, exit_layers, **inputs)
+
+    def forward(self, tokens: torch.Tensor, rows: list[int], depth: int):
+        """Run `tokens`, `(num_rows, num_tokens)`, and what is pending below `depth` to `depth`."""
+        return self._run(rows, depth, input_ids=tokens)
+
+    def _run(self, rows: list[int], depth: int, exit_layers: Sequence[int] | None = None, **inputs: Any):
+        inputs[CACHE_NAME] = self.cache
+        cache_rows = None if len(rows) == self.batch_size else rows
+        if self.hidden is None:
+            return self.model.model(**inputs, exit_layer=depth, exit_layers=exit_layers, cache_rows=cache_rows)
+        exit_layers = [*(exit_layers or ()), depth]  # the states before the norm, which the next segment starts from
+        starts = [self.cache.lengths_in(i) for i in range(depth)]
+        outputs = self.model.model(
+            **inputs, exit_layer=depth, exit_layers=exit_layers, cache_rows=cache_rows, output_hidden_states=True
+        )
+        self.hidden.add(outputs, rows, starts)
+        outputs.exit_hidden_states = outputs.exit_hidden_states[:-1]
+        return outputs
+
+    def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(hidden_states).to(self.device)
+
+    def rows_index(self, rows: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(rows, device=self.device)
+
+    def prefixes(self, rows: Sequence[int], length: int) -> torch.Tensor:
+        """The first `length` tokens of `rows`."""
+        if len(rows) == self.batch_size:
+            return self.ids[:, :length]
+        return self.ids[self.rows_index(rows), :length]
+
+    def write(self, rows: list[int], lengths: Sequence[int], tokens: torch.Tensor) -> None:
+        """Put `tokens`, `(num_rows, num_tokens)`, behind the first `lengths[i]` tokens of `rows[i]`."""
+        end = max(lengths) + tokens.shape[1]
+        if end > self.ids.shape[1]:
+            room = self.ids.new_full((self.batch_size, end + 256 - self.ids.shape[1]), self.pad_token_id)
+            self.ids = torch.cat([self.ids, room], dim=1)
+        block = Block(None if len(rows) == self.batch_size else rows, lengths, [tokens.shape[1]] * len(rows))
+        block.write(self.ids.unsqueeze(-1), tokens.unsqueeze(-1))
+
+    def process(self, logits: torch.Tensor, rows: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Processed scores of `logits`, `(n, vocab_size)`: those after the first `lengths[i]` tokens of `rows[i]`."""
+        if not self.processors:
+            return logits if not self.do_sample and self.scores is None else logits.float()
+        logits = logits.to(torch.float32, copy=True)
+        scores = torch.empty_like(logits)
+        for length, members in _by_value(lengths).items():
+            self._processor_rows = [rows[i] for i in members]
+            if len(members) == len(rows):
+                return self.processors(self.prefixes(self._processor_rows, length), logits)
+            index = self.rows_index(members)
+            scores[index] = self.processors(self.prefixes(self._processor_rows, length), logits[index])
+        return scores
+
+    def _for_rows(self, processor):
+        """A processor that is told the row in the batch, where only some of the rows are processed."""
+        if type(processor) is not PrefixConstrainedLogitsProcessor:
+            return processor
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda row, ids: allowed(self._processor_rows[row], ids), num_beams=1)
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """Next tokens, `(n,)`, of processed scores, `(n, vocab_size)`."""
+        if self.do_sample:
+            return torch.multinomial(scores.softmax(-1, dtype=torch.float32), num_samples=1).squeeze(1)
+        return scores.argmax(-1)
+
+    def active_rows(self) -> list[int]:
+        """Rows that go on."""
+        rows = range(self.batch_size)
+        if self.ends_rows:
+            return [row for row in rows if row not in self.finished_at]
+        if len(self.finished_at) < self.batch_size:
+            return list(rows)
+        last = max(self.finished_at.values())
+        return [row for row in rows if self.lengths[row] < last]
+
+    def advance(
+        self, rows: Sequence[int], tokens: list[list[int]], depths: list[list[int]], confidences=None
+    ) -> list[int]:
+        """
+        Take over new tokens, already written, row by row and one by one, as far as the row goes; stream them.
+
+        Returns:
+            `list[int]`: Number of tokens taken over, of each row.
+        """
+        taken = [0] * len(rows)
+        ended: set[int] = set()
+        for step in range(max(map(len, tokens))):
+            members = [i for i, row in enumerate(rows) if step < len(tokens[i]) and i not in ended]
+            for i in members:
+                self.lengths[rows[i]] += 1
+                self.depths[rows[i]].append(depths[i][step])
+                if confidences is not None and self.confidences is not None:
+                    self.confidences[rows[i]].append(confidences[i][step])
+                taken[i] += 1
+            ends = self._ends([rows[i] for i in members], [tokens[i][step] for i in members])
+            for i, end in zip(members, ends, strict=True):
+                if end:
+                    self.finished_at.setdefault(rows[i], self.lengths[rows[i]])
+                    if self.ends_rows:
+                        ended.add(i)
+            self._stream()
+        return taken
+
+    def _ends(self, rows: list[int], tokens: list[int]) -> list[bool]:
+        """Whether each of the rows ends with the token it has just got."""
+        if self.plain_criteria:
+            return [
+                token in self.eos_token_ids or self.lengths[row] >= self.max_length
+                for row, token in zip(rows, tokens, strict=True)
+            ]
+        ends = [False] * len(rows)
+        for length, members in _by_value([self.lengths[row] for row in rows]).items():
+            prefixes = self.prefixes([rows[i] for i in members], length)
+            done = self.criteria(prefixes, None if self.scores is None else tuple(self.scores))
+            for i, end in zip(members, done.tolist(), strict=True):
+                ends[i] = end
+        return ends
+
+    def _stream(self) -> None:
+        """Stream the columns that every row has reached: what plain decoding streams, and in its order."""
+        if self.streamer is None:
+            return
+        going = [row for row in range(self.batch_size) if not (self.ends_rows and row in self.finished_at)]
+        reached = min((self.lengths[row] for row in going), default=max(self.lengths))
+        if not self.ends_rows and len(self.finished_at) == self.batch_size:
+            reached = min(reached, max(self.finished_at.values()))
+        for column in range(self._streamed, reached):
+            step = column - self.prompt_length
+            if hasattr(self.streamer, "put_exits"):
+                depths = [depths[step] if step < len(depths) else 0 for depths in self.depths]
+                sure: Any = self.confidences and [c[step] if step < len(c) else 0.0 for c in self.confidences]
+                self.streamer.put_exits(depths, sure)
+            token = self.ids[:, column].cpu()
+            behind = torch.tensor([length <= column for length in self.lengths])
+            self.streamer.put(torch.where(behind, self.pad_token_id, token))
+        self._streamed = max(self._streamed, reached)
+
+    def record(self, store: list[torch.Tensor] | None, values: torch.Tensor, rows: Sequence[int], lengths) -> None:
+        """Keep `values`, `(n, vocab_size)`: those of the token behind the first `lengths[i]` of `rows[i]`."""
+        if store is None:
+            return
+        for length, members in _by_value(lengths).items():
+            step = length - self.prompt_length
+            while len(store) <= step:
+                store.append(torch.zeros(self.batch_size, values.shape[-1], device=self.device))
+            store[step][self.rows_index([rows[i] for i in members])] = values[self.rows_index(members)].float()
+
+    def finish(self, **fields: Any) -> SortedGenerateOutput | torch.Tensor:
+        """The end of the call: rows of equal length, a cache as plain decoding leaves it, and the output."""
+        length = max(self.lengths) if self.ends_rows else max(self.finished_at.values())
+        lengths = [min(n, length) for n in self.lengths]
+        columns = torch.arange(length, device=self.device)
+        sequences = torch.where(
+            columns < torch.tensor(lengths, device=self.device)[:, None], self.ids[:, :length], self.pad_token_id
+        )
+        if self.streamer is not None:
+            self.streamer.end()
+        if self.cache_is_returned:
+            self._level_cache(sequences, lengths)
+        if not self.config.return_dict_in_generate:
+            return sequences
+
+        new_tokens = length - self.prompt_length
+        padded = [(used + [0] * new_tokens)[:new_tokens] for used in self.depths]
+        if self.confidences is not None:
+            confidences = [(sure + [0.0] * new_tokens)[:new_tokens] for sure in self.confidences]
+            fields["exit_confidences"] = torch.tensor(confidences, device=self.device)
+        return SortedGenerateOutput(
+            sequences=sequences,
+            scores=None if self.scores is None else tuple(self.scores[:new_tokens]),
+            logits=None if self.logits is None else tuple(self.logits[:new_tokens]),
+            hidden_states=None if self.hidden is None else self.hidden.by_step(self.prompt_size, new_tokens),
+            exit_layers_used=torch.tensor(padded, device=self.device),
+            **{CACHE_NAME: self.cache},
+            **fields,
+        )
+
+    def _level_cache(self, sequences: torch.Tensor, lengths: list[int]) -> None:
+        """All tokens but the newest are in the cache, the padding of ended rows included; no layer runs for it yet."""
+        before = max(self.cache.lengths) - (max(self.lengths) - 1)  # tokens of the cache that the call did not see
+        target = before + sequences.shape[1] - 1
+        self.cache.rollback([min(before + length - 1, target) for length in lengths])
+        counts = [target - length for length in self.cache.lengths]
+        if max(counts) == 0:
+            return
+        columns = torch.tensor(self.cache.lengths, device=self.device)[:, None] - before
+        columns = (columns + torch.arange(max(counts), device=self.device)).clamp(max=sequences.shape[1] - 1)
+        embeds = self.model.model.embed_tokens(sequences.gather(1, columns))
+        block = self.cache.append(embeds, counts=counts)
+        self.cache.suspend(0, embeds, block)
+
+
+class HiddenStates:
+    """Hidden states by token, put together from passes that run different tokens through different layers."""
+
+    def __init__(self, cache, depth: int):
+        self.depth = depth
+        self.first = cache.get_seq_length()  # slot of the call's first token
+        self.storage: list[Any] = [None] * (depth + 1)  # embeddings, outputs of the layers
+
+    def add(self, outputs, rows: list[int], starts: list[tuple[int, ...]]) -> None:
+        """Take over what one pass has run; `starts[i]` is the number of tokens that had passed layer `i` before."""
+        states = list(outputs.hidden_states)
+        if len(states) <= self.depth:
+            states[-1] = outputs.exit_hidden_states[-1]
+        for i, values in enumerate(states):
+            row_starts = [starts[max(i - 1, 0)][row] for row in rows] if starts[0] else [0] * len(rows)
+            block = Block(rows, row_starts, [values.shape[1]] * len(rows))
+            storage = self.storage[i]
+            batch_size = len(rows) if storage is None else storage.shape[0]
+            self.storage[i] = storage = reserve(storage, values, batch_size, block.end, STORAGE_BLOCK)
+            block.write(storage, values)
+
+    def by_step(self, prompt_tokens: int, new_tokens: int) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """As transformers returns them: those of the prompt, then of one token a step; zeros behind a row's end."""
+        first_step = self.first + prompt_tokens
+        ends = [self.first, *range(first_step, first_step + new_tokens)]
+        return tuple(
+            tuple(storage[:, start:end] for storage in self.storage)
+            for start, end in zip(ends, ends[1:], strict=False)
+        )
+
+
+def _by_value(values: Sequence[int]) -> dict[int, list[int]]:
+    """Indices of `values`, by value."""
+    groups = defaultdict(list)
+    for index, value in enumerate(values):
+        groups[value].append(index)
+    return groups
+
+
+# Loop 1: tokens leave at an exit
+
+
+def decode_with_exits(sequences: Sequences, decoding: ConfidenceExit | RowDepths):
+    """
+    One token a step; each row leaves at its exit, the others go on to the next one. What a row skips stays pending in
+    the cache, until one of its later tokens goes deeper and takes it along (paper, section 3.3, with exact states).
+    """
+    row_depths: list[int] | None = None
+    known: dict[int, torch.Tensor] = {}  # states of the newest token at each exit, where the prefill has shown them
+    if isinstance(decoding, ConfidenceExit):
+        depths = decoding.depths
+        thresholds: dict[int, float] = dict(zip(depths, decoding.thresholds, strict=False))
+        sequences.confidences = [[] for _ in sequences.lengths]
+        known[depths[0]] = _last(sequences.prefill(depths[0])).last_hidden_state
+    elif decoding.row_depths is None:
+        row_depths, known = _depths_of_prompts(sequences, decoding)
+        depths = sorted(set(row_depths))
+    else:
+        repeats, rest = divmod(sequences.batch_size, len(decoding.row_depths))
+        if rest or repeats < 1 or repeats != max(sequences.config.num_return_sequences or 1, 1):
+            raise ValueError(
+                f"`exit_layer={decoding.row_depths}` must name one depth for each of the "
+                f"{sequences.batch_size // max(sequences.config.num_return_sequences or 1, 1)} rows of the batch."
+            )
+        row_depths = [k for k in decoding.row_depths for _ in range(repeats)]
+        depths = sorted(set(row_depths))
+        known[depths[0]] = _last(sequences.prefill(depths[0])).last_hidden_state
+
+    rows = list(range(sequences.batch_size))
+    tokens = sequences.ids[:, :0]
+    while rows:
+        lengths = [sequences.lengths[row] for row in rows]
+        chosen = torch.empty(len(rows), dtype=torch.long, device=sequences.device)
+        results: dict[int, tuple[int, int, float]] = {}  # row: token, depth, confidence
+        going = list(range(len(rows)))  # indices into `rows`
+        for depth in depths:
+            going_rows = [rows[i] for i in going]
+            if depth in known:
+                states = known.pop(depth)[sequences.rows_index(going_rows)]
+            else:
+                states = sequences.forward(tokens[: len(going)], going_rows, depth).last_hidden_state
+            tokens = sequences.ids[:, :0]  # the new tokens run once; what goes deeper is pending
+            # The head runs only where a decision is open
+            deciding = going if row_depths is None else [i for i in going if row_depths[rows[i]] == depth]
+            if not deciding:
+                continue
+            last_states = states[:, -1]
+            if len(deciding) < len(going):
+                last_states = last_states[sequences.rows_index([going.index(i) for i in deciding])]
+            logits = sequences.head(last_states)
+            deciding_rows, deciding_lengths = [rows[i] for i in deciding], [lengths[i] for i in deciding]
+            scores = sequences.process(logits, deciding_rows, deciding_lengths)
+
+            confidences = [0.0] * len(deciding)
+            leaving = list(range(len(deciding)))  # indices into `deciding`
+            picked = None if sequences.do_sample else scores.argmax(-1)
+            if isinstance(decoding, ConfidenceExit):
+                measured = decoding.measure(scores, depth, sequences.prefixes(deciding_rows, max(lengths)))
+                if picked is None:
+                    confidences = measured.tolist()
+                else:  # one wait for the device, not two
+                    confidences, picked_ids = torch.stack([measured.double(), picked.double()]).tolist()
+                if depth in thresholds:
+                    leaving = [i for i in leaving if confidences[i] >= thresholds[depth]]
+            if leaving:
+                index = sequences.rows_index(leaving)
+                if picked is None:
+                    new = sequences.choose(scores if len(leaving) == len(deciding) else scores[index])
+                    new_ids = new.tolist()
+                else:
+                    new = picked[index]
+                    new_ids = (
+                        [int(picked_ids[i]) for i in leaving] if isinstance(decoding, ConfidenceExit) else new.tolist()
+                    )
+                chosen[sequences.rows_index([deciding[i] for i in leaving])] = new
+                for i, token in zip(leaving, new_ids, strict=True):
+                    results[deciding[i]] = (token, depth, confidences[i])
+                left_rows, left_lengths = [deciding_rows[i] for i in leaving], [deciding_lengths[i] for i in leaving]
+                sequences.record(sequences.scores, scores[index], left_rows, left_lengths)
+                sequences.record(sequences.logits, logits[index], left_rows, left_lengths)
+                going = [i for i in going if i not in results]
+            if not going:
+                break
+        known.clear()
+
+        sequences.write(rows, lengths, chosen[:, None])
+        token_ids, used, sure = zip(*(results[i] for i in range(len(rows))), strict=True)
+        sequences.advance(rows, [[t] for t in token_ids], [[k] for k in used], [[c] for c in sure])
+        active = sequences.active_rows()
+        tokens = chosen[:, None]
+        if active != rows:
+            tokens = tokens[sequences.rows_index([rows.index(row) for row in active])] if active else tokens[:0]
+        rows = active
+    return sequences.finish()
+
+
+def _last(outputs):
+    return deque(outputs, maxlen=1)[0]
+
+
+def _depths_of_prompts(sequences: Sequences, decoding: RowDepths) -> tuple[list[int], dict[int, torch.Tensor]]:
+    """
+    The shallowest exit of each row whose greedy tokens agree with full depth's on enough of its prompt; and the
+    states of the prompt's last token at the exits.
+    """
+    exits = decoding.candidates
+    agreed = torch.zeros(len(exits), sequences.batch_size, device=sequences.device)
+    seen = torch.zeros(sequences.batch_size, device=sequences.device)
+    mask, start = sequences.prompt.get("attention_mask"), 0
+    for outputs in sequences.prefill(exits[-1], exits[:-1]):
+        states = [sequences.model.model.norm(s) for s in outputs.exit_hidden_states or ()]
+        states.append(outputs.last_hidden_state)
+        size = states[-1].shape[1]
+        valid = torch.ones(sequences.batch_size, size, device=sequences.device)
+        if mask is not None:
+            own = mask[:, mask.shape[1] - sequences.prompt_size :]
+            valid = own[:, start : start + size].to(valid.dtype)
+        counted, seen_here = _agreements(sequences, states, valid)
+        agreed, seen, start = agreed + counted, seen + seen_here, start + size
+    shares = (agreed / seen.clamp(min=1)).T.tolist()
+    row_depths = [
+        next((k for k, share in zip(exits, row, strict=True) if share >= decoding.agreement), exits[-1])
+        for row in shares
+    ]
+    return row_depths, {k: s[:, -1:] for k, s in zip(exits, states, strict=True)}
+
+
+def _agreements(
+    sequences: Sequences, states: list[torch.Tensor], valid: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Count, a row, the tokens on which the greedy choice of each of `states` (normed) is that of the last of them.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Agreements, `(len(states), batch_size)`, and tokens, `(batch_size,)`.
+    """
+    agreed = torch.zeros(len(states), valid.shape[0], device=sequences.device)
+    tile = max(1, 256 // valid.shape[0])  # one tile of logits at a time
+    for start in range(0, valid.shape[1], tile):
+        greedy = [sequences.head(s[:, start : start + tile]).argmax(-1) for s in states]
+        for i, tokens in enumerate(greedy):
+            agreed[i] += ((tokens == greedy[-1]) * valid[:, start : start + tile]).sum(-1)
+    return agreed, valid.sum(-1)
+
+
+# Loop 2: an exit drafts, the layers above it verify
+
+
+def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
+    """
+    Cycles of drafting and verifying. Drafting runs the lowest layers token by token, and leaves their states pending
+    in the cache; verifying runs the rest for all of them in one pass. So no layer runs twice for a token that stays.
+    """
+    depth, do_sample = decoding.depth, sequences.do_sample
+    learns = decoding.num_tokens is None
+    passes_before = sequences.cache.layer_token_passes
+    if sequences.config.output_hidden_states:
+        sequences.hidden = HiddenStates(sequences.cache, depth)
+
+    outputs = _last(sequences.prefill(depth, decoding.exits if learns else None))
+    plan: LearnedDrafts | FixedDrafts
+    if learns:
+        plan = LearnedDrafts(decoding, sequences, _prompt_acceptance(sequences, decoding.exits, outputs))
+    else:
+        plan = FixedDrafts(decoding)
+    lookup = _prompt_lookup(sequences, decoding)
+    statistics = DraftStatistics()
+
+    rows = list(range(sequences.batch_size))
+    states, drafts, drafter, draft_probabilities = outputs.last_hidden_state[:, -1:], sequences.ids[:, :0], 0, None
+    while True:
+        # Verify: `states` are those of the newest token and of the drafts, `(num_rows, num_drafts + 1, hidden_size)`
+        lengths = [sequences.lengths[row] for row in rows]
+        num_drafts = drafts.shape[1]
+        logits = sequences.head(states)
+        scores = logits
+        flat_rows = [row for row in rows for _ in range(num_drafts + 1)]
+        flat_lengths = [length + i for length in lengths for i in range(num_drafts + 1)]
+        if sequences.processors or do_sample or sequences.scores is not None:
+            scores = sequences.process(logits.flatten(0, 1), flat_rows, flat_lengths).view_as(logits)
+        if do_sample:
+            accepted, new = _accept_sampled(scores, drafts, draft_probabilities)
+        else:
+            targets = scores.argmax(-1)
+            accepted = (targets[:, :-1] == drafts).long().cumprod(1).sum(1)
+            new = targets.gather(1, accepted[:, None])
+        counts_and_tokens = torch.cat([accepted[:, None], drafts, new], dim=1).tolist()  # the one wait of a cycle
+
+        sequences.write(rows, lengths, drafts)
+        counts = [row[0] for row in counts_and_tokens]
+        sequences.write(rows, [length + n for length, n in zip(lengths, counts, strict=True)], new)
+        if sequences.scores is not None or sequences.logits is not None:
+            kept = [j for j in range(len(flat_rows)) if j % (num_drafts + 1) <= counts[j // (num_drafts + 1)]]
+            at = [flat_rows[j] for j in kept], [flat_lengths[j] for j in kept]
+            index = sequences.rows_index(kept)
+            sequences.record(sequences.scores, scores.flatten(0, 1)[index], *at)
+            sequences.record(sequences.logits, logits.flatten(0, 1)[index], *at)
+        tokens = [row[1 : 1 + n] + row[-1:] for row, n in zip(counts_and_tokens, counts, strict=True)]
+        taken = sequences.advance(rows, tokens, [[drafter] * n + [depth] for n in counts])
+
+        statistics.cycles += 1
+        statistics.new_tokens += sum(taken)
+        statistics.drafted += num_drafts * len(rows)
+        statistics.accepted += sum(counts)
+        if num_drafts:
+            used = statistics.exit_layers
+            used[drafter] = used.get(drafter, 0) + num_drafts * len(rows)
+        cached = list(sequences.cache.lengths)
+        for row, n in zip(rows, taken, strict=True):
+            cached[row] += n - 1 - num_drafts  # the newest token has no keys and values yet
+        sequences.cache.rollback(cached)
+
+        active = sequences.active_rows()
+        if not active:
+            break
+        if active != rows:
+            new = new[sequences.rows_index([rows.index(row) for row in active])]
+        plan.learn(drafter, num_drafts, counts)
+        rows, token = active, new
+
+        # Draft: one token at a time through the lowest layers
+        lengths = [sequences.lengths[row] for row in rows]
+        room = int(min(sequences.max_length - min(lengths) - 1, 2**31))
+        candidates = None if lookup is None else lookup(rows, room)
+        if candidates is not None:
+            drafter, drafts = 0, candidates
+            draft_probabilities = torch.nn.functional.one_hot(drafts, logits.shape[-1]).float() if do_sample else None
+            outputs = sequences.forward(torch.cat([token, drafts], dim=1), rows, depth)
+        else:
+            drafter, num_drafts = plan.next(room)
+            drafted, probabilities = [], []
+            for i in range(num_drafts):
+                outputs = sequences.forward(token, rows, drafter)
+                draft_logits = sequences.head(outputs.last_hidden_state[:, -1])
+                draft_scores = sequences.process(draft_logits, rows, [length + i for length in lengths])
+                if do_sample or decoding.confidence_threshold is not None:
+                    probabilities.append(draft_scores.softmax(-1, dtype=torch.float32))
+                    token = (
+                        torch.multinomial(probabilities[-1], 1) if do_sample else draft_scores.argmax(-1, keepdim=True)
+                    )
+                else:
+                    token = draft_scores.argmax(-1, keepdim=True)
+                drafted.append(token)
+                if sequences.processors:
+                    sequences.write(rows, [length + i for length in lengths], token)
+                if decoding.confidence_threshold is not None:
+                    sure = probabilities[-1].gather(1, token)
+                    if i + 1 < num_drafts and bool((sure < decoding.confidence_threshold).all()):
+                        break
+            drafts = torch.cat(drafted, dim=1) if drafted else sequences.ids[: len(rows), :0]
+            draft_probabilities = torch.stack(probabilities, dim=1) if probabilities and do_sample else None
+            outputs = sequences.forward(token, rows, depth)
+        states = outputs.last_hidden_state[:, -(drafts.shape[1] + 1) :]
+
+    statistics.layer_token_passes = sequences.cache.layer_token_passes - passes_before
+    logger.info(
+        f"Drafted {statistics.drafted} tokens at exits {statistics.exit_layers}, {statistics.acceptance_rate:.1%} of "
+        f"them accepted; {statistics.new_tokens} new tokens in {statistics.cycles} cycles."
+    )
+    return sequences.finish(draft_statistics=statistics)
+
+
+def _accept_sampled(
+    scores: torch.Tensor, drafts: torch.Tensor, draft_probabilities: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Speculative sampling (arXiv 2211.17192): keep each draft with probability `min(1, p / q)`, up to the first that is
+    not kept, and draw the next token from what `p` has more than `q`. The tokens are distributed as by `p` alone.
+
+    Args:
+        scores (`torch.Tensor` of shape `(num_rows, num_drafts + 1, vocab_size)`):
+            Processed scores of the verifying depth, float32.
+        drafts (`torch.LongTensor` of shape `(num_rows, num_drafts)`):
+            Draft tokens.
+        draft_probabilities (`torch.Tensor` of shape `(num_rows, num_drafts, vocab_size)`, *optional*):
+            Processed distributions that they were drawn from; `None` without drafts.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Number of drafts kept, `(num_rows,)`, and next tokens, `(num_rows, 1)`.
+    """
+    p = scores.softmax(-1, dtype=torch.float32)
+    if draft_probabilities is None:
+        accepted = torch.zeros(p.shape[0], dtype=torch.long, device=p.device)
+        return accepted, torch.multinomial(p[:, 0], 1)
+    q_drafts = draft_probabilities.gather(2, drafts[..., None]).squeeze(-1)
+    p_drafts = p[:, :-1].gather(2, drafts[..., None]).squeeze(-1)
+    kept = torch.rand_like(q_drafts) * q_drafts < p_drafts
+    accepted = kept.long().cumprod(1).sum(1)
+    at = accepted[:, None, None].expand(-1, 1, p.shape[-1])
+    p_next = p.gather(1, at).squeeze(1)
+    q_next = torch.nn.functional.pad(draft_probabilities, (0, 0, 0, 1)).gather(1, at).squeeze(1)
+    rest = (p_next - q_next).clamp(min=0)
+    # Rounding can leave nothing where both distributions are the same
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_next)
+    return accepted, torch.multinomial(rest, 1)
+
+
+def _prompt_lookup(sequences: Sequences, decoding: SelfSpeculation) -> Callable | None:
+    """Drafts from the text so far (transformers' prompt lookup): `(rows, room)` to tokens, `(num_rows, n)`."""
+    if decoding.lookup_tokens is None:
+        return None
+    options = {
+        "num_output_tokens": decoding.lookup_tokens,
+        "max_matching_ngram_size": decoding.lookup_ngram,
+        "max_length": 2**31,
+        "vocab_size": sequences.model.config.vocab_size,
+    }
+    known = inspect.signature(PromptLookupCandidateGenerator).parameters
+    generator = PromptLookupCandidateGenerator(**{name: v for name, v in options.items() if name in known})
+
+    def look_up(rows: list[int], room: int) -> torch.Tensor | None:
+        found = []
+        for row in rows:
+            ids = sequences.ids[row : row + 1, : sequences.lengths[row]]
+            found.append(generator.get_candidates(ids)[0][:, ids.shape[1] :])
+        n = min(room, *(f.shape[1] for f in found))
+        return torch.cat([f[:, :n] for f in found]) if n > 0 else None
+
+    return look_up
+
+
+class FixedDrafts:
+    """Draft lengths as in transformers: `num_assistant_tokens`, constant or by its heuristic."""
+
+    def __init__(self, decoding: SelfSpeculation):
+        assert decoding.num_tokens is not None
+        self.exit_layer, self.num_tokens = decoding.exits[-1], decoding.num_tokens
+        self.heuristic = decoding.schedule != "constant"
+
+    def next(self, room: int) -> tuple[int, int]:
+        """Exit and number of tokens to draft, at most `room`."""
+        return self.exit_layer, min(self.num_tokens, room)
+
+    def learn(self, exit_layer: int, num_drafts: int, accepted: list[int]) -> None:
+        """What became of the drafts, row by row."""
+        if self.heuristic and num_drafts:
+            self.num_tokens = self.num_tokens + 2 if min(accepted) == num_drafts else max(1, self.num_tokens - 1)
+
+
+class LearnedDrafts:
+    """
+    Draft lengths, and among several exits the one, that pay most. A draft of `n` tokens, each accepted with
+    probability `a`, brings `(1 - a^(n+1)) / (1 - a)` tokens for the time of one plain step and `n` draft steps. `a` is
+    what the prompt showed and then what verifying shows; times are measured, cycle by cycle. Where nothing pays it
+    decodes plainly, and tries a single draft again after 32, 64, ... steps.
+    """
+
+    MAX_TOKENS = 8
+    WORTHWHILE = 1.03
+    FIRST_WAIT, LAST_WAIT = 32, 256
+
+    def __init__(self, decoding: SelfSpeculation, sequences: Sequences, prompt: dict[int, tuple[float, float]]):
+        self.accepted = {k: agreed for k, (agreed, _) in prompt.items()}
+        self.tried = {k: seen for k, (_, seen) in prompt.items()}
+        # Until measured: the weights that a draft step reads, in those of a plain step
+        model = sequences.model
+        layer = sum(p.numel() for p in model.model.layers[0].parameters())
+        head = model.lm_head.weight.numel()
+        self.cost = {k: (k * layer + head) / (decoding.depth * layer + head) for k in decoding.exits}
+        self.plain_seconds: deque[float] = deque(maxlen=5)
+        self.draft_seconds: dict[int, deque[float]] = {k: deque(maxlen=5) for k in decoding.exits}
+        self.wait, self.plain_steps, self.draft_cycles = self.FIRST_WAIT, 0, 0
+        self.clock: float | None = None
+
+    def _acceptance(self, exit_layer: int) -> float:
+        return (self.accepted[exit_layer] + 0.5) / (self.tried[exit_layer] + 1)
+
+    def _gain(self, exit_layer: int, n: int) -> float:
+        """Tokens a time, as a multiple of plain decoding."""
+        a = self._acceptance(exit_layer)
+        measured, plain = self.draft_seconds[exit_layer], min(self.plain_seconds)
+        cost = median(measured) / plain if measured else self.cost[exit_layer]
+        return (1 - a ** (n + 1)) / (1 - a) / (1 + n * max(cost, 0.0))
+
+    def next(self, room: int) -> tuple[int, int]:
+        """Exit and number of tokens to draft, at most `room`; 0 for a plain step."""
+        if self.clock is None:
+            self.clock = time.perf_counter()
+        exits = list(self.draft_seconds)
+        if len(self.plain_seconds) < 2 or self.draft_cycles >= 32:  # what a plain step takes, measured now and then
+            self.draft_cycles = 0
+            return exits[0], 0
+        gain, exit_layer, n = max((self._gain(k, n), k, n) for k in exits for n in range(1, self.MAX_TOKENS + 1))
+        if gain >= self.WORTHWHILE:
+            self.wait, self.plain_steps = self.FIRST_WAIT, 0
+            self.draft_cycles += 1
+            return exit_layer, min(n, room)
+        self.plain_steps += 1
+        if self.plain_steps >= self.wait:
+            self.wait, self.plain_steps = min(2 * self.wait, self.LAST_WAIT), 0
+            return exit_layer, min(1, room)
+        return exit_layer, 0
+
+    def learn(self, exit_layer: int, num_drafts: int, accepted: list[int]) -> None:
+        """What became of the drafts, row by row; time has passed since the last call."""
+        now = time.perf_counter()
+        seconds, self.clock = (None if self.clock is None else now - self.clock), now
+        if seconds is None or exit_layer not in self.draft_seconds:
+            return
+        if num_drafts == 0:
+            self.plain_seconds.append(seconds)
+            return
+        self.draft_seconds[exit_layer].append((seconds - min(self.plain_seconds)) / num_drafts)
+        tried = sum(min(n + 1, num_drafts) for n in accepted) / len(accepted)
+        self.accepted[exit_layer] = 0.9 * self.accepted[exit_layer] + sum(accepted) / len(accepted)
+        self.tried[exit_layer] = 0.9 * self.tried[exit_layer] + tried
+
+
+def _prompt_acceptance(sequences: Sequences, exits: list[int], outputs) -> dict[int, tuple[float, float]]:
+    """By exit: on how many of the prompt's last tokens it agrees with the verifying depth, and of how many."""
+    tokens = min(16, outputs.last_hidden_state.shape[1])
+    states = [sequences.model.model.norm(s[:, -tokens:]) for s in outputs.exit_hidden_states]
+    states.append(outputs.last_hidden_state[:, -tokens:])
+    valid = torch.ones(sequences.batch_size, tokens, device=sequences.device)
+    mask = sequences.prompt.get("attention_mask")
+    if mask is not None:
+        valid = mask[:, -tokens:].to(valid.dtype)
+    agreed, seen = _agreements(sequences, states, valid)
+    # Half a weight: what a model says to a prompt is not yet what it says
+    shares = (agreed.sum(1) / seen.sum().clamp(min=1)).tolist()
+    weight = min(tokens / 2, 8)
+    return {k: (share * weight, weight) for k, share in zip(exits, shares, strict=False)}
+
+
+def decode(
+    model,
+    decoding: ConfidenceExit | RowDepths | SelfSpeculation,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer,
+    model_kwargs: dict[str, Any],
+) -> SortedGenerateOutput | torch.Tensor:
+    """
+    Decode in one of the modes: what `generate` calls once transformers has prepared prompt, processors and criteria.
+
+    Returns:
+        [`SortedGenerateOutput`] with `return_dict_in_generate`, else the sequences, `(batch_size, length)`.
+
+    Raises:
+        ValueError: If the cache is no [`SortedCache`], or holds the whole prompt.
+    """
+    sequences = Sequences(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+    )
+    if isinstance(decoding, SelfSpeculation):
+        return decode_with_drafts(sequences, decoding)
+    return decode_with_exits(sequences, decoding)
