@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import create_causal_mask
+
+from modeling_sorted_llama.cache_sorted_llama import CACHE_NAME
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -66,3 +69,35 @@ def where() -> str:
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+class Bare:
+    """Layers of a model and nothing around them, on transformers' cache of `context` tokens a row."""
+
+    def __init__(self, model, rows: int, context: int):
+        self.model, self.rows, self.context = model, rows, context
+        self.cache = DynamicCache(config=model.config)
+        tokens = torch.randint(3, model.config.vocab_size, (rows, context), device=DEVICE)
+        with torch.no_grad():
+            model.model(tokens, **{CACHE_NAME: self.cache})
+
+    @torch.no_grad()
+    def forward(self, first: int, last: int, tokens: int, head_tokens: int) -> None:
+        """Run `tokens` tokens of every row through the layers, and the last `head_tokens` through the head."""
+        inner, named = self.model.model, {CACHE_NAME: self.cache}
+        states = inner.embed_tokens(torch.full((self.rows, tokens), 5, device=DEVICE))
+        if last > first:
+            positions = torch.arange(self.context, self.context + tokens, device=DEVICE)[None]
+            mask = create_causal_mask(inner.config, states, None, position_ids=positions, **named)
+            rotary = inner.rotary_emb(states, position_ids=positions)
+            options = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
+            for layer in inner.layers[first:last]:
+                states = layer(states, use_cache=True, **options, **named)
+        if head_tokens:
+            self.model.lm_head(inner.norm(states[:, -head_tokens:])).argmax(-1)
+        for layer in self.cache.layers[first:last]:
+            layer.crop(-tokens)
+
+    def seconds(self, first: int, last: int, tokens: int, head_tokens: int, runs: int) -> float:
+        """Median time of `forward`."""
+        return statistics.median(in_turns({"": lambda: self.forward(first, last, tokens, head_tokens)}, runs)[""])

@@ -151,7 +151,7 @@ def main() -> None:
         row = as_text([question], tokenizer)[0]
         print(f"{row['prompt']}   [{row['task']}; right: {row['answer']}]")
         for exit_layer in exits:
-            print(f"    exit {exit_layer:2d}: {answers(model, tokenizer, [row['prompt']], exit_layer)[0]}")
+            print(f"    exit {exit_layer:2d}: {answers(model, tokenizer, [row['prompt']], exit_layer=exit_layer)[0]}")
     plot_path = output_dir / "quality_speed.png"
     plot_quality_speed(before, after, plot_path)
 
@@ -159,7 +159,7 @@ def main() -> None:
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
     row = as_text(test_rows[:1], tokenizer)[0]
-    here = answers(model, tokenizer, [row["prompt"]], exits[0])[0]
+    here = answers(model, tokenizer, [row["prompt"]], exit_layer=exits[0])[0]
     there = reload_elsewhere(final, row["prompt"], exits[0])
     if there != here:
         raise RuntimeError(f"The reloaded checkpoint answers {there!r} at exit {exits[0]}, this process {here!r}.")

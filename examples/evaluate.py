@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import load_dataset
@@ -72,11 +73,11 @@ def answers(
     model: SortedLlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    exit_layer: int,
     max_new_tokens: int = 12,
     batch_size: int = 64,
+    **decoding: Any,
 ) -> list[str]:
-    """Greedy answer of one exit to each prompt: its first line, stripped."""
+    """Greedy answer to each prompt, its first line, stripped; `decoding` is `exit_layer=k` or another mode."""
     found = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
     for start in range(0, len(order), batch_size):
@@ -86,11 +87,11 @@ def answers(
         )
         tokens = model.generate(
             **inputs,
-            exit_layer=exit_layer,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            **decoding,
         )
         texts = tokenizer.batch_decode(tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts, strict=True):
@@ -192,7 +193,7 @@ def evaluate_exits(
     speeds = decoding_speed(model, tokenizer, prompts[0], exits)
     results = []
     for exit_layer, loss, speed in zip(exits, losses, speeds, strict=True):
-        found = answers(model, tokenizer, prompts, exit_layer, max_new_tokens=min(longest, 128))
+        found = answers(model, tokenizer, prompts, min(longest, 128), exit_layer=exit_layer)
         hits: dict[str, list[bool]] = {}
         for row, answer, right in zip(rows, found, wanted, strict=True):
             hits.setdefault(row["task"], []).append(answer == right)

@@ -58,4 +58,4 @@ def test_losses_and_answers(evaluate, kind):
             )
         assert loss == pytest.approx(total / count, rel=1e-4)
         prompts = [row["prompt"] for row in rows]
-        assert evaluate.answers(model, tokenizer, prompts, exit_layer, batch_size=2) == expected
+        assert evaluate.answers(model, tokenizer, prompts, batch_size=2, exit_layer=exit_layer) == expected

@@ -1,0 +1,148 @@
+"""
+Claim: letting every token leave at the exit it is sure at is worth more than any one depth for all, and a step costs
+what ran in it.
+
+Held-out questions, greedy, each answered alone: exact match, agreement with full depth's answer, mean depth of a
+token, answers a second; for every fixed exit, for thresholds at all exits or at one of them, and for a depth chosen
+from each prompt (`exit_layer="auto"`). Held to: no fixed exit is both better and faster than the points of the curve;
+a call takes at most 1.08 x the bare forwards of the layers and heads that ran in it.
+
+```shell
+python benchmarks/confidence_exit.py --model out/demo/final
+```
+"""
+
+import argparse
+import statistics
+from collections import Counter
+
+import torch
+from _common import DEVICE, SMALL, Bare, in_turns, where
+from evaluate import answers, as_text
+from facts import build_facts
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM
+
+
+def points(exits: list[int], small: bool) -> dict[str, dict]:
+    """What is compared: name and keyword arguments of `generate`."""
+    compared: dict[str, dict] = {f"exit {k}": {"exit_layer": k} for k in exits}
+    for threshold in (0.9,) if small else (0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
+        compared[f"all exits, {threshold}"] = {"exit_threshold": threshold}
+    for i, k in enumerate(exits[:-1]):
+        for threshold in (0.9,) if small else (0.6, 0.8, 0.9, 0.97):
+            thresholds = [2.0] * (len(exits) - 1)  # never
+            thresholds[i] = threshold
+            compared[f"exit {k} only, {threshold}"] = {"exit_threshold": thresholds}
+    for agreement in (0.9,) if small else (0.5, 0.7, 0.9):
+        compared[f"auto, {agreement}"] = {"exit_layer": "auto", "exit_agreement": agreement}
+    return compared
+
+
+def trace(model, generate) -> tuple[Counter, Counter]:
+    """What a call runs: how often each (number of layers, tokens), and each number of tokens through the head."""
+    passes: Counter = Counter()
+    heads: Counter = Counter()
+    leave = SortedCache.leave
+
+    def logged(cache, first, last, block):
+        passes[last - first, block.width] += 1
+        return leave(cache, first, last, block)
+
+    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: heads.update([inputs[0][..., 0].numel()]))
+    SortedCache.leave = logged
+    try:
+        generate()
+    finally:
+        SortedCache.leave = leave
+        hook.remove()
+    return passes, heads
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="out/demo/final")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--questions", type=int, default=400, help="for the quality")
+    parser.add_argument("--timed", type=int, default=24, help="questions for the speed")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="a tiny random model: only checks that it runs")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    if args.small:
+        torch.manual_seed(0)
+        args.questions, args.timed, args.runs = 2, 2, 1
+        llama = LlamaForCausalLM(LlamaConfig(**SMALL))
+        model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=[2, 4, 6])
+        prompts = [torch.randint(3, 500, (1, 8), device=DEVICE) for _ in range(args.questions)]
+        inputs = [{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in prompts]
+    else:
+        model = SortedLlamaForCausalLM.from_pretrained(args.model, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+        rows = as_text(build_facts()[1], tokenizer)
+        rows = rows[:: max(1, len(rows) // args.questions)]
+        texts, wanted = [row["prompt"] for row in rows], [row["answer"] for row in rows]
+        timed = texts[:: max(1, len(texts) // args.timed)][: args.timed]
+        inputs = [dict(tokenizer(text, return_tensors="pt").to(DEVICE)) for text in timed]
+    model = model.to(DEVICE, dtype).eval()
+    exits = model.config.exit_layers
+    compared = points(exits, args.small)
+    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+
+    def generate(name: str, **extra):
+        return [model.generate(**one, **options, **compared[name], **extra) for one in inputs]
+
+    seconds = in_turns({name: lambda name=name: generate(name) for name in compared}, args.runs)
+    quality, agreement = {}, {}
+    if not args.small:
+        found = {name: answers(model, tokenizer, texts, **mode) for name, mode in compared.items()}
+        full = found[f"exit {exits[-1]}"]
+        for name, given in found.items():
+            quality[name] = statistics.mean(a == b for a, b in zip(given, wanted, strict=True))
+            agreement[name] = statistics.mean(a == b for a, b in zip(given, full, strict=True))
+
+    bare = Bare(model, 1, 32)
+    costs: dict[tuple, float] = {}
+
+    def cost(*call) -> float:
+        if call not in costs:
+            costs[call] = bare.seconds(*call, runs=5)
+        return costs[call]
+
+    fixed = {
+        name: median
+        for name in compared
+        if name.startswith("exit") and "only" not in name
+        for median in [statistics.median(seconds[name])]
+    }
+    print(f"{args.model}, {args.dtype}, {where()}; {len(inputs)} timed questions, {args.questions} for the quality")
+    print(
+        "| | mean depth | exact match | as full depth | answers/s | x full depth | of the parts that ran | beaten by |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    slowest = fixed[f"exit {exits[-1]}"]
+    for name in compared:
+        mine, depth, parts, beaten = statistics.median(seconds[name]), "", "", []
+        if name in fixed:
+            depth = name.removeprefix("exit ")
+        else:
+            outputs = generate(name, return_dict_in_generate=True)
+            used = torch.cat([output.exit_layers_used.flatten() for output in outputs]).float()
+            depth = f"{used[used > 0].mean():.1f}"
+            passes, heads = trace(model, lambda name=name: generate(name))
+            ran = sum(n * cost(0, layers, width, 0) for (layers, width), n in passes.items())
+            ran += sum(n * cost(0, 0, width, width) for width, n in heads.items())
+            parts = f"{mine / ran:.2f}"
+            beaten = [
+                other for other, time_ in fixed.items() if quality and time_ < mine and quality[other] > quality[name]
+            ]
+        shown = [f"{100 * q[name]:.1f} %" if q else "" for q in (quality, agreement)]
+        print(
+            f"| {name} | {depth} | {' | '.join(shown)} | {len(inputs) / mine:.2f} | {slowest / mine:.2f} "
+            f"| {parts} | {', '.join(beaten)} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

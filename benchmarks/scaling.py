@@ -1,0 +1,130 @@
+"""
+Claim: what self-speculation gains grows with the model, because what it pays beside the layers, the head and the loop
+around them, shrinks.
+
+Llamas of several shapes with random weights, whose layers above the exit add nothing: every draft is accepted, so
+that the figures are those of the loop and not of a training. Measured: plain decoding against drafting at a third of
+the depth, as a multiple, beside the ideal of the same cycles (see `self_speculation.py`). Then, for every shape, what
+the ideal is where only 60, 70, 80 or 90 % of the drafts are accepted, with the best draft length. For shapes that do
+not fit here it is computed from the bytes that a token reads: one row, decoding bound by memory, a verification of a
+few tokens as dear as one token, keys and values left out.
+
+```shell
+python benchmarks/scaling.py
+```
+"""
+
+import argparse
+import statistics
+from functools import partial
+
+import torch
+from _common import DEVICE, SMALL, Bare, in_turns, ratio, where
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_sorted_llama import SortedLlamaForCausalLM
+
+
+def shape(layers, hidden, intermediate, heads, kv_heads, vocabulary, tied=False) -> dict:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+    }
+
+
+MEASURED = {
+    "135M (SmolLM2)": shape(30, 576, 1536, 9, 3, 49152, tied=True),
+    "360M (SmolLM2)": shape(32, 960, 2560, 15, 5, 49152, tied=True),
+    "1.1B (TinyLlama)": shape(22, 2048, 5632, 32, 4, 32000),
+}
+ON_PAPER = {
+    "7B (Llama 2)": shape(32, 4096, 11008, 32, 32, 32000),
+    "13B (Llama 2)": shape(40, 5120, 13824, 40, 40, 32000),
+}
+ACCEPTANCES = (0.6, 0.7, 0.8, 0.9)
+LENGTHS = range(1, 9)
+
+
+def best_gain(acceptance: float, plain: float, draft: float, verify: dict[int, float]) -> tuple[float, int]:
+    """The largest multiple of plain decoding, and its draft length; `verify[n]` is what a cycle costs beside drafts."""
+    tokens = {n: (1 - acceptance ** (n + 1)) / (1 - acceptance) for n in verify}
+    return max((tokens[n] * plain / (n * draft + verify[n]), n) for n in verify)
+
+
+def weights(fields: dict) -> tuple[float, float]:
+    """Weights of one layer and of the head."""
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    attention = 2 * hidden * hidden * (1 + fields["num_key_value_heads"] / heads)
+    return attention + 3 * hidden * fields["intermediate_size"], hidden * fields["vocab_size"]
+
+
+def row(*cells) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draft_tokens", type=int, default=4)
+    parser.add_argument("--new_tokens", type=int, default=40)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="a tiny model: only checks that it runs")
+    args = parser.parse_args()
+    n, shapes = args.draft_tokens, {"tiny": SMALL} if args.small else MEASURED
+    new_tokens, runs = (10, 1) if args.small else (args.new_tokens, args.runs)
+
+    print(
+        f"{where()}, bfloat16, one row, {n} draft tokens at a third of the depth, {runs} runs; then the ideal with the"
+    )
+    print("best length (behind the slash) by acceptance")
+    row("shape", "head / weights read", "all accepted: measured", "ideal", "of ideal", *ACCEPTANCES)
+    print("|---" * (5 + len(ACCEPTANCES)) + "|")
+    for name, fields in shapes.items():
+        torch.manual_seed(0)
+        with torch.device(DEVICE):
+            llama = LlamaForCausalLM(LlamaConfig(**fields)).to(torch.bfloat16).eval()
+        layers, k = fields["num_hidden_layers"], max(1, fields["num_hidden_layers"] // 3)
+        for layer in llama.model.layers[k:]:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+        model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=[k, layers])
+        prompt = torch.randint(3, fields["vocab_size"], (1, 32), device=DEVICE)
+        options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0}
+        for decoder in (llama, model):
+            decoder.generation_config.eos_token_id = None
+        calls = {
+            "plain": partial(llama.generate, prompt, **options),
+            "draft": partial(model.generate, prompt, assistant_early_exit=k, num_assistant_tokens=n, **options),
+            "first": partial(llama.generate, prompt, **{**options, "max_new_tokens": 1}),
+        }
+        cycles = calls["draft"](return_dict_in_generate=True).draft_statistics.cycles - 1
+        seconds = in_turns(calls, runs)
+        cost = partial(Bare(llama, 1, 32 + new_tokens // 2).seconds, runs=3 * runs)
+        plain, draft, lower = cost(0, layers, 1, 1), cost(0, k, 1, 1), cost(0, k, 1, 0)
+        verify = {m: lower + cost(k, layers, m + 1, m + 1) for m in LENGTHS}
+        first = statistics.median(seconds["first"])
+        ideal = (first + (new_tokens - 1) * plain) / (first + cycles * (n * draft + verify[n]))
+        measured = ratio(seconds["plain"], seconds["draft"])
+        gains = [best_gain(a, plain, draft, verify) for a in ACCEPTANCES]
+        layer, head = weights(fields)
+        of_ideal = measured / ideal
+        shown = [f"{gain:.2f} / {length}" for gain, length in gains]
+        share = f"{head / (layers * layer + head):.0%}"
+        row(name, share, f"{measured:.2f}", f"{ideal:.2f}", f"{of_ideal:.2f}", *shown)
+        del llama, model, calls, cost
+    for name, fields in ({} if args.small else {**MEASURED, **ON_PAPER}).items():
+        layer, head = weights(fields)
+        layers, k = fields["num_hidden_layers"], fields["num_hidden_layers"] // 3
+        plain, draft = layers * layer + head, k * layer + head
+        gains = [best_gain(a, plain, draft, dict.fromkeys(LENGTHS, plain)) for a in ACCEPTANCES]
+        shown = [f"{gain:.2f} / {length}" for gain, length in gains]
+        ideal = (n + 1) * plain / (n * draft + plain)
+        row(f"{name}, on paper", f"{head / plain:.0%}", "", f"{ideal:.2f}", "", *shown)
+
+
+if __name__ == "__main__":
+    main()
