@@ -51,7 +51,7 @@ LENGTHS = range(1, 9)
 
 
 def best_gain(acceptance: float, plain: float, draft: float, verify: dict[int, float]) -> tuple[float, int]:
-    """The largest multiple of plain decoding, and its draft length; `verify[n]` is what a cycle costs beside drafts."""
+    """The largest multiple of plain decoding, and its draft length; `verify[n]` is a cycle's cost beside drafts."""
     tokens = {n: (1 - acceptance ** (n + 1)) / (1 - acceptance) for n in verify}
     return max((tokens[n] * plain / (n * draft + verify[n]), n) for n in verify)
 

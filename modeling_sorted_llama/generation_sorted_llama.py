@@ -1,5 +1,6 @@
 """`generate` at moving depth: tokens that leave at an exit, and an exit that drafts for the layers above it."""
 
+import copy
 import inspect
 import math
 import time
@@ -314,7 +315,7 @@ def _self_speculation(model, fields, layers) -> SelfSpeculation:
 def _check_company(mode: str, value: Any, decoding, generation_config: GenerationConfig) -> None:
     """Refuse what the loops cannot do exactly."""
     call = f"`{mode}={value!r}`"
-    others = GenerationConfig(**{**generation_config.to_diff_dict(), "transformers_version": None})
+    others = copy.copy(generation_config)
     others.assistant_early_exit = None
     if isinstance(decoding, SelfSpeculation):
         others.prompt_lookup_num_tokens = None
@@ -365,9 +366,7 @@ class Sequences:
         self.lengths = [self.prompt_length] * self.batch_size
         self.ids: torch.Tensor = input_ids  # (batch_size, at least max(lengths))
         self.prompt = self._prompt_inputs(input_ids, model_kwargs)
-        self.prompt_size: int = next(self.prompt[n] for n in ("inputs_embeds", "input_ids") if n in self.prompt).shape[
-            1
-        ]
+        self.prompt_size: int = self.prompt.get("inputs_embeds", self.prompt.get("input_ids")).shape[1]  # type: ignore
         self.do_sample = generation_config.do_sample
 
         self._processor_rows: Sequence[int] = ()
@@ -825,7 +824,7 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
     outputs = _last(sequences.prefill(depth, decoding.exits if learns else None))
     plan: LearnedDrafts | FixedDrafts
     if learns:
-        plan = LearnedDrafts(decoding, sequences, _prompt_acceptance(sequences, decoding.exits, outputs))
+        plan = LearnedDrafts(decoding, sequences, outputs)
     else:
         plan = FixedDrafts(decoding)
     lookup = _prompt_lookup(sequences, decoding)
@@ -1006,36 +1005,34 @@ class LearnedDrafts:
     """
     Draft lengths, and among several exits the one, that pay most. A draft of `n` tokens, each accepted with
     probability `a`, brings `(1 - a^(n+1)) / (1 - a)` tokens for the time of one plain step and `n` draft steps. `a` is
-    what the prompt showed and then what verifying shows; times are measured, cycle by cycle. Where nothing pays it
-    decodes plainly, and tries a single draft again after 32, 64, ... steps.
+    what the prompt's last tokens show and then what verifying shows; times are measured, cycle by cycle. Where nothing
+    pays it decodes plainly, and tries a single draft again after 8, 16, ... 256 steps.
+
+    Args:
+        decoding ([`SelfSpeculation`]): Exits and verifying depth.
+        sequences ([`Sequences`]): The call.
+        outputs: What the prefill has returned, with the states of `decoding.exits`.
     """
 
     MAX_TOKENS = 8
-    WORTHWHILE = 1.03
-    FIRST_WAIT, LAST_WAIT = 32, 256
+    WORTHWHILE = 1.03  # below, what is gained is in the noise of what is measured
+    FIRST_WAIT, LAST_WAIT = 8, 256
+    PROMPT_TOKENS = 4
 
-    def __init__(self, decoding: SelfSpeculation, sequences: Sequences, prompt: dict[int, tuple[float, float]]):
-        self.accepted = {k: agreed for k, (agreed, _) in prompt.items()}
-        self.tried = {k: seen for k, (_, seen) in prompt.items()}
+    def __init__(self, decoding: SelfSpeculation, sequences: Sequences, outputs):
+        self.sequences = sequences
+        states = [*outputs.exit_hidden_states, outputs.last_hidden_state]
+        self.prompt_states: list[torch.Tensor] | None = [s[:, -self.PROMPT_TOKENS :].clone() for s in states]
+        self.accepted, self.tried = dict.fromkeys(decoding.exits, 0.0), dict.fromkeys(decoding.exits, 0.0)
         # Until measured: the weights that a draft step reads, in those of a plain step
         model = sequences.model
         layer = sum(p.numel() for p in model.model.layers[0].parameters())
-        head = model.lm_head.weight.numel()
+        head = model.config.hidden_size * model.config.vocab_size
         self.cost = {k: (k * layer + head) / (decoding.depth * layer + head) for k in decoding.exits}
         self.plain_seconds: deque[float] = deque(maxlen=5)
         self.draft_seconds: dict[int, deque[float]] = {k: deque(maxlen=5) for k in decoding.exits}
         self.wait, self.plain_steps, self.draft_cycles = self.FIRST_WAIT, 0, 0
         self.clock: float | None = None
-
-    def _acceptance(self, exit_layer: int) -> float:
-        return (self.accepted[exit_layer] + 0.5) / (self.tried[exit_layer] + 1)
-
-    def _gain(self, exit_layer: int, n: int) -> float:
-        """Tokens a time, as a multiple of plain decoding."""
-        a = self._acceptance(exit_layer)
-        measured, plain = self.draft_seconds[exit_layer], min(self.plain_seconds)
-        cost = median(measured) / plain if measured else self.cost[exit_layer]
-        return (1 - a ** (n + 1)) / (1 - a) / (1 + n * max(cost, 0.0))
 
     def next(self, room: int) -> tuple[int, int]:
         """Exit and number of tokens to draft, at most `room`; 0 for a plain step."""
@@ -1045,6 +1042,8 @@ class LearnedDrafts:
         if len(self.plain_seconds) < 2 or self.draft_cycles >= 32:  # what a plain step takes, measured now and then
             self.draft_cycles = 0
             return exits[0], 0
+        if self.prompt_states is not None:  # not before: many answers are over by now
+            self._look_at_prompt(exits)
         gain, exit_layer, n = max((self._gain(k, n), k, n) for k in exits for n in range(1, self.MAX_TOKENS + 1))
         if gain >= self.WORTHWHILE:
             self.wait, self.plain_steps = self.FIRST_WAIT, 0
@@ -1057,7 +1056,7 @@ class LearnedDrafts:
         return exit_layer, 0
 
     def learn(self, exit_layer: int, num_drafts: int, accepted: list[int]) -> None:
-        """What became of the drafts, row by row; time has passed since the last call."""
+        """What became of the drafts, row by row; the time since the last call is theirs."""
         now = time.perf_counter()
         seconds, self.clock = (None if self.clock is None else now - self.clock), now
         if seconds is None or exit_layer not in self.draft_seconds:
@@ -1070,21 +1069,32 @@ class LearnedDrafts:
         self.accepted[exit_layer] = 0.9 * self.accepted[exit_layer] + sum(accepted) / len(accepted)
         self.tried[exit_layer] = 0.9 * self.tried[exit_layer] + tried
 
+    def _acceptance(self, exit_layer: int) -> float:
+        return (self.accepted[exit_layer] + 0.5) / (self.tried[exit_layer] + 1)
 
-def _prompt_acceptance(sequences: Sequences, exits: list[int], outputs) -> dict[int, tuple[float, float]]:
-    """By exit: on how many of the prompt's last tokens it agrees with the verifying depth, and of how many."""
-    tokens = min(16, outputs.last_hidden_state.shape[1])
-    states = [sequences.model.model.norm(s[:, -tokens:]) for s in outputs.exit_hidden_states]
-    states.append(outputs.last_hidden_state[:, -tokens:])
-    valid = torch.ones(sequences.batch_size, tokens, device=sequences.device)
-    mask = sequences.prompt.get("attention_mask")
-    if mask is not None:
-        valid = mask[:, -tokens:].to(valid.dtype)
-    agreed, seen = _agreements(sequences, states, valid)
-    # Half a weight: what a model says to a prompt is not yet what it says
-    shares = (agreed.sum(1) / seen.sum().clamp(min=1)).tolist()
-    weight = min(tokens / 2, 8)
-    return {k: (share * weight, weight) for k, share in zip(exits, shares, strict=False)}
+    def _gain(self, exit_layer: int, n: int) -> float:
+        """Tokens a time, as a multiple of plain decoding."""
+        a = self._acceptance(exit_layer)
+        measured, plain = self.draft_seconds[exit_layer], min(self.plain_seconds)
+        cost = median(measured) / plain if measured else self.cost[exit_layer]
+        return (1 - a ** (n + 1)) / (1 - a) / (1 + n * max(cost, 0.0))
+
+    def _look_at_prompt(self, exits: list[int]) -> None:
+        """On how many of the prompt's last tokens the greedy token of each exit is that of the verifying depth."""
+        assert self.prompt_states is not None
+        states, sequences = self.prompt_states, self.sequences
+        normed = torch.cat([*(sequences.model.model.norm(s) for s in states[:-1]), states[-1]])
+        greedy = sequences.head(normed).argmax(-1).view(len(states), *states[0].shape[:2])
+        valid = torch.ones_like(greedy[-1], dtype=torch.bool)
+        mask = sequences.prompt.get("attention_mask")
+        if mask is not None:
+            valid = mask[:, -valid.shape[1] :].bool()
+        agreed = ((greedy == greedy[-1]) & valid).sum((1, 2)) / valid.sum()
+        # Half a weight: how an exit continues the prompt is not yet how it continues what the model says
+        weight = states[0].shape[1] / 2
+        for k, share in zip(exits, agreed.tolist(), strict=False):
+            self.accepted[k], self.tried[k] = weight * share, weight
+        self.prompt_states = None
 
 
 def decode(

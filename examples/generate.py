@@ -1,0 +1,189 @@
+"""
+One prompt, every way to decode: full depth, each exit, exit by confidence, drafting, a depth chosen from the prompt.
+
+```shell
+python examples/generate.py                                         # the checkpoint of `make demo`
+python examples/generate.py --model user/sorted-llama --chat --prompt "Why is the sky blue?" --exit_threshold 0.8
+```
+
+Each token is coloured by the layers that it came from; without colours, `[10]` stands before what 10 layers said.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from modeling_sorted_llama import DraftStatistics, SortedLlamaForCausalLM
+
+
+DEMO = "out/demo/final"
+PROMPT = "Fyodor Dostoevsky wrote Crime and Punishment.\nQuestion: Who wrote Crime and Punishment?\nAnswer:"
+# Blue over grey to orange, of the 256 colours: alike in brightness, and apart for every kind of colour vision
+RAMP = (33, 69, 68, 104, 103, 139, 138, 174, 173, 209, 208)
+
+
+class DepthPrinter(BaseStreamer):
+    """
+    Prints tokens as they come, each with the depth that it came from: `depth`, unless decoding says otherwise.
+
+    `colors` are those of the depths; `None` puts `[depth]` where it changes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, depth: int, colors: dict[int, int] | None):
+        self.tokenizer, self.depth, self.colors = tokenizer, depth, colors
+        self.depths: list[int] = []  # of all tokens
+        self.marked: int | None = None
+        self.tokens: list[int] | None = None  # those of the newest printed piece, and those not printed yet
+        self.num_printed = 0
+
+    def put_exits(self, exit_layers: list[int], confidences: list[float] | None) -> None:
+        """The depth of the token that `put` is called with next; not called where all tokens have the same."""
+        (self.depth,) = exit_layers
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, then token after token."""
+        if self.tokens is None:
+            self.tokens = []
+            return
+        self.tokens += value.tolist()
+        self.depths.append(self.depth)
+        self._print()
+
+    def end(self) -> None:
+        self._print(final=True)
+        print()
+
+    def _print(self, final: bool = False) -> None:
+        # Decoded together with the last piece: some tokenizers drop the space that a text begins with
+        text = self._decode(self.tokens)[len(self._decode(self.tokens[: self.num_printed])) :]
+        if not text or (text.endswith("\ufffd") and not final):  # more bytes of the character are to come
+            return
+        mark = f"[{self.depth}]" if self.colors is None and self.depth != self.marked else ""
+        print(mark + paint(text, self.depth, self.colors), end="", flush=True)
+        self.tokens, self.marked = self.tokens[self.num_printed :], self.depth
+        self.num_printed = len(self.tokens)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def paint(text: str, depth: int, colors: dict[int, int] | None) -> str:
+    return text if colors is None else f"\033[38;5;{colors.get(depth, RAMP[0])}m{text}\033[0m"
+
+
+def number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def choose_modes(model: SortedLlamaForCausalLM, args: argparse.Namespace) -> list[dict]:
+    """What `generate` is called with, mode by mode."""
+    exits, full = model.config.exit_layers or [], model.config.num_hidden_layers
+    modes: list[dict] = [{}, *({"exit_layer": k} for k in args.exit_layers or exits if k != full)]
+    if len(exits) > 1:
+        modes.append(
+            {"exit_threshold": args.exit_threshold if len(args.exit_threshold) > 1 else args.exit_threshold[0]}
+        )
+    for draft in args.assistant_early_exit or [*exits[:-1][:1], "auto"]:
+        fixed = {"num_assistant_tokens": args.num_assistant_tokens} if draft != "auto" else {}
+        modes.append({"assistant_early_exit": draft, **fixed})
+    if exits:
+        modes.append({"exit_layer": "auto"})
+    return modes
+
+
+def statistics_line(depths: list[int], seconds: float, drafting: DraftStatistics | None) -> str:
+    """Counts and speed of one answer: the token that ends it counts, and the time to read the prompt."""
+    line = f"{len(depths)} tokens, {seconds:.2f} s, {len(depths) / seconds:.1f} tokens/s"
+    line += f", mean depth {sum(depths) / len(depths):.1f}"
+    if drafting is not None:
+        line += f"; drafted {drafting.drafted}, accepted {drafting.accepted} ({drafting.acceptance_rate:.0%})"
+        line += f", {drafting.cycles} cycles, {drafting.new_tokens / drafting.cycles:.1f} tokens a cycle"
+    return line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEMO, help="model id or path")
+    parser.add_argument("--prompt", nargs="+", default=[PROMPT], help="one or several; - reads one from stdin")
+    parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--exit_layers", type=int, nargs="+", help="default: the checkpoint's `exit_layers`")
+    parser.add_argument(
+        "--exit_threshold", type=float, nargs="+", default=[0.9], help="one, or one for each but the last exit"
+    )
+    parser.add_argument(
+        "--assistant_early_exit", type=number_or_auto, nargs="+", help="default: the first exit, and auto"
+    )
+    parser.add_argument(
+        "--num_assistant_tokens", type=number_or_auto, default=3, help="drafts of a named exit, or auto"
+    )
+    parser.add_argument("--do_sample", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--device", default="auto", help="auto is the accelerator, if there is one")
+    parser.add_argument("--no_color", action="store_true")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    # 1. The model
+    if args.model == DEMO and not Path(DEMO).is_dir():
+        raise SystemExit(f"{DEMO} does not exist: run `make demo` first, or pass --model.")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = (accelerator or "cpu") if args.device == "auto" else args.device
+    try:
+        model = SortedLlamaForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except OSError as error:
+        raise SystemExit(f"{args.model} does not load: {error}") from error
+    model.config.exit_layer = None  # a depth that the checkpoint asks for would count in every mode
+    for name in ("exit_layer", "exit_threshold", "assistant_early_exit"):
+        setattr(model.generation_config, name, None)
+
+    # 2. The modes, and a colour for each depth
+    full, exits, modes = model.config.num_hidden_layers, model.config.exit_layers or [], choose_modes(model, args)
+    named = [mode.get(name) for mode in modes for name in ("exit_layer", "assistant_early_exit")]
+    depths, colors = sorted({*exits, full, *(k for k in named if isinstance(k, int))}), None
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not args.no_color:
+        scale = (len(RAMP) - 1) / max(len(depths) - 1, 1)
+        colors = {k: RAMP[round(i * scale)] for i, k in enumerate(depths)}
+    print(f"{args.model}: {full} layers, exits {exits}; {device}, {args.dtype}")
+    legend = (f"[{k}]" if colors is None else paint(f"{k}", k, colors) for k in depths)
+    print("Layers that a token came from; in drafting, that proposed it:", *legend)
+
+    # 3. Every prompt in every mode
+    for prompt in args.prompt:
+        prompt = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+        if not prompt.strip():
+            raise SystemExit("The prompt is empty.")
+        try:
+            text = prompt
+            if args.chat:
+                message = {"role": "user", "content": prompt}
+                text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+            inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not args.chat).to(device)
+            options = {**inputs, "do_sample": args.do_sample, "return_dict_in_generate": True}
+            for mode in modes:  # to warm up; and what is not possible says so before the first answer
+                model.generate(**options, **mode, max_new_tokens=2)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        print(f"\n{prompt}")
+        for mode in modes:
+            print(f"\n{', '.join(f'{name}={value!r}' for name, value in mode.items()) or 'full depth'}")
+            set_seed(args.seed)
+            printer = DepthPrinter(tokenizer, mode.get("exit_layer", full), colors)
+            start = time.perf_counter()
+            outputs = model.generate(**options, **mode, max_new_tokens=args.max_new_tokens, streamer=printer)
+            seconds = time.perf_counter() - start
+            print("   ", statistics_line(printer.depths, seconds, getattr(outputs, "draft_statistics", None)))
+
+
+if __name__ == "__main__":
+    main()
