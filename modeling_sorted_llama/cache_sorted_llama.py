@@ -454,8 +454,10 @@ class SortedCache(Cache):
         slots = (slots + block.starts[0])[None] if len(set(block.starts)) == 1 else block.index(device)[1]
         keys = torch.arange(block.end, device=device)
         attended = keys <= slots[..., None]
-        if mask is not None:  # a token that none attends to still attends to itself
-            attended = attended & mask[:, None] | (keys == slots[..., None])
+        if mask is not None:
+            attended = attended & mask[:, None]
+            # A token with nothing to attend to attends to itself: no NaN
+            attended = attended | ~attended.any(-1, keepdim=True) & (keys == slots[..., None])
         attended = attended[:, None]
         if implementation == "sdpa":
             return attended

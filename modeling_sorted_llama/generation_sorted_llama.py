@@ -18,6 +18,7 @@ from transformers import (
     MaxLengthCriteria,
     PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
 )
 from transformers.generation import GenerateDecoderOnlyOutput, PromptLookupCandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
@@ -47,7 +48,18 @@ _DRAFT_FIELDS = (
     "prompt_lookup_num_tokens",
     "max_matching_ngram_size",
 )
+# What transformers' processors keep for each row of the batch
+_VALUES_OF_ROWS = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
 _CONFIDENCES = ("max_prob", "margin", "entropy")
+_MODE_OF = {
+    "exit_threshold": "exit_threshold",
+    "exit_confidence": "exit_threshold",
+    "min_exit_layer": "exit_threshold",
+    "max_exit_layer": "exit_threshold",
+    "assistant_early_exit": "assistant_early_exit",
+    "exit_layer": "exit_layer",
+    "exit_agreement": "auto",
+}
 _SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 
 
@@ -118,7 +130,7 @@ class ConfidenceExit:
         if self.confidence == "margin":
             first, second = probabilities.topk(2, dim=-1).values.unbind(-1)
             return first - second
-        return 1 - torch.special.entr(probabilities).sum(-1) / math.log(scores.shape[-1])
+        return (1 - torch.special.entr(probabilities).sum(-1) / math.log(scores.shape[-1])).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -145,17 +157,44 @@ class SelfSpeculation:
 
 def read_decoding_fields(model, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    What a call says about depth and drafting: from its keyword arguments, else its generation config, else the
-    model's. Read before transformers fills in its defaults, which would pass for the user's.
+    What a call says about depth and drafting: its keyword arguments, then its generation config, then the model's,
+    then the default depth of the model's config. The most specific that names a mode decides on it; the others add
+    what belongs to it. Read before transformers fills in its defaults, which would pass for the user's.
     """
-    sources = (generation_config, model.generation_config)
-    fields = {}
-    for name in (*SORTED_GENERATION_FIELDS, *_DRAFT_FIELDS):
-        values = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
-        fields[name] = next((value for value in values if value is not None), None)
-    if fields["exit_layer"] is None:
-        fields["exit_layer"] = model.config.exit_layer
+    names = (*SORTED_GENERATION_FIELDS, *_DRAFT_FIELDS)
+    fields: dict[str, Any] = dict.fromkeys(names)
+    configs = (generation_config, model.generation_config, model.config)
+    for source in (kwargs, *({name: getattr(config, name, None) for name in names} for config in configs)):
+        mode = _mode(fields)
+        for name in names:
+            value = source.get(name)
+            if value is None or fields[name] is not None:
+                continue
+            is_depth = name == "exit_layer" and type(value) is int and mode not in ("auto", "depths of rows")
+            if mode is None or is_depth or _MODE_OF.get(name, mode) == mode:
+                fields[name] = value
     return fields
+
+
+def make_plain(generation_config: GenerationConfig) -> None:
+    """Take out what a plain Llama does not know."""
+    for name in SORTED_GENERATION_FIELDS:
+        if hasattr(generation_config, name):
+            delattr(generation_config, name)
+    generation_config.assistant_early_exit = None
+    if generation_config.num_assistant_tokens == "auto":
+        generation_config.num_assistant_tokens = None
+
+
+def _mode(fields: dict[str, Any]) -> str | None:
+    for name in ("exit_threshold", "assistant_early_exit"):
+        if fields[name] is not None:
+            return name
+    if fields["exit_layer"] is None:
+        return None
+    if type(fields["exit_layer"]) is int:
+        return "depth"
+    return "auto" if fields["exit_layer"] == "auto" else "depths of rows"
 
 
 def choose_decoding(
@@ -226,15 +265,19 @@ def _confidence_exit(model, fields, layers) -> ConfidenceExit:
             f"`exit_threshold` must be a number, or a list of {len(exits) - 1}, one for each exit below full depth "
             f"({exits[:-1]}), got {fields['exit_threshold']!r}."
         )
-    confidence = fields["exit_confidence"] or "max_prob"
+    confidence = "max_prob" if fields["exit_confidence"] is None else fields["exit_confidence"]
     if not callable(confidence) and confidence not in _CONFIDENCES:
         raise ValueError(
             f"`exit_confidence` must be one of {_CONFIDENCES}, or a callable that takes the processed scores "
             f"`(num_rows, vocab_size)`, the exit layer and the `input_ids` so far, got {confidence!r}."
         )
-    # A model whose config names a default depth never goes deeper
-    low = check_exit_layer(fields["min_exit_layer"] or 1, layers, "min_exit_layer")
-    high = check_exit_layer(fields["max_exit_layer"] or fields["exit_layer"] or layers, layers, "max_exit_layer")
+    low, high = 1, layers
+    if fields["min_exit_layer"] is not None:
+        low = check_exit_layer(fields["min_exit_layer"], layers, "min_exit_layer")
+    if fields["max_exit_layer"] is not None:
+        high = check_exit_layer(fields["max_exit_layer"], layers, "max_exit_layer")
+    elif fields["exit_layer"] is not None:  # the default depth of every call: never deeper
+        exits, high = [*(k for k in exits if k < fields["exit_layer"]), fields["exit_layer"]], fields["exit_layer"]
     bounded = [k for k in exits if low <= k <= high]
     if not bounded:
         raise ValueError(
@@ -298,6 +341,10 @@ def _self_speculation(model, fields, layers) -> SelfSpeculation:
         raise ValueError(f"`num_assistant_tokens_schedule` must be one of {_SCHEDULES}, got {schedule!r}.")
     if fields["num_assistant_tokens_schedule"] not in (None, "constant") and num_tokens is None:
         num_tokens = 5  # a heuristic needs somewhere to start
+    for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
+        value = fields[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
     threshold = fields["assistant_confidence_threshold"]
     if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
         raise ValueError(f"`assistant_confidence_threshold` must be a number, got {threshold!r}.")
@@ -335,6 +382,8 @@ def _check_company(mode: str, value: Any, decoding, generation_config: Generatio
         )
     if generation_config.guidance_scale not in (None, 1, 1.0):
         raise ValueError(f"{call} does not work with `guidance_scale={generation_config.guidance_scale}`.")
+    if isinstance(generation_config.watermarking_config, SynthIDTextWatermarkingConfig):
+        raise ValueError(f"{call} does not work with SynthID watermarking, which counts its calls.")
     if generation_config.output_attentions:
         raise ValueError(f"{call} cannot return attentions, which it computes in blocks: `output_attentions=False`.")
     if generation_config.output_hidden_states and not isinstance(decoding, SelfSpeculation):
@@ -483,17 +532,49 @@ class Sequences:
         return scores
 
     def _for_rows(self, processor):
-        """A processor that is told the row in the batch, where only some of the rows are processed."""
-        if type(processor) is not PrefixConstrainedLogitsProcessor:
-            return processor
-        allowed = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda row, ids: allowed(self._processor_rows[row], ids), num_beams=1)
+        """A processor that works where some of the rows are processed, and not all of one length."""
+        if type(processor) is PrefixConstrainedLogitsProcessor:
+            allowed = processor._prefix_allowed_tokens_fn
+            return PrefixConstrainedLogitsProcessor(lambda row, ids: allowed(self._processor_rows[row], ids), 1)
+        if not type(processor).__module__.startswith("transformers."):
 
-    def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """Next tokens, `(n,)`, of processed scores, `(n, vocab_size)`."""
-        if self.do_sample:
-            return torch.multinomial(scores.softmax(-1, dtype=torch.float32), num_samples=1).squeeze(1)
-        return scores.argmax(-1)
+            def process_batch(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                if len(self._processor_rows) == self.batch_size:
+                    return processor(input_ids, scores)
+                index = self.rows_index(self._processor_rows)  # a user's may know the rows of the batch
+                batch = scores.new_zeros(self.batch_size, scores.shape[-1])
+                batch[index] = scores
+                return processor(self.ids[:, : input_ids.shape[1]], batch)[index]
+
+            return process_batch
+        own = {name: value for name, value in vars(processor).items() if name in _VALUES_OF_ROWS}
+        own = {name: value for name, value in own.items() if isinstance(value, (torch.Tensor, list))}
+        if not own:
+            return processor
+
+        def process_rows(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            rows, of_rows = self._processor_rows, copy.copy(processor)
+            for name, value in own.items():
+                is_tensor = isinstance(value, torch.Tensor)
+                setattr(of_rows, name, value[self.rows_index(rows)] if is_tensor else [value[row] for row in rows])
+            if hasattr(of_rows, "batch_size"):
+                of_rows.batch_size = len(rows)
+            return of_rows(input_ids, scores)
+
+        return process_rows
+
+    def choose(self, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Next tokens, `(num_rows,)`, of processed scores, `(num_rows, vocab_size)`."""
+        if not self.do_sample:
+            return scores.argmax(-1)
+        probabilities = scores.softmax(-1, dtype=torch.float32)
+        if len(rows) == self.batch_size:
+            return torch.multinomial(probabilities, num_samples=1).squeeze(1)
+        # Drawn for the whole batch, as in transformers: the same seed, the same tokens
+        index = self.rows_index(rows)
+        batch = torch.ones(self.batch_size, scores.shape[-1], device=scores.device)
+        batch[index] = probabilities
+        return torch.multinomial(batch, num_samples=1).squeeze(1)[index]
 
     def active_rows(self) -> list[int]:
         """Rows that go on."""
@@ -542,10 +623,10 @@ class Sequences:
             ]
         ends = [False] * len(rows)
         for length, members in _by_value([self.lengths[row] for row in rows]).items():
-            prefixes = self.prefixes([rows[i] for i in members], length)
-            done = self.criteria(prefixes, None if self.scores is None else tuple(self.scores))
-            for i, end in zip(members, done.tolist(), strict=True):
-                ends[i] = end
+            scores = None if self.scores is None else tuple(self.scores[: length - self.prompt_length])
+            done = self.criteria(self.ids[:, :length], scores).tolist()  # a user's may know the rows of the batch
+            for i in members:
+                ends[i] = done[rows[i]]
         return ends
 
     def _stream(self) -> None:
@@ -593,6 +674,12 @@ class Sequences:
             return sequences
 
         new_tokens = length - self.prompt_length
+        for row, end in enumerate(lengths):  # what was drafted behind a row's end
+            for store in (self.scores or [], self.logits or []):
+                for values in store[end - self.prompt_length : new_tokens]:
+                    values[row] = 0
+            if self.hidden is not None:
+                self.hidden.end(row, self.prompt_size + end - self.prompt_length - 1)
         padded = [(used + [0] * new_tokens)[:new_tokens] for used in self.depths]
         if self.confidences is not None:
             confidences = [(sure + [0.0] * new_tokens)[:new_tokens] for sure in self.confidences]
@@ -642,6 +729,11 @@ class HiddenStates:
             batch_size = len(rows) if storage is None else storage.shape[0]
             self.storage[i] = storage = reserve(storage, values, batch_size, block.end, STORAGE_BLOCK)
             block.write(storage, values)
+
+    def end(self, row: int, tokens: int) -> None:
+        """Row `row` ends behind its first `tokens` tokens of this call."""
+        for storage in self.storage:
+            storage[row, self.first + tokens :] = 0
 
     def by_step(self, prompt_tokens: int, new_tokens: int) -> tuple[tuple[torch.Tensor, ...], ...]:
         """As transformers returns them: those of the prompt, then of one token a step; zeros behind a row's end."""
@@ -729,7 +821,7 @@ def decode_with_exits(sequences: Sequences, decoding: ConfidenceExit | RowDepths
             if leaving:
                 index = sequences.rows_index(leaving)
                 if picked is None:
-                    new = sequences.choose(scores if len(leaving) == len(deciding) else scores[index])
+                    new = sequences.choose(scores[index], [deciding_rows[i] for i in leaving])
                     new_ids = new.tolist()
                 else:
                     new = picked[index]
@@ -781,7 +873,7 @@ def _depths_of_prompts(sequences: Sequences, decoding: RowDepths) -> tuple[list[
             valid = own[:, start : start + size].to(valid.dtype)
         counted, seen_here = _agreements(sequences, states, valid)
         agreed, seen, start = agreed + counted, seen + seen_here, start + size
-    shares = (agreed / seen.clamp(min=1)).T.tolist()
+    shares = (agreed.double() / seen.clamp(min=1)).T.tolist()
     row_depths = [
         next((k for k, share in zip(exits, row, strict=True) if share >= decoding.agreement), exits[-1])
         for row in shares
@@ -836,6 +928,7 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
         # Verify: `states` are those of the newest token and of the drafts, `(num_rows, num_drafts + 1, hidden_size)`
         lengths = [sequences.lengths[row] for row in rows]
         num_drafts = drafts.shape[1]
+        sequences.write(rows, lengths, drafts)
         logits = sequences.head(states)
         scores = logits
         flat_rows = [row for row in rows for _ in range(num_drafts + 1)]
@@ -850,7 +943,6 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
             new = targets.gather(1, accepted[:, None])
         counts_and_tokens = torch.cat([accepted[:, None], drafts, new], dim=1).tolist()  # the one wait of a cycle
 
-        sequences.write(rows, lengths, drafts)
         counts = [row[0] for row in counts_and_tokens]
         sequences.write(rows, [length + n for length, n in zip(lengths, counts, strict=True)], new)
         if sequences.scores is not None or sequences.logits is not None:
@@ -865,7 +957,7 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
         statistics.cycles += 1
         statistics.new_tokens += sum(taken)
         statistics.drafted += num_drafts * len(rows)
-        statistics.accepted += sum(counts)
+        statistics.accepted += sum(map(min, counts, taken))
         if num_drafts:
             used = statistics.exit_layers
             used[drafter] = used.get(drafter, 0) + num_drafts * len(rows)
@@ -1006,7 +1098,7 @@ class LearnedDrafts:
     Draft lengths, and among several exits the one, that pay most. A draft of `n` tokens, each accepted with
     probability `a`, brings `(1 - a^(n+1)) / (1 - a)` tokens for the time of one plain step and `n` draft steps. `a` is
     what the prompt's last tokens show and then what verifying shows; times are measured, cycle by cycle. Where nothing
-    pays it decodes plainly, and tries a single draft again after 8, 16, ... 256 steps.
+    pays it decodes plainly, and tries a single draft again after 8, 16, ... 256 steps, exit after exit.
 
     Args:
         decoding ([`SelfSpeculation`]): Exits and verifying depth.
@@ -1018,6 +1110,7 @@ class LearnedDrafts:
     WORTHWHILE = 1.03  # below, what is gained is in the noise of what is measured
     FIRST_WAIT, LAST_WAIT = 8, 256
     PROMPT_TOKENS = 4
+    LOOK_AROUND = 32  # cycles
 
     def __init__(self, decoding: SelfSpeculation, sequences: Sequences, outputs):
         self.sequences = sequences
@@ -1031,7 +1124,7 @@ class LearnedDrafts:
         self.cost = {k: (k * layer + head) / (decoding.depth * layer + head) for k in decoding.exits}
         self.plain_seconds: deque[float] = deque(maxlen=5)
         self.draft_seconds: dict[int, deque[float]] = {k: deque(maxlen=5) for k in decoding.exits}
-        self.wait, self.plain_steps, self.draft_cycles = self.FIRST_WAIT, 0, 0
+        self.wait, self.plain_steps, self.draft_cycles, self.tries = self.FIRST_WAIT, 0, 0, 0
         self.clock: float | None = None
 
     def next(self, room: int) -> tuple[int, int]:
@@ -1039,8 +1132,8 @@ class LearnedDrafts:
         if self.clock is None:
             self.clock = time.perf_counter()
         exits = list(self.draft_seconds)
-        if len(self.plain_seconds) < 2 or self.draft_cycles >= 32:  # what a plain step takes, measured now and then
-            self.draft_cycles = 0
+        if len(self.plain_seconds) < 2 or self.draft_cycles == self.LOOK_AROUND:  # what a plain step takes by now
+            self.draft_cycles += 1
             return exits[0], 0
         if self.prompt_states is not None:  # not before: many answers are over by now
             self._look_at_prompt(exits)
@@ -1048,11 +1141,14 @@ class LearnedDrafts:
         if gain >= self.WORTHWHILE:
             self.wait, self.plain_steps = self.FIRST_WAIT, 0
             self.draft_cycles += 1
+            if self.draft_cycles > self.LOOK_AROUND:  # and whether another exit has become better
+                self.draft_cycles = 0
+                return self._next_try(exits), min(1, room)
             return exit_layer, min(n, room)
         self.plain_steps += 1
         if self.plain_steps >= self.wait:
             self.wait, self.plain_steps = min(2 * self.wait, self.LAST_WAIT), 0
-            return exit_layer, min(1, room)
+            return self._next_try(exits), min(1, room)
         return exit_layer, 0
 
     def learn(self, exit_layer: int, num_drafts: int, accepted: list[int]) -> None:
@@ -1068,6 +1164,10 @@ class LearnedDrafts:
         tried = sum(min(n + 1, num_drafts) for n in accepted) / len(accepted)
         self.accepted[exit_layer] = 0.9 * self.accepted[exit_layer] + sum(accepted) / len(accepted)
         self.tried[exit_layer] = 0.9 * self.tried[exit_layer] + tried
+
+    def _next_try(self, exits: list[int]) -> int:
+        self.tries += 1
+        return exits[self.tries % len(exits)]
 
     def _acceptance(self, exit_layer: int) -> float:
         return (self.accepted[exit_layer] + 0.5) / (self.tried[exit_layer] + 1)
@@ -1089,7 +1189,7 @@ class LearnedDrafts:
         mask = sequences.prompt.get("attention_mask")
         if mask is not None:
             valid = mask[:, -valid.shape[1] :].bool()
-        agreed = ((greedy == greedy[-1]) & valid).sum((1, 2)) / valid.sum()
+        agreed = ((greedy == greedy[-1]) & valid).sum((1, 2)) / valid.sum().clamp(min=1)
         # Half a weight: how an exit continues the prompt is not yet how it continues what the model says
         weight = states[0].shape[1] / 2
         for k, share in zip(exits, agreed.tolist(), strict=False):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -29,7 +30,13 @@ from .configuration_sorted_llama import (
     check_exit_layers,
     check_exit_loss_weights,
 )
-from .generation_sorted_llama import SORTED_GENERATION_FIELDS, choose_decoding, decode, read_decoding_fields
+from .generation_sorted_llama import (
+    SORTED_GENERATION_FIELDS,
+    choose_decoding,
+    decode,
+    make_plain,
+    read_decoding_fields,
+)
 from .loss_sorted_llama import MultiExitLossOutput, check_loss_options, multi_exit_loss
 
 
@@ -567,12 +574,19 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             model_kwargs["exit_layer"] = fields["exit_layer"]
         return generation_config, model_kwargs
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, *args: Any, **kwargs: Any
+    ):
         given = model_kwargs.get(CACHE_NAME)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
         depth = model_kwargs.get("exit_layer") or len(self.model.layers)
         if hasattr(generation_config, "sorted_decoding"):
+            if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+                raise ValueError(
+                    "`exit_threshold`, `assistant_early_exit` and a depth for each row work with greedy decoding and "
+                    f"sampling, not with {generation_mode.value}: do not pass `assistant_model`."
+                )
             if given is None:
                 kind = generation_config.cache_implementation
                 length = generation_config.max_length if kind == "static" else 0
@@ -663,8 +677,8 @@ def _share_modules(source: LlamaForCausalLM, cls: type[LlamaForCausalLM], config
     for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
-    if not isinstance(target, SortedLlamaForCausalLM) and hasattr(target.generation_config, "exit_layer"):
-        del target.generation_config.exit_layer
+    if not isinstance(target, SortedLlamaForCausalLM):
+        make_plain(target.generation_config)
     return target.train(source.training)
 
 

@@ -1,0 +1,1214 @@
+"""`generate(assistant_early_exit=k)`: a shallow exit drafts, the layers above verify, and nobody can tell."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optimum import quanto
+from torch._dynamo.testing import CompileCounter
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+    pipeline,
+)
+
+from modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM, generation_sorted_llama
+from modeling_sorted_llama.cache_sorted_llama import CACHE_NAME
+from modeling_sorted_llama.generation_sorted_llama import LearnedDrafts, SelfSpeculation, _accept_sampled
+from tests.tiny import reference_llama, save_tiny, tiny_sorted, tiny_tokenizer
+
+
+RETURN = {"return_dict_in_generate": True}
+
+
+def prompts(lengths=(6, 4, 1), seed=0) -> dict[str, torch.Tensor]:
+    """Left-padded random prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
+    return {"input_ids": torch.randint(3, 259, mask.shape, generator=generator) * mask, "attention_mask": mask}
+
+
+def quiet(model, layers: int, scale: float = 0.1):
+    """`model`, its layers above the first `layers` adding little: their drafts are often accepted."""
+    with torch.no_grad():
+        for layer in model.model.layers[layers:]:
+            layer.self_attn.o_proj.weight.mul_(scale)
+            layer.mlp.down_proj.weight.mul_(scale)
+    return model
+
+
+# Almost no draft accepted, about two of three, all
+MODELS = {
+    "rejecting": tiny_sorted,
+    "mixed": lambda seed=0, **fields: quiet(tiny_sorted(seed, **fields), 1),
+    "accepting": lambda seed=0, **fields: quiet(tiny_sorted(seed, **fields), 1, 0.0),
+}
+
+
+def ends(reference, inputs, steps=(4, 9, 15)) -> list[int]:
+    """Tokens that end each row at another step: those that the row would have there."""
+    tokens = reference.generate(**inputs, max_new_tokens=max(steps) + 1, eos_token_id=[])
+    width = inputs["input_ids"].shape[1]
+    return [int(row[width + step]) for row, step in zip(tokens, steps, strict=False)]
+
+
+def row_lengths(sequences, width: int, eos: list[int]) -> list[int]:
+    """Number of new tokens of each row, its end token included."""
+    is_end = torch.isin(sequences[:, width:], torch.tensor(eos))
+    first = torch.where(is_end.any(1), is_end.long().argmax(1) + 1, is_end.shape[1])
+    return first.tolist()
+
+
+def layer_calls(model) -> list[tuple[int, int]]:
+    """Layer (from 1) and number of tokens of every call of a layer from now on."""
+    calls = []
+    for number, layer in enumerate(model.model.layers, start=1):
+        layer.register_forward_pre_hook(
+            lambda _, args, number=number: calls.append((number, args[0].shape[0] * args[0].shape[1]))
+        )
+    return calls
+
+
+class Pieces:
+    """A streamer that keeps what it is handed."""
+
+    def __init__(self):
+        self.pieces, self.ended = [], 0
+
+    def put(self, value):
+        self.pieces.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+# Greedy decoding: token for token what full depth generates
+
+
+LENGTHS = {
+    "one": {"num_assistant_tokens": 1},
+    "two": {"num_assistant_tokens": 2},
+    "five": {"num_assistant_tokens": 5},
+    "auto": {"num_assistant_tokens": "auto"},
+    "default": {},
+    "constant": {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"},
+    "heuristic": {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "heuristic"},
+    "heuristic_unset": {"num_assistant_tokens_schedule": "heuristic"},
+    "transient": {"num_assistant_tokens": 2, "num_assistant_tokens_schedule": "heuristic_transient"},
+    "confident": {"num_assistant_tokens": 6, "assistant_confidence_threshold": 0.6},
+    "confident_auto": {"assistant_confidence_threshold": 0.3},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_greedy_tokens(length, kind):
+    """Every draft exit; one row, a left-padded batch, and a batch whose rows end at different times."""
+    model = MODELS[kind]()
+    reference = reference_llama(model, 4)
+    for inputs in (prompts((6,)), prompts()):
+        for eos in ([], ends(reference, inputs)):
+            arguments = {**inputs, "max_new_tokens": 21, "eos_token_id": eos}
+            expected = reference.generate(**arguments)
+            for draft in (1, 2, 3, "auto"):
+                output = model.generate(**arguments, assistant_early_exit=draft, **LENGTHS[length], **RETURN)
+                assert torch.equal(output.sequences, expected), (draft, eos)
+                if "num_assistant_tokens" in LENGTHS[length] and "auto" not in length:
+                    assert output.draft_statistics.drafted > 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_greedy_tokens_of_any_model(data):
+    layers = data.draw(st.integers(2, 5), "layers")
+    model = tiny_sorted(
+        seed=data.draw(st.integers(0, 99), "seed"),
+        exit_layers=None,
+        num_hidden_layers=layers,
+        attn_implementation=data.draw(st.sampled_from(["eager", "sdpa"]), "attention"),
+    )
+    quiet(model, data.draw(st.integers(1, layers), "loud layers"), data.draw(st.sampled_from([0.0, 0.1]), "scale"))
+    inputs = prompts(data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=4), "lengths"))
+    depth = data.draw(st.integers(2, layers), "verifying depth")
+    reference = reference_llama(model, depth)
+    steps = data.draw(st.lists(st.integers(0, 12), max_size=4), "ends")
+    eos = ends(reference, inputs, steps) if steps else []
+    arguments = {**inputs, "max_new_tokens": data.draw(st.integers(1, 16), "new tokens"), "eos_token_id": eos}
+    tokens = model.generate(
+        **arguments,
+        exit_layer=None if depth == layers else depth,
+        assistant_early_exit=data.draw(st.integers(1, depth - 1), "draft exit"),
+        num_assistant_tokens=data.draw(st.sampled_from([1, 2, 3, 7, "auto"]), "length"),
+    )
+    assert torch.equal(tokens, reference.generate(**arguments))
+
+
+@pytest.mark.parametrize("source", ["argument", "generation_config", "given_generation_config", "config"])
+@pytest.mark.parametrize("draft", [1, 2, "auto"])
+def test_a_verifying_depth_below_full(draft, source):
+    fields = {"exit_layer": 3} if source == "config" else {}
+    model = quiet(tiny_sorted(exit_layers=[1, 2, 3, 4], **fields), 2)
+    arguments = {**prompts(), "max_new_tokens": 20}
+    expected = reference_llama(model, 3).generate(**arguments)
+    assert not torch.equal(expected, reference_llama(model, 4).generate(**arguments))
+    if source == "argument":
+        arguments["exit_layer"] = 3
+    elif source == "generation_config":
+        model.generation_config.exit_layer = 3
+    elif source == "given_generation_config":
+        given = GenerationConfig(exit_layer=3, max_new_tokens=20, eos_token_id=2, pad_token_id=0)
+        arguments = {**prompts(), "generation_config": given}
+    calls = layer_calls(model)
+    output = model.generate(**arguments, assistant_early_exit=draft, num_assistant_tokens=3, **RETURN)
+    assert torch.equal(output.sequences, expected)
+    assert {layer for layer, _ in calls} == {1, 2, 3}
+    assert set(output.exit_layers_used.unique().tolist()) <= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("draft", [1, 2, 3, "auto"])
+def test_a_model_without_exits(draft):
+    model = quiet(tiny_sorted(exit_layers=None), 1, 0.0)
+    arguments = {**prompts(), "max_new_tokens": 16}
+    output = model.generate(**arguments, assistant_early_exit=draft, **RETURN)
+    assert torch.equal(output.sequences, reference_llama(model, 4).generate(**arguments))
+    assert output.draft_statistics.drafted > 0
+
+
+# What plain decoding returns and streams
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("depth", [3, 4])
+def test_everything_that_generate_returns(depth, kind):
+    """Scores, logits and hidden states token by token: those of plain decoding, and zeros behind a row's end."""
+    model, inputs = MODELS[kind](), prompts()
+    reference = reference_llama(model, depth)
+    eos = ends(reference, inputs, (4, 9))
+    arguments = {**inputs, **RETURN, "max_new_tokens": 14, "eos_token_id": eos, "repetition_penalty": 1.0}
+    arguments |= {"output_scores": True, "output_logits": True, "output_hidden_states": True, "suppress_tokens": [7]}
+    expected = reference.generate(**arguments)
+    output = model.generate(**arguments, exit_layer=depth, assistant_early_exit=1, num_assistant_tokens=4)
+    assert torch.equal(output.sequences, expected.sequences)
+    lengths = row_lengths(expected.sequences, 6, eos)
+    assert min(lengths) < max(lengths)
+
+    for name in ("scores", "logits"):
+        assert len(output[name]) == len(expected[name]) == max(lengths)
+        for step, (mine, theirs) in enumerate(zip(output[name], expected[name], strict=True)):
+            assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+            for row, length in enumerate(lengths):
+                if step < length:
+                    torch.testing.assert_close(mine[row], theirs[row], atol=1e-4, rtol=1e-4)
+                else:
+                    assert not mine[row].any(), (name, step, row)
+
+    mask = inputs["attention_mask"].bool()
+    assert len(output.hidden_states) == len(expected.hidden_states)
+    for step, (mine, theirs) in enumerate(zip(output.hidden_states, expected.hidden_states, strict=True)):
+        assert len(mine) == len(theirs) == depth + 1
+        for layer, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            assert a.shape == b.shape
+            for row, length in enumerate(lengths):
+                kept = mask[row] if step == 0 else slice(None)  # nothing is said of padding
+                if step < length:
+                    torch.testing.assert_close(a[row, kept], b[row, kept], atol=1e-4, rtol=1e-4)
+                else:
+                    assert not a[row].any(), (step, layer, row)
+
+
+def test_transition_scores():
+    model, arguments = MODELS["mixed"](), {**prompts(), **RETURN, "output_scores": True, "max_new_tokens": 12}
+    output = model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=3)
+    expected = reference_llama(model, 4).generate(**arguments)
+    mine = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+    theirs = model.compute_transition_scores(expected.sequences, expected.scores, normalize_logits=True)
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("eos", [True, False])
+def test_returned_cache(eos, kind):
+    """All tokens but the newest are in it, and each mode goes on from there as if it had run all along."""
+    model, inputs = MODELS[kind](), prompts((5, 5))
+    reference = reference_llama(model, 4)
+    arguments = {"eos_token_id": ends(reference, inputs, (4, 9)) if eos else [], "max_new_tokens": 12, **RETURN}
+    arguments |= {"assistant_early_exit": 2, "num_assistant_tokens": 3}
+    turn = prompts((4, 4), seed=1)["input_ids"]
+    for mode in ({}, {"assistant_early_exit": 1}, {"exit_threshold": 2.0}, {"exit_layer": [4, 4]}):
+        first = model.generate(**inputs, **arguments)
+        cache = first[CACHE_NAME]
+        assert isinstance(cache, SortedCache)
+        assert cache.lengths == (first.sequences.shape[1] - 1,) * 2 and cache.get_seq_length() == cache.lengths[0]
+        both = torch.cat([first.sequences, turn], dim=1)
+        both_mask = torch.ones_like(both)
+        continued = model.generate(
+            both, attention_mask=both_mask, **{CACHE_NAME: cache}, **mode, max_new_tokens=8, eos_token_id=[]
+        )
+        afresh = reference.generate(both, attention_mask=both_mask, max_new_tokens=8, eos_token_id=[])
+        assert torch.equal(continued, afresh), mode
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("lengths", [(5,), (6, 4, 1)], ids=str)
+def test_streamed_pieces(lengths, kind, capsys):
+    """What is put, in what order, token by token; ended rows put padding."""
+    model, tokenizer, inputs = MODELS[kind](), tiny_tokenizer(), prompts(lengths)
+    reference = reference_llama(model, 4)
+    arguments = {**inputs, "max_new_tokens": 17, "eos_token_id": ends(reference, inputs, (4, 9, 13))}
+    drafting = {"assistant_early_exit": 1, "num_assistant_tokens": 3}
+    mine, theirs = Pieces(), Pieces()
+    model.generate(**arguments, **drafting, streamer=mine)
+    reference.generate(**arguments, streamer=theirs)
+    assert mine.pieces == theirs.pieces and mine.ended == theirs.ended == 1
+    if len(lengths) == 1:
+        arguments["eos_token_id"] = []
+        model.generate(**arguments, **drafting, streamer=TextStreamer(tokenizer, skip_prompt=True))
+        printed = capsys.readouterr().out
+        reference.generate(**arguments, streamer=TextStreamer(tokenizer, skip_prompt=True))
+        assert printed == capsys.readouterr().out and printed
+
+
+def test_streamer_that_sees_the_exits():
+    """`put_exits` comes before the token it tells of."""
+
+    class Exits(Pieces):
+        def put_exits(self, depths, confidences):
+            self.pieces.append(("exits", list(depths), confidences))
+
+    model, inputs = MODELS["mixed"](), prompts()
+    eos = ends(reference_llama(model, 4), inputs, (4, 9))
+    streamer = Exits()
+    output = model.generate(
+        **inputs,
+        **RETURN,
+        assistant_early_exit=1,
+        num_assistant_tokens=3,
+        eos_token_id=eos,
+        max_new_tokens=14,
+        streamer=streamer,
+    )
+    used = output.exit_layers_used
+    assert set(used.unique().tolist()) == {0, 1, 4}
+    assert (used > 0).sum(1).tolist() == row_lengths(output.sequences, 6, eos)
+    expected = [inputs["input_ids"].tolist()]
+    for step in range(used.shape[1]):
+        expected += [("exits", used[:, step].tolist(), None), output.sequences[:, 6 + step].tolist()]
+    assert streamer.pieces == expected
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_num_return_sequences(kind):
+    """Sampling from one token at most is greedy decoding, whatever is drawn; without that limit rows differ."""
+    model, arguments = MODELS[kind](), {**prompts(), "max_new_tokens": 9, "do_sample": True, "num_return_sequences": 3}
+    greedy = reference_llama(model, 4).generate(**prompts(), max_new_tokens=9)
+    torch.manual_seed(0)
+    tokens = model.generate(**arguments, top_k=1, assistant_early_exit=1, num_assistant_tokens=3)
+    assert torch.equal(tokens, greedy.repeat_interleave(3, dim=0))
+    tokens = model.generate(**arguments, temperature=2.0, assistant_early_exit=1, num_assistant_tokens=3)
+    assert tokens.shape == (9, 15) and len(set(map(tuple, tokens.tolist()))) == 9
+    assert torch.equal(tokens[:, :6], prompts()["input_ids"].repeat_interleave(3, dim=0))
+
+
+# Processors and criteria, a row each
+
+
+def only_of_the_row(row, ids):
+    """Allows other tokens in every row, and after every length."""
+    return [token for token in range(3, 259) if token % 3 == row and token % 5 != len(ids) % 5]
+
+
+class NoNeighbours(LogitsProcessor):
+    """Forbids the two newest tokens and those beside them."""
+
+    def __call__(self, input_ids, scores):
+        for shift in (-1, 0, 1):
+            scores = scores.scatter(1, (input_ids[:, -2:] + shift).clamp(0, 258), -torch.inf)
+        return scores
+
+
+class Divisible(StoppingCriteria):
+    """Ends a row where the sum of its tokens is divisible by 7."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids.sum(1) % 7 == 0) & (input_ids.shape[1] > 9)
+
+
+PROCESSORS = {
+    "repetition_penalty": lambda: {"repetition_penalty": 1.7},
+    "no_repeat_ngram": lambda: {"no_repeat_ngram_size": 1},
+    "encoder_repetition_penalty": lambda: {"encoder_repetition_penalty": 1.5},
+    "encoder_no_repeat_ngram": lambda: {"encoder_no_repeat_ngram_size": 1},
+    "forced_eos": lambda: {"forced_eos_token_id": 9},
+    "suppress_tokens": lambda: {"suppress_tokens": list(range(3, 200))},
+    "begin_suppress_tokens": lambda: {"begin_suppress_tokens": list(range(3, 259, 2))},
+    "sequence_bias": lambda: {"sequence_bias": [[[5], 9.0], [[5, 6], 20.0]]},
+    "exponential_decay": lambda: {"exponential_decay_length_penalty": (4, 1.5)},
+    "prefix_allowed": lambda: {"prefix_allowed_tokens_fn": only_of_the_row},
+    "user_processor": lambda: {"logits_processor": LogitsProcessorList([NoNeighbours()])},
+    "user_criterion": lambda: {"stopping_criteria": StoppingCriteriaList([Divisible()])},
+    "max_time": lambda: {"max_time": 1000.0},
+}
+
+
+@pytest.mark.parametrize("lookup", [{}, {"prompt_lookup_num_tokens": 3}], ids=["", "lookup"])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_processors_and_criteria(name, kind, lookup):
+    """A batch whose rows accept unequally, a batch that repeats itself, one row."""
+    model = MODELS[kind]()
+    reference = reference_llama(model, 4)
+    repeating = prompts((4, 4), seed=1)["input_ids"].repeat(1, 4)
+    changed = False
+    for inputs in (prompts(), {"input_ids": repeating, "attention_mask": torch.ones_like(repeating)}, prompts((5,))):
+        arguments = {**inputs, "max_new_tokens": 16}
+        expected = reference.generate(**arguments, **PROCESSORS[name]())
+        tokens = model.generate(
+            **arguments, **PROCESSORS[name](), assistant_early_exit=1, num_assistant_tokens=3, **lookup
+        )
+        assert torch.equal(tokens, expected)
+        plain = reference.generate(**arguments)
+        changed = changed or plain.shape != expected.shape or not torch.equal(plain, expected)
+    if name != "max_time" and not (kind == "accepting" and "encoder" in name):
+        assert changed, "a processor that does nothing here shows nothing"
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_bad_words_and_min_new_tokens(kind):
+    """Where full depth would take the token: a word of one token, one of two, and an end that comes too early."""
+    model, inputs = MODELS[kind](), prompts()
+    reference = reference_llama(model, 4)
+    free = reference.generate(**inputs, max_new_tokens=16, eos_token_id=[])[:, 6:].tolist()
+    eos = ends(reference, inputs, (2, 3, 5))
+    for tools in (
+        {"bad_words_ids": [[free[0][3]], free[1][5:7]], "eos_token_id": []},
+        {"eos_token_id": eos, "min_new_tokens": 8},
+    ):
+        arguments = {**inputs, **tools, "max_new_tokens": 16}
+        expected = reference.generate(**arguments)
+        assert expected[:, 6:].tolist() != free
+        tokens = model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=4)
+        assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "accepting"])
+def test_a_criterion_that_reads_the_scores(kind):
+    """It is handed the scores up to its token, and no further."""
+
+    class Scores(StoppingCriteria):
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.seen.append((input_ids.shape[1], len(scores), int(scores[-1].argmax(-1)[0])))
+            return torch.tensor([len(scores) >= 11])
+
+    model, mine, theirs = MODELS[kind](), Scores(), Scores()
+    arguments = {**prompts((5,)), "max_new_tokens": 16, "output_scores": True, **RETURN}
+    expected = reference_llama(model, 4).generate(**arguments, stopping_criteria=[theirs])
+    output = model.generate(**arguments, stopping_criteria=[mine], assistant_early_exit=1, num_assistant_tokens=3)
+    assert mine.seen == theirs.seen
+    assert torch.equal(output.sequences, expected.sequences) and len(output.scores) == len(expected.scores) == 11
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("eos", [2, None])
+def test_stop_strings(eos, kind):
+    """Without an end token a finished row goes on until all are done, as in transformers."""
+    model, tokenizer, inputs = MODELS[kind](eos_token_id=eos), tiny_tokenizer(), prompts()
+    reference = reference_llama(model, 4)
+    texts = [tokenizer.decode([token]) for token in range(259)]
+    arguments = {**inputs, "max_new_tokens": 40}
+    arguments["suppress_tokens"] = [i for i in range(3, 259) if not (texts[i].isascii() and texts[i].isprintable())]
+    free = reference.generate(**arguments)[:, 6:].tolist()
+    strings = [texts[row[after]] for row, after in zip(free, (4, 8, 13), strict=True)]
+    arguments |= {"stop_strings": strings, "tokenizer": tokenizer}
+    expected = reference.generate(**arguments)
+    assert expected.shape[1] < 46
+    mine, theirs = Pieces(), Pieces()
+    for length in (1, 4, "auto"):
+        output = model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=length, **RETURN)
+        assert torch.equal(output.sequences, expected)
+        assert output[CACHE_NAME].lengths == (expected.shape[1] - 1,) * 3
+    model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=3, streamer=mine)
+    reference.generate(**arguments, streamer=theirs)
+    assert mine.pieces == theirs.pieces and mine.ended == 1
+
+
+@pytest.mark.parametrize("length", [3, "auto"])
+def test_max_time_that_is_over(length):
+    model, arguments = tiny_sorted(), {**prompts(), "max_new_tokens": 30, "max_time": 0.0}
+    tokens = model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=length)
+    assert torch.equal(tokens, reference_llama(model, 4).generate(**arguments))
+
+
+@pytest.mark.parametrize("new_tokens", range(1, 9))
+def test_ends_inside_a_block(new_tokens):
+    """Every place in a block of accepted drafts: an end token there, and the last of the tokens that fit."""
+    model, inputs = MODELS["accepting"](), prompts((6, 3))
+    reference = reference_llama(model, 4)
+    drafting = {"assistant_early_exit": 1, "num_assistant_tokens": 5, **RETURN}
+    output = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=[], **drafting)
+    assert torch.equal(output.sequences, reference.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=[]))
+    assert output.draft_statistics.accepted == output.draft_statistics.drafted
+    assert output.sequences.shape[1] == 6 + new_tokens
+    eos = ends(reference, inputs, (new_tokens - 1,))
+    output = model.generate(**inputs, max_new_tokens=14, eos_token_id=eos, **drafting)
+    assert torch.equal(output.sequences, reference.generate(**inputs, max_new_tokens=14, eos_token_id=eos))
+    assert output.draft_statistics.new_tokens == sum(row_lengths(output.sequences, 6, eos))
+
+
+# Sampling: the same distribution
+
+
+def small_model(seed=3):
+    """12 tokens, and upper layers that say something else than the lowest one, but not always."""
+    fields = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 32, "initializer_range": 0.25}
+    fields |= {"num_hidden_layers": 3, "num_key_value_heads": 1, "eos_token_id": None}
+    return quiet(tiny_sorted(seed, exit_layers=[1, 2, 3], **fields), 1, 0.7)
+
+
+def exact_distribution(reference, prompt, new_tokens, **tools) -> torch.Tensor:
+    """Probability of every sequence of `new_tokens` tokens, by the reference's processed scores."""
+    vocab_size = reference.config.vocab_size
+    probabilities, prefixes = torch.ones(1, dtype=torch.float64), prompt
+    for _ in range(new_tokens):
+        arguments = {**RETURN, "output_scores": True, "do_sample": True, "max_new_tokens": 1}
+        mask = torch.ones_like(prefixes)
+        scores = reference.generate(prefixes, attention_mask=mask, **arguments, **tools).scores[0]
+        probabilities = (probabilities[:, None] * scores.double().softmax(-1)).flatten()
+        tokens = torch.arange(vocab_size).repeat(len(prefixes))[:, None]
+        prefixes = torch.cat([prefixes.repeat_interleave(vocab_size, dim=0), tokens], dim=1)
+    return probabilities
+
+
+def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Of a chi-square test; cells that expect less than 5 are put together."""
+    assert not counts[probabilities == 0].any(), "a sequence that plain decoding never gives"
+    expected = probabilities * counts.sum()
+    large = expected >= 5
+    counts = torch.cat([counts[large].double(), counts[~large].sum()[None].double()])
+    expected = torch.cat([expected[large], expected[~large].sum()[None]])
+    counts, expected = counts[expected > 1], expected[expected > 1]
+    assert len(counts) > 1
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))
+
+
+def draws(model, prompt, new_tokens, number=20_000, **arguments):
+    """How often each sequence is drawn, and the statistics of the last of four calls."""
+    vocab_size = model.config.vocab_size
+    counts = torch.zeros(vocab_size**new_tokens, dtype=torch.long)
+    arguments |= {"do_sample": True, "max_new_tokens": new_tokens, "attention_mask": torch.ones_like(prompt), **RETURN}
+    for _ in range(4):
+        output = model.generate(prompt, num_return_sequences=number // 4, **arguments)
+        index = torch.zeros(number // 4, dtype=torch.long)
+        for token in output.sequences[:, prompt.shape[1] :].T:
+            index = index * vocab_size + token
+        counts += torch.bincount(index, minlength=len(counts))
+    return counts, output.draft_statistics
+
+
+WARPERS = {
+    "plain": {"top_k": 0},
+    "temperature": {"top_k": 0, "temperature": 0.6},
+    "top_p": {"top_k": 0, "top_p": 0.8},
+    "top_k": {"top_k": 4},
+    "repetition_penalty": {"top_k": 0, "repetition_penalty": 2.5},
+}
+
+
+@pytest.mark.parametrize("name", WARPERS)
+def test_sampled_distribution(name):
+    model, prompt = small_model(), torch.tensor([[3, 7, 5, 3, 7]])
+    torch.manual_seed(11)
+    counts, statistics = draws(model, prompt, 3, **WARPERS[name], assistant_early_exit=1, num_assistant_tokens=2)
+    assert 0.2 < statistics.acceptance_rate < 0.95
+    assert p_value(counts, exact_distribution(reference_llama(model, 3), prompt, 3, **WARPERS[name])) > 1e-4
+
+
+DRAFTINGS = {
+    "fixed": {"num_assistant_tokens": 3},
+    "confident": {"num_assistant_tokens": 3, "assistant_confidence_threshold": 0.3},
+    "lookup": {"num_assistant_tokens": 2, "prompt_lookup_num_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("name", DRAFTINGS)
+def test_sampled_distribution_of_longer_drafts(name):
+    """Four tokens: the first, then up to two drafts, and those after them."""
+    model, prompt = small_model(), torch.tensor([[6, 1, 9, 4, 11, 0, 2, 10, 8, 3, 7, 5, 3, 7]])
+    torch.manual_seed(12)
+    number = 8_000 if name == "lookup" else 20_000
+    counts, statistics = draws(model, prompt, 4, number, top_k=4, assistant_early_exit=2, **DRAFTINGS[name])
+    assert (0 in statistics.exit_layers) == (name == "lookup")
+    assert p_value(counts, exact_distribution(reference_llama(model, 3), prompt, 4, top_k=4)) > 1e-4
+
+
+def accept(p, q, drafts):
+    """`_accept_sampled` of one pair of distributions in many rows: numbers accepted, and next tokens."""
+    number = len(drafts)
+    return _accept_sampled(p.log().expand(number, *p.shape), drafts, q.expand(number, *q.shape))
+
+
+def assert_drawn(tokens, probabilities):
+    assert p_value(torch.bincount(tokens, minlength=len(probabilities)), probabilities.double()) > 1e-4
+
+
+def test_accept_disjoint():
+    """Nothing that the draft proposes is possible: all is rejected, and the next token is the target's."""
+    torch.manual_seed(0)
+    p = torch.tensor([[0.5, 0.3, 0.2, 0.0, 0.0], [0.0, 0.0, 0.2, 0.2, 0.6]])
+    q = torch.tensor([[0.0, 0.0, 0.0, 0.4, 0.6]])
+    accepted, new = accept(p, q, torch.multinomial(q[0], 20_000, replacement=True)[:, None])
+    assert not accepted.any()
+    assert_drawn(new[:, 0], p[0])
+
+
+def test_accept_equal():
+    """All is kept; the next token is that of the last position. Nothing is left of equal distributions: no NaN."""
+    torch.manual_seed(0)
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.6, 0.2, 0.2]])
+    drafts = torch.cat([torch.multinomial(row, 20_000, replacement=True)[:, None] for row in p[:2]], dim=1)
+    # As computed from the same scores: rounding must not reject
+    accepted, new = accept(p, p[:2].log().softmax(-1), drafts)
+    assert (accepted == 2).all()
+    assert_drawn(new[:, 0], p[2])
+    # A draft that has no probability on either side is rejected with nothing left to draw from
+    p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[1.0, 0.0]])
+    accepted, new = accept(p, q, torch.ones(100, 1, dtype=torch.long))
+    assert not accepted.any() and not new.any()
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_accept_in_between(one_hot):
+    """The tokens of two positions together are distributed as by the target; one-hot drafts come from lookup."""
+    torch.manual_seed(0)
+    p = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.5, 0.3], [0.25, 0.25, 0.25, 0.25]])
+    q = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
+    if one_hot:
+        q = torch.nn.functional.one_hot(torch.tensor([0, 2]), 4).float()
+    drafts = torch.cat([torch.multinomial(row, 40_000, replacement=True)[:, None] for row in q], dim=1)
+    accepted, new = accept(p, q, drafts)
+    first = torch.where(accepted > 0, drafts[:, 0], new[:, 0])
+    assert_drawn(first, p[0])
+    reached = accepted > 0
+    assert_drawn(torch.where(accepted > 1, drafts[:, 1], new[:, 0])[reached], p[1])
+    assert_drawn(new[accepted == 2, 0], p[2])
+    overlap = torch.minimum(p[:2], q).sum(-1)
+    assert reached.float().mean() == pytest.approx(overlap[0].item(), abs=0.02)
+    assert (accepted == 2).float().mean() == pytest.approx(overlap.prod().item(), abs=0.02)
+
+
+# Accounting
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("draft", [1, 2, 3])
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_layer_runs_twice(kind, draft, sample):
+    """
+    A cycle of n drafts: n + 1 tokens through the draft's layers, one at a time, and the same n + 1 through the others,
+    at once; the head n times for drafts and n + 1 times for what is verified.
+    """
+    model, length = MODELS[kind](), 4
+    calls, heads = layer_calls(model), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(args[0].shape[:-1].numel()))
+    output = model.generate(
+        **prompts((6,)),
+        **RETURN,
+        assistant_early_exit=draft,
+        num_assistant_tokens=length,
+        max_new_tokens=23,
+        min_new_tokens=23,
+        do_sample=sample,
+    )
+    statistics = output.draft_statistics
+    assert calls[:4] == [(layer, 6) for layer in (1, 2, 3, 4)]
+    verified = [tokens for layer, tokens in calls[4:] if layer == 4]  # n + 1, cycle by cycle
+    expected_calls = []
+    for tokens in verified:
+        expected_calls += [(layer, 1) for layer in range(1, draft + 1)] * tokens
+        expected_calls += [(layer, tokens) for layer in range(draft + 1, 5)]
+    assert calls[4:] == expected_calls
+    assert verified[0] == length + 1 and set(verified[:-4]) <= {length + 1}
+    expected_heads = [1]
+    for tokens in verified:
+        expected_heads += [1] * (tokens - 1) + [tokens]
+    assert heads == expected_heads
+
+    assert statistics.layer_token_passes == sum(tokens for _, tokens in calls)
+    assert statistics.layer_token_passes == 4 * 6 + sum(verified) * draft + sum(verified) * (4 - draft)
+    assert statistics.cycles == 1 + len(verified)
+    assert statistics.drafted == sum(verified) - len(verified) == statistics.exit_layers[draft]
+    assert statistics.new_tokens == 23 == statistics.accepted + statistics.cycles
+    assert statistics.accepted == (output.exit_layers_used == draft).sum()
+    assert statistics.acceptance_rate == statistics.accepted / statistics.drafted
+    if not sample:
+        assert {"rejecting": 0.0, "mixed": 0.2, "accepting": 1.0}[kind] <= statistics.acceptance_rate
+
+
+def test_the_config_stays_as_it_is():
+    """Also while it runs, and after an exception in the middle, which leaves nothing behind."""
+    model, arguments = MODELS["mixed"](), {**prompts(), "max_new_tokens": 12}
+    expected = reference_llama(model, 4).generate(**arguments)
+    before, seen = model.config.to_dict(), []
+
+    def fail_at(number):
+        def look(*_):
+            seen.append((model.config.num_hidden_layers, len(model.model.layers)))
+            if len(seen) == number:
+                raise RuntimeError("in the middle")
+
+        return look
+
+    for layer, number in ((0, 9), (3, 3), (1, 4)):
+        seen.clear()
+        hook = model.model.layers[layer].register_forward_pre_hook(fail_at(number))
+        with pytest.raises(RuntimeError, match="in the middle"):
+            model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=3)
+        hook.remove()
+        assert set(seen) == {(4, 4)}
+        assert model.config.to_dict() == before
+        assert torch.equal(model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=3), expected)
+        assert torch.equal(model.generate(**arguments), expected)
+    assert model.config.to_dict() == before
+
+
+# Batches
+
+
+def test_rows_advance_on_their_own():
+    """Row 0 has its drafts accepted early on, row 1 later: neither waits for the other."""
+    model, new_tokens, width = tiny_sorted(), 24, 5
+
+    def forced(row, ids):
+        """One token only: drafts are then full depth's."""
+        easy = (len(ids) - width < new_tokens // 2) == (row == 0)
+        return [3 + len(ids) % 7] if easy else list(range(3, 259))
+
+    inputs = prompts((width, width))
+    arguments = {"max_new_tokens": new_tokens, "assistant_early_exit": 1, "num_assistant_tokens": 3, **RETURN}
+    alone = [
+        model.generate(
+            **{name: value[row : row + 1] for name, value in inputs.items()},
+            prefix_allowed_tokens_fn=lambda _, ids, row=row: forced(row, ids),
+            **arguments,
+        )
+        for row in (0, 1)
+    ]
+    together = model.generate(**inputs, prefix_allowed_tokens_fn=forced, **arguments)
+    assert torch.equal(together.sequences, torch.cat([output.sequences for output in alone]))
+    cycles = [output.draft_statistics.cycles for output in alone]
+    assert all(12 <= c <= 17 for c in cycles)  # half of the row in blocks of 4, half token by token
+    # At the pace of the slower row, each half would take about 12
+    assert together.draft_statistics.cycles <= max(cycles) + 1
+    passes = [output.draft_statistics.layer_token_passes for output in alone]
+    assert together.draft_statistics.layer_token_passes <= sum(passes) + 2 * 4 * 4  # the last blocks are cut alone
+
+
+def test_an_ended_row_costs_nothing():
+    model, inputs = MODELS["rejecting"](), prompts((6, 6))
+    eos = ends(reference_llama(model, 4), inputs, (2,))
+    calls = layer_calls(model)
+    output = model.generate(
+        **inputs, eos_token_id=eos, max_new_tokens=20, assistant_early_exit=1, num_assistant_tokens=2
+    )
+    lengths = row_lengths(output, 6, eos)
+    assert lengths[0] == 3 and lengths[1] > 10
+    verified = [tokens for layer, tokens in calls if layer == 4]
+    assert verified[1] == 2 * 3 and verified[4:8] == [3] * 4
+
+
+# What it composes with
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("draft", [1, 3, "auto"])
+def test_prompt_lookup(draft, kind):
+    """A second source of drafts, counted under exit 0."""
+    model = MODELS[kind]()
+    for rows in (1, 2):
+        tokens = prompts((4,) * rows)["input_ids"].repeat(1, 4)
+        arguments = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": 24}
+        output = model.generate(**arguments, **RETURN, assistant_early_exit=draft, prompt_lookup_num_tokens=3)
+        assert torch.equal(output.sequences, reference_llama(model, 4).generate(**arguments))
+    statistics = output.draft_statistics
+    assert sum(statistics.exit_layers.values()) == statistics.drafted
+
+
+def test_prompt_lookup_drafts_are_used():
+    """A row that must repeat its prompt: every lookup is right, and no layer runs to draft it."""
+    model, tokens = tiny_sorted(), torch.tensor([[5, 6, 7, 8] * 4])
+    calls = layer_calls(model)
+    output = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        prefix_allowed_tokens_fn=lambda _, ids: [5 + len(ids) % 4],
+        max_new_tokens=12,
+        assistant_early_exit=2,
+        num_assistant_tokens=2,
+        prompt_lookup_num_tokens=3,
+        **RETURN,
+    )
+    assert output.sequences.tolist() == [[5, 6, 7, 8] * 7]
+    statistics = output.draft_statistics
+    assert set(statistics.exit_layers) == {0} and statistics.accepted == statistics.drafted == 12 - statistics.cycles
+    assert statistics.cycles == 4
+    assert {layer: sum(n for k, n in calls if k == layer) for layer in (1, 4)} == {1: 16 + 11, 4: 16 + 11}
+    assert set(output.exit_layers_used.unique().tolist()) == {0, 4}
+
+
+@pytest.mark.parametrize("length", [3, "auto"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_ways_to_pass_the_prompt(kind, length):
+    model, inputs = MODELS[kind](), prompts()
+    reference = reference_llama(model, 4)
+    drafting = {"assistant_early_exit": 2, "num_assistant_tokens": length, "max_new_tokens": 14}
+    expected = reference.generate(**inputs, max_new_tokens=14)
+    for chunk in (1, 2, 4, 100):
+        assert torch.equal(model.generate(**inputs, **drafting, prefill_chunk_size=chunk), expected)
+    embeds = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach()}
+    embeds["attention_mask"] = inputs["attention_mask"]
+    assert torch.equal(model.generate(**embeds, **drafting), expected[:, 6:])
+    output = model.generate(**embeds, **drafting, **RETURN, output_hidden_states=True, output_scores=True)
+    assert torch.equal(output.sequences, expected[:, 6:]) and output.hidden_states[0][0].shape == (3, 6, 32)
+    assert torch.equal(model.generate(**{**inputs, **embeds}, **drafting), expected)
+    static = model.generate(**inputs, **drafting, cache_implementation="static", **RETURN)
+    assert torch.equal(static.sequences, expected)
+    ample = model.generate(**inputs, **drafting, **{CACHE_NAME: SortedCache(max_cache_len=300)}, **RETURN)
+    assert torch.equal(ample.sequences, expected) and ample[CACHE_NAME].lengths == (expected.shape[1] - 1,) * 3
+
+
+@pytest.mark.parametrize("length", [3, "auto"])
+def test_lora(length):
+    """Through the wrapped model, the adapter at work in drafts and verification alike."""
+    model, arguments = MODELS["mixed"](), {**prompts(), "max_new_tokens": 16}
+    without = model.generate(**arguments)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(5)
+    wrapped = peft.get_peft_model(model, config).eval()
+    calls = layer_calls(model)
+    output = wrapped.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=length, **RETURN)
+    assert len([layer for layer, _ in calls if layer == 1]) > len([layer for layer, _ in calls if layer == 4])
+    assert output.draft_statistics.drafted > 0
+    expected = reference_llama(wrapped.merge_and_unload(), 4).generate(**arguments)
+    assert torch.equal(output.sequences, expected) and not torch.equal(expected, without)
+
+
+def test_compiled_layers():
+    torch._dynamo.reset()
+    model, arguments = MODELS["accepting"](), {**prompts((5,)), "max_new_tokens": 6}
+    expected = reference_llama(model, 4).generate(**arguments)
+    counter = CompileCounter()
+    model.model.layers[0].compile(backend="eager")
+    model.model.layers[3].compile(backend=counter)
+    output = model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=3, **RETURN)
+    torch._dynamo.reset()
+    assert torch.equal(output.sequences, expected) and output.draft_statistics.accepted > 0
+    assert counter.frame_count > 0
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_bfloat16(kind):
+    """Rounding of blocks may part the tokens from plain decoding's; each is still full depth's choice, within it."""
+    model = MODELS[kind]().to(torch.bfloat16)
+    output = model.generate(
+        **prompts(), **RETURN, output_scores=True, max_new_tokens=16, assistant_early_exit=1, num_assistant_tokens=3
+    )
+    assert output.sequences.shape == (3, 22) and output.scores[0].dtype == torch.float32
+    mask = torch.nn.functional.pad(prompts()["attention_mask"], (0, 16), value=1)
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = reference_llama(model, 4)(output.sequences, attention_mask=mask, position_ids=positions).logits
+    logits = logits[:, 5:-1].float()
+    chosen = logits.gather(2, output.sequences[:, 6:, None]).squeeze(2)
+    assert (logits.amax(-1) - chosen).max() < 0.05 * logits.abs().max()
+    scores = torch.stack(output.scores, dim=1)
+    assert (scores - logits).abs().max() < 0.05 * logits.abs().max()
+
+
+def test_quantized_weights():
+    model, arguments = MODELS["mixed"](), {**prompts(), "max_new_tokens": 16}
+    unquantized = model.generate(**arguments)
+    quanto.quantize(model, weights=quanto.qint4, exclude=["lm_head"])
+    quanto.freeze(model)
+    expected = model.generate(**arguments)
+    assert not torch.equal(expected, unquantized)
+    output = model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=3, **RETURN)
+    assert torch.equal(output.sequences, expected) and output.draft_statistics.accepted > 0
+
+
+@pytest.mark.parametrize("length", ["auto", 2])
+@pytest.mark.parametrize("edited", [True, False], ids=["models_own_edited", "replaced"])
+def test_generation_config_file(tmp_path, edited, length):
+    """Saved and reloaded, a model drafts without being asked; a call may ask otherwise."""
+    model, inputs = MODELS["accepting"](), {**prompts(), "max_new_tokens": 16}
+    if not edited:
+        model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    model.generation_config.assistant_early_exit = 2
+    model.generation_config.num_assistant_tokens = length
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert saved["assistant_early_exit"] == 2 and saved["num_assistant_tokens"] == length
+    loaded = SortedLlamaForCausalLM.from_pretrained(tmp_path)
+    output = loaded.generate(**inputs, **RETURN)
+    assert torch.equal(output.sequences, reference_llama(model, 4).generate(**inputs_of(inputs)))
+    assert set(output.draft_statistics.exit_layers) == {2}
+    if length == 2:
+        assert output.draft_statistics.cycles == 1 + 15 // 3
+    assert set(loaded.generate(**inputs, **RETURN, assistant_early_exit=1).draft_statistics.exit_layers) == {1}
+    # the calls leave it as it was
+    assert loaded.generation_config.assistant_early_exit == 2
+    assert loaded.generation_config.num_assistant_tokens == length
+
+
+def inputs_of(arguments):
+    """For a reference that must not draft, whatever its generation config says."""
+    return {**arguments, "generation_config": GenerationConfig(eos_token_id=2, pad_token_id=0)}
+
+
+@pytest.mark.parametrize("length", [3, "auto"])
+@pytest.mark.parametrize("where", ["call", "constructor"])
+def test_pipeline(where, length):
+    model, tokenizer = MODELS["accepting"](), tiny_tokenizer()
+    arguments = {"max_new_tokens": 12, "do_sample": False, "batch_size": 2}
+    texts = ["hello", "a longer prompt"]
+    expected = pipeline("text-generation", model=reference_llama(model, 4), tokenizer=tokenizer)(texts, **arguments)
+    drafting = {"assistant_early_exit": 2, "num_assistant_tokens": length}
+    in_constructor, in_call = (drafting, {}) if where == "constructor" else ({}, drafting)
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, **in_constructor)
+    calls = layer_calls(model)
+    assert pipe(texts, **arguments, **in_call) == expected
+    layers = [layer for layer, _ in calls]
+    assert layers.count(1) == layers.count(2) > layers.count(3) == layers.count(4)
+
+
+STRANGER = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+folder, tokens = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+assert "modeling_sorted_llama" not in sys.modules
+results = []
+for draft, length in ((1, 3), (2, "auto"), ("auto", None)):
+    output = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=10, return_dict_in_generate=True,
+        assistant_early_exit=draft, num_assistant_tokens=length,
+    )
+    again = model.generate(
+        output.sequences, attention_mask=torch.ones_like(output.sequences), max_new_tokens=4,
+        cache=output["cache" if "cache" in output else "past_key_values"], assistant_early_exit=1,
+    )
+    results.append([output.sequences.tolist(), again.tolist(), output.draft_statistics.drafted])
+print("results:" + json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_the_package(tmp_path):
+    model, tokens = MODELS["mixed"](), prompts((5, 5))["input_ids"]
+    folder, elsewhere = save_tiny(tmp_path / "model", model), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "hf" / "modules")}
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, folder, json.dumps(tokens.tolist())],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    reference = reference_llama(model, 4)
+    results = json.loads(run.stdout.split("results:")[1])
+    first = reference.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=10)
+    second = reference.generate(first, attention_mask=torch.ones_like(first), max_new_tokens=4)
+    for sequences, again, _ in results:
+        assert sequences == first.tolist() and again == second.tolist()
+    assert results[0][2] > 0  # "auto" may find that nothing pays
+
+
+def test_threads_in_different_modes():
+    """Three calls that overlap do not disturb each other, hidden states included."""
+    model, inputs = MODELS["mixed"](), {**prompts(), "max_new_tokens": 14, "min_new_tokens": 14, **RETURN}
+    modes = {
+        "drafts": {"assistant_early_exit": 1, "num_assistant_tokens": 3, "output_hidden_states": True},
+        "confidence": {"exit_threshold": 0.3},
+        "fixed": {"exit_layer": 2, "output_hidden_states": True},
+    }
+    expected = {name: model.generate(**inputs, **mode) for name, mode in modes.items()}
+    plain = reference_llama(model, 4).generate(**inputs).sequences
+    barrier, turn = threading.Barrier(3, timeout=60), threading.local()
+
+    def meet(*_):
+        turn.calls = getattr(turn, "calls", 0) + 1
+        if turn.calls <= 14:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                barrier.wait()
+
+    hook = model.model.layers[0].register_forward_pre_hook(meet)
+    results = {}
+
+    def run(name):
+        results[name] = model.generate(**inputs, **modes[name])
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in modes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    hook.remove()
+    assert not barrier.broken and set(results) == set(modes)
+    for name, output in results.items():
+        assert torch.equal(output.sequences, expected[name].sequences), name
+        for mine, theirs in zip(output.hidden_states or (), expected[name].hidden_states or (), strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(a, b)
+    assert torch.equal(results["drafts"].sequences, plain)
+    assert results["drafts"].draft_statistics == expected["drafts"].draft_statistics
+
+
+# Errors, before any layer runs
+
+
+@pytest.mark.parametrize("source", ["argument", "generation_config"])
+@pytest.mark.parametrize("value", [0, -1, 4, 5, True, 2.0, "x"], ids=repr)
+def test_bad_draft_exit(value, source):
+    model, arguments = tiny_sorted(), {**prompts(), "max_new_tokens": 3}
+    if source == "argument":
+        arguments["assistant_early_exit"] = value
+    else:
+        model.generation_config.assistant_early_exit = value
+    assert_refused(model, arguments, "`assistant_early_exit`", repr(value), "from 1 to 3", '"auto"')
+
+
+def assert_refused(model, arguments, *words):
+    calls = layer_calls(model)
+    with pytest.raises(ValueError) as error:
+        model.generate(**arguments)
+    for word in words:
+        assert word in str(error.value)
+    assert calls == []
+
+
+@pytest.mark.parametrize("value", [2, 3, 4])
+def test_draft_exit_not_below_the_verifying_depth(value):
+    arguments = {**prompts(), "max_new_tokens": 3, "exit_layer": 2, "assistant_early_exit": value}
+    assert_refused(tiny_sorted(), arguments, "`assistant_early_exit`", repr(value), "from 1 to 1", "2 layers")
+
+
+REFUSED = {
+    "beams": ({"num_beams": 2}, ["num_beams=2", "greedy", "sampling"]),
+    "attentions": ({"output_attentions": True, **RETURN}, ["attentions", "output_attentions=False"]),
+    "no_cache": ({"use_cache": False}, ["use_cache=False"]),
+    "quantized": ({"cache_implementation": "quantized"}, ["cache_implementation", "'quantized'", "'dynamic'"]),
+    "guidance": ({"guidance_scale": 2}, ["guidance_scale=2"]),
+    "no_tokens": ({"num_assistant_tokens": 0}, ["`num_assistant_tokens`", "0", "positive integer", '"auto"']),
+    "negative": ({"num_assistant_tokens": -2}, ["`num_assistant_tokens`", "-2", "positive integer", '"auto"']),
+    "tokens_bool": ({"num_assistant_tokens": True}, ["`num_assistant_tokens`", "True", "positive integer"]),
+    "tokens_float": ({"num_assistant_tokens": 2.5}, ["`num_assistant_tokens`", "2.5", "positive integer"]),
+    "tokens_text": ({"num_assistant_tokens": "x"}, ["`num_assistant_tokens`", "'x'", "positive integer", '"auto"']),
+    "schedule": ({"num_assistant_tokens_schedule": "linear"}, ["`num_assistant_tokens_schedule`", "'linear'", "tant"]),
+    "confidence": ({"assistant_confidence_threshold": "x"}, ["`assistant_confidence_threshold`", "'x'", "number"]),
+    "lookup": ({"prompt_lookup_num_tokens": 0}, ["prompt_lookup_num_tokens", "0"]),
+    "lookup_text": ({"prompt_lookup_num_tokens": "x"}, ["prompt_lookup_num_tokens", "'x'"]),
+    "threshold": ({"exit_threshold": 0.9}, ["exit_threshold=0.9", "assistant_early_exit=1", "contradict"]),
+    "depths": ({"exit_layer": [1, 2, 4]}, ["exit_layer=[1, 2, 4]", "assistant_early_exit=1", "contradict"]),
+    "auto_depth": ({"exit_layer": "auto"}, ["exit_layer='auto'", "assistant_early_exit=1", "contradict"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    tools, words = REFUSED[name]
+    assert_refused(tiny_sorted(), {**prompts(), "max_new_tokens": 3, "assistant_early_exit": 1, **tools}, *words)
+
+
+def test_a_cache_of_another_kind():
+    model = tiny_sorted()
+    arguments = {**prompts(), "max_new_tokens": 3, "assistant_early_exit": 1}
+    assert_refused(model, {**arguments, CACHE_NAME: DynamicCache()}, "DynamicCache", "SortedCache()")
+
+
+# The length that is learned
+
+
+class Clock:
+    """Stands in for the `time` of the module: it moves when it is told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(generation_sorted_llama, "time", clock)
+    return clock
+
+
+class Decoding:
+    """Runs the plan of a draft length through cycles whose times and acceptances are chosen."""
+
+    def __init__(self, clock, acceptance, cost, agrees=None):
+        """
+        By exit: `acceptance` of each draft, `cost` of a draft step in plain steps, and whether it `agrees` with full
+        depth on the prompt (by default where at least half of the drafts are accepted).
+        """
+        self.clock, self.acceptance, self.cost = clock, acceptance, cost
+        model, exits = tiny_sorted(), list(acceptance)
+        self.random = torch.Generator().manual_seed(0)
+        normed, other = torch.randn(2, 1, 6, 32, generator=self.random)
+        normed = model.model.norm(normed).detach()  # normed once more, it is itself
+        agrees = {k: acceptance[k] >= 0.5 for k in exits} if agrees is None else agrees
+        outputs = SimpleNamespace(
+            exit_hidden_states=tuple(normed if agrees[k] else other for k in exits), last_hidden_state=normed
+        )
+        sequences = SimpleNamespace(model=model, head=model.lm_head, prompt={}, batch_size=1)
+        with torch.no_grad():
+            self.plan = LearnedDrafts(SelfSpeculation(4, exits, None, "constant", None, None, 2), sequences, outputs)
+        self.plan.learn(0, 0, [0])  # the prefill
+
+    def run(self, cycles, room=1000) -> list[tuple[int, int]]:
+        """Exit and number of drafts of every cycle."""
+        asked = []
+        for _ in range(cycles):
+            with torch.no_grad():
+                exit_layer, n = self.plan.next(room)
+            assert 0 <= n <= room
+            asked.append((exit_layer, n))
+            self.clock.now += 1.0 + n * self.cost[exit_layer]
+            hits = torch.rand(n, generator=self.random) < self.acceptance[exit_layer]
+            self.plan.learn(exit_layer, n, [int(hits.long().cumprod(0).sum())])
+        return asked
+
+
+def test_cheap_drafts_that_are_accepted(clock):
+    """Several tokens a cycle, with a plain step now and then to know what it takes."""
+    lengths = [n for _, n in Decoding(clock, {1: 0.95}, {1: 0.1}).run(200)]
+    assert lengths[:2] == [0, 0]
+    settled = lengths[20:]
+    assert sum(n >= 5 for n in settled) > 0.9 * len(settled)
+    assert 1 <= settled.count(0) <= 20
+
+
+def test_the_length_follows_acceptance(clock):
+    """Half accepted at a tenth of a step: best are 2 or 3; at a third of a step, 1."""
+    lengths = [n for _, n in Decoding(clock, {1: 0.5}, {1: 0.1}).run(400)][100:]
+    drafts = [n for n in lengths if n]
+    assert len(drafts) > 0.8 * len(lengths) and 1.2 < sum(drafts) / len(drafts) < 4
+    decoding = Decoding(clock, {1: 1.0}, {1: 0.1})
+    before = [n for _, n in decoding.run(60)]
+    decoding.acceptance = {1: 0.3}
+    after = [n for _, n in decoding.run(60)]
+    assert max(before[-20:]) == 8 and max(after[-20:]) <= 2
+
+
+def test_drafts_that_cost_too_much(clock):
+    """Accepted, but a draft takes as long as a plain step: hardly any."""
+    lengths = [n for _, n in Decoding(clock, {1: 0.9}, {1: 1.0}).run(400)]
+    assert sum(lengths[30:]) <= 8
+
+
+def test_where_nothing_pays(clock):
+    """It stops, and tries one draft again after twice as many plain steps each time, up to a limit."""
+    first, last = LearnedDrafts.FIRST_WAIT, LearnedDrafts.LAST_WAIT
+    assert first >= 8 and last >= 8 * first
+    lengths = [n for _, n in Decoding(clock, {1: 0.0}, {1: 0.3}).run(2500)]
+    tries = [step for step, n in enumerate(lengths) if n]
+    assert all(lengths[step] == 1 for step in tries)
+    gaps = [b - a for a, b in zip(tries, tries[1:], strict=False)]
+    doubling = [first * 2**i for i in range(1, 20) if first * 2**i < last]
+    assert gaps == [*doubling, *[last] * (len(gaps) - len(doubling))] and len(gaps) > len(doubling) + 3
+    assert first <= tries[0] <= first + 8
+
+
+def test_drafts_that_stop_being_accepted(clock):
+    """After a good start it stops within few drafts."""
+    decoding = Decoding(clock, {1: 1.0}, {1: 0.3})
+    assert sum(n for _, n in decoding.run(50)) > 100
+    decoding.acceptance = {1: 0.0}
+    lengths = [n for _, n in decoding.run(200)]
+    assert 0 < sum(lengths) < 120 and sum(lengths[50:]) < 10
+
+
+def test_it_takes_up_drafting_again(clock):
+    decoding = Decoding(clock, {1: 0.0}, {1: 0.1})
+    decoding.run(100)
+    decoding.acceptance = {1: 1.0}
+    lengths = [n for _, n in decoding.run(1500)]
+    assert min(n for n in lengths[-100:] if n) >= 4 and lengths[-100:].count(0) < 10
+
+
+@pytest.mark.parametrize("room", [0, 1, 3])
+def test_never_more_than_the_room(clock, room):
+    lengths = [n for _, n in Decoding(clock, {1: 1.0}, {1: 0.05}).run(100, room)]
+    assert max(lengths) == room
+
+
+def share_of(exit_layer: int, asked: list[tuple[int, int]]) -> float:
+    """Of the cycles that draft, and they are most, those that draft at this exit."""
+    drafting = [k for k, n in asked if n]
+    assert len(drafting) > 0.7 * len(asked)
+    return drafting.count(exit_layer) / len(drafting)
+
+
+def test_the_exit_that_pays_most(clock):
+    """The deeper exit is accepted more often, and pays, until it is no longer accepted: then the other."""
+    agree = {1: True, 2: True}
+    decoding = Decoding(clock, {1: 0.6, 2: 0.97}, {1: 0.1, 2: 0.12}, agree)
+    assert share_of(2, decoding.run(200)[100:]) > 0.9
+    decoding.acceptance = {1: 0.95, 2: 0.0}
+    assert share_of(1, decoding.run(200)[100:]) > 0.9
+
+
+def test_an_exit_that_the_prompt_spoke_against(clock):
+    """Where nothing pays any more, every exit is tried again, not only the one that looked best once."""
+    decoding = Decoding(clock, {1: 0.1, 2: 0.95}, {1: 0.1, 2: 0.2})
+    assert share_of(2, decoding.run(100)[40:]) > 0.9
+    decoding.acceptance = {1: 0.95, 2: 0.0}
+    assert share_of(1, decoding.run(800)[-100:]) > 0.9
+
+
+def test_what_the_prompt_showed(clock):
+    """An exit that agreed with full depth on the prompt drafts at once; one that never did, does not."""
+    agreed = Decoding(clock, {1: 1.0}, {1: 0.1}, {1: True}).run(4)
+    assert [n > 2 for _, n in agreed] == [False, False, True, True]
+    never = Decoding(clock, {2: 1.0}, {2: 0.6}, {2: False}).run(8)
+    assert [n for _, n in never] == [0] * 8
+
+
+def test_auto_chooses_among_the_exits(clock):
+    """In `generate` too: of a model whose exit 2 is full depth's and whose exit 1 is not, exit 2 drafts."""
+    model = quiet(tiny_sorted(), 2, 0.0)
+    for number, layer in enumerate(model.model.layers, start=1):
+        seconds = 0.01 if number == 1 else 0.3
+        layer.register_forward_pre_hook(lambda *_, s=seconds: setattr(clock, "now", clock.now + s))
+    output = model.generate(**prompts(), **RETURN, max_new_tokens=60, min_new_tokens=60, assistant_early_exit="auto")
+    statistics = output.draft_statistics
+    assert statistics.exit_layers[2] > 0.8 * statistics.drafted and statistics.cycles < 50
+    assert torch.equal(
+        output.sequences, reference_llama(model, 4).generate(**prompts(), max_new_tokens=60, min_new_tokens=60)
+    )
