@@ -183,17 +183,37 @@ class SortedCache(Cache):
         self._positions: torch.Tensor | None = None  # (batch_size, slots)
         self._mask: torch.Tensor | None = None  # (batch_size, slots); `None` where every token is attended to
         self._block: Block | None = None
+        self._plain_lengths: tuple[int, ...] = ()
 
     # What transformers asks of a cache
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         self._add_layers(layer_idx + 1)
+        if self._block is None:
+            self._begin_plain_update(key_states, layer_idx)
         self.layers[layer_idx].block = self._block
         self.layers[layer_idx].lengths = self.lengths_in(layer_idx)  # zeros before the first
         keys_and_values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._block is None and layer_idx == 0:
             self.lengths = self.layers[0].lengths
         return keys_and_values
+
+    def _begin_plain_update(self, key_states: torch.Tensor, layer_idx: int) -> None:
+        """A plain Llama goes on with this cache: all rows alike, and nothing may be pending in its layers."""
+        if layer_idx == 0:
+            self._plain_lengths = self.lengths
+            self.pending = {}  # the new tokens will not be among them
+            if self._positions is not None:
+                block = _block_of_all_rows(self.lengths, key_states)
+                self._write_positions(self._next_positions(block, self._positions.device), block)
+                self._append_to_mask(None, block, self._positions.device)
+        passed = self.lengths_in(layer_idx)
+        if self._plain_lengths and passed != self._plain_lengths:
+            raise ValueError(
+                f"The cache holds {max(self._plain_lengths)} tokens in layer {layer_idx} but {max(passed)} in layer "
+                f"{layer_idx + 1}, and a plain Llama cannot take along what is pending: run a sorted model to this "
+                "depth first, or start from an empty cache."
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens of the longest row; of layer `layer_idx`, those that passed it."""
@@ -247,6 +267,7 @@ class SortedCache(Cache):
         self.pending = {depth: function(states) for depth, states in self.pending.items()}
         self._positions = None if self._positions is None else function(self._positions)
         self._mask = None if self._mask is None else function(self._mask)
+        self._free_pending()
 
     # What the sorted model asks of it
 
@@ -307,24 +328,19 @@ class SortedCache(Cache):
             ValueError: If the number of rows or the mask's shape is not that of the cache.
         """
         num_rows, num_tokens = inputs_embeds.shape[:2]
-        if not self.lengths:
-            self.lengths = (0,) * num_rows
-        expected = len(self.lengths) if rows is None else len(rows)
+        known = self.lengths or (0,) * num_rows
+        expected = len(known) if rows is None else len(rows)
         if num_rows != expected:
             raise ValueError(f"The cache holds {expected} rows, but the input has {num_rows}.")
-        starts = self.lengths if rows is None else [self.lengths[row] for row in rows]
+        starts = known if rows is None else [known[row] for row in rows]
         block = Block(rows, starts, [num_tokens] * num_rows if counts is None else counts)
+        self._check_mask(attention_mask, block)
+        self.lengths = known
         if num_tokens == 0:
             return block
 
         batch_size, device = len(self.lengths), inputs_embeds.device
-        if position_ids is None:
-            position_ids = self._next_positions(block, device)
-        template = position_ids.expand(num_rows, num_tokens).unsqueeze(-1)
-        positions = None if self._positions is None else self._positions.unsqueeze(-1)
-        positions = reserve(positions, template, batch_size, block.end, STORAGE_BLOCK)
-        block.write(positions, template)
-        self._positions = positions.squeeze(-1)
+        self._write_positions(self._next_positions(block, device) if position_ids is None else position_ids, block)
         self._append_to_mask(attention_mask, block, device)
 
         grown = list(self.lengths)
@@ -333,9 +349,18 @@ class SortedCache(Cache):
         self.lengths = tuple(grown)
         return block
 
+    def _write_positions(self, position_ids: torch.Tensor, block: Block) -> None:
+        values = position_ids.expand(len(block.starts), block.width).unsqueeze(-1)
+        if self._positions is None and max(self.lengths) > 0:  # a plain Llama has filled the cache
+            self._positions = torch.arange(max(self.lengths), device=values.device).repeat(len(self.lengths), 1)
+        positions = None if self._positions is None else self._positions.unsqueeze(-1)
+        positions = reserve(positions, values, len(self.lengths), block.end, STORAGE_BLOCK)
+        block.write(positions, values)
+        self._positions = positions.squeeze(-1)
+
     def _next_positions(self, block: Block, device: torch.device) -> torch.Tensor:
         new = torch.arange(block.width, device=device)
-        if self._positions is None:  # empty, or filled by a model that is not ours
+        if self._positions is None:
             return new + torch.tensor(block.starts, device=device)[:, None]
         if block.even and block.rows is None:
             start = block.starts[0]
@@ -344,26 +369,29 @@ class SortedCache(Cache):
         newest = self._positions[rows, slots[:, :1].clamp(min=1) - 1]
         return new + torch.where(slots[:, :1] > 0, newest + 1, 0)
 
+    def _check_mask(self, attention_mask: torch.Tensor | None, block: Block) -> None:
+        num_rows, widths = len(block.starts), {block.width, block.end if block.even else block.width}
+        if attention_mask is not None and (
+            attention_mask.dim() != 2 or len(attention_mask) != num_rows or attention_mask.shape[1] not in widths
+        ):
+            raise ValueError(
+                f"`attention_mask` must be of shape ({num_rows}, {block.end}), the cached tokens and the new ones "
+                f"where rows are of one length, or ({num_rows}, {block.width}), got {tuple(attention_mask.shape)}."
+            )
+
     def _append_to_mask(self, attention_mask: torch.Tensor | None, block: Block, device: torch.device) -> None:
         if attention_mask is None and self._mask is None:
             return
-        batch_size, start = len(self.lengths), block.starts[0]
         new = torch.ones(len(block.starts), block.width, dtype=torch.bool, device=device)
         if attention_mask is not None:
-            whole = block.even and attention_mask.shape[-1] == block.end
-            if attention_mask.dim() != 2 or not (whole or attention_mask.shape[-1] == block.width):
-                raise ValueError(
-                    f"`attention_mask` must be of shape ({len(block.starts)}, {block.end}), the cached tokens and the "
-                    f"new ones, or ({len(block.starts)}, {block.width}), got {tuple(attention_mask.shape)}."
-                )
             new = attention_mask[:, -block.width :].to(device, torch.bool)
         if self._mask is None:
-            self._mask = torch.ones(batch_size, start, dtype=torch.bool, device=device)
-        mask = reserve(self._mask.unsqueeze(-1), new.unsqueeze(-1), batch_size, block.end, STORAGE_BLOCK)
+            self._mask = torch.ones(len(self.lengths), max(self.lengths), dtype=torch.bool, device=device)
+        mask = reserve(self._mask.unsqueeze(-1), new.unsqueeze(-1), len(self.lengths), block.end, STORAGE_BLOCK)
         block.write(mask, new.unsqueeze(-1))
         self._mask = mask.squeeze(-1)
-        if attention_mask is not None and whole and block.rows is None:
-            self._mask[:, :start] = attention_mask[:, :start]
+        if attention_mask is not None and attention_mask.shape[1] > block.width and block.rows is None:
+            self._mask[:, : block.starts[0]] = attention_mask[:, : -block.width]
 
     def segments(self, depth: int, rows: list[int] | None = None) -> list[tuple[int, int]]:
         """
@@ -385,7 +413,7 @@ class SortedCache(Cache):
                     f"and cannot be continued at `exit_layer={depth}`. Go on at `exit_layer={cut}`, or start from an "
                     "empty cache."
                 )
-            if short:
+            if below != above:  # of other rows, too: the layers of a segment hold the same tokens
                 cuts.append(cut)
         return list(zip(cuts, [*cuts[1:], depth], strict=True))
 
@@ -405,6 +433,9 @@ class SortedCache(Cache):
 
     def leave(self, first: int, last: int, block: Block) -> None:
         """Layers `first` to `last` have run the block."""
+        self._block = None
+        if block.width == 0:
+            return
         passed = list(self.lengths_in(first))
         rows = range(len(passed)) if block.rows is None else block.rows
         for row, start, count in zip(rows, block.starts, block.counts, strict=True):
@@ -414,8 +445,12 @@ class SortedCache(Cache):
         for layer in self.layers[first:last]:
             layer.lengths = lengths
         self.layer_token_passes += sum(block.counts) * (last - first)
-        self._block = None
         self._free_pending()
+
+    def abandon(self, block: Block) -> None:
+        """A pass has failed, and the states on their way up are lost: keep what every layer of them holds."""
+        self._block = None
+        self.rollback([min(block.starts)] * len(self.lengths))
 
     def suspend(self, depth: int, hidden_states: torch.Tensor, block: Block) -> None:
         """Keep states that layer `depth` (from 0) has not run: pending, until a pass goes deeper."""
@@ -428,7 +463,8 @@ class SortedCache(Cache):
 
     def position_ids(self, block: Block) -> torch.Tensor:
         """Positions of a block's tokens, `(num_rows, width)`."""
-        assert self._positions is not None
+        # Cells without a token may lie behind the newest token of all
+        self._positions = _reserve_tokens(self._positions, block.end)
         return block.read(self._positions)
 
     def attention_mask(self, block: Block, config: PreTrainedConfig, hidden_states: torch.Tensor):
@@ -439,7 +475,10 @@ class SortedCache(Cache):
             ValueError: If the implementation cannot attend to rows of different lengths.
         """
         implementation = config._attn_implementation
-        mask = None if self._mask is None else block.select(self._mask[:, : block.end])
+        mask = None
+        if self._mask is not None:
+            self._mask = _reserve_tokens(self._mask, block.end)
+            mask = block.select(self._mask[:, : block.end])
         if "flash" in implementation and block.even:
             return mask
         if mask is None and block.even and (block.width == 1 or (block.starts[0] == 0 and implementation == "sdpa")):
@@ -500,6 +539,12 @@ def reserve(
     if storage is not None:
         grown[..., : storage.shape[-2], :] = storage
     return grown
+
+
+def _reserve_tokens(storage: Any, slots: int) -> torch.Tensor:
+    """`storage`, `(batch_size, slots)`, with room for `slots`."""
+    storage = storage.unsqueeze(-1)
+    return reserve(storage, storage, storage.shape[0], slots, STORAGE_BLOCK).squeeze(-1)
 
 
 def as_sorted_cache(cache: Any) -> Any:

@@ -292,6 +292,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
             for first, last in segments:
                 hidden_states, block = cache.enter(first, hidden_states, block)
                 if block.width == 0:
+                    cache.leave(first, last, block)
                     continue
                 if block is not entered:
                     entered = block
@@ -312,8 +313,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
                         kept_states.append(block.align_right(hidden_states))
                 cache.leave(first, last, block)
         except BaseException:
-            # States on their way up are lost: keep the tokens that every layer they passed agrees on
-            cache.rollback([min(block.starts)] * len(cache.lengths))
+            cache.abandon(block)
             raise
         if depth < len(self.layers) and block.width > 0:
             cache.suspend(depth, hidden_states, block)
@@ -581,6 +581,8 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
         depth = model_kwargs.get("exit_layer") or len(self.model.layers)
+        if given is not None:
+            given._is_user_defined = True  # as transformers notes it, from 5.24 on
         if hasattr(generation_config, "sorted_decoding"):
             if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
                 raise ValueError(
