@@ -47,7 +47,7 @@ def trace(model, generate) -> tuple[Counter, Counter]:
     leave = SortedCache.leave
 
     def logged(cache, first, last, block):
-        passes[last - first, block.width] += 1
+        passes[last - first, block.width] += block.width > 0
         return leave(cache, first, last, block)
 
     hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: heads.update([inputs[0][..., 0].numel()]))
@@ -131,7 +131,7 @@ def main() -> None:
             used = torch.cat([output.exit_layers_used.flatten() for output in outputs]).float()
             depth = f"{used[used > 0].mean():.1f}"
             passes, heads = trace(model, lambda name=name: generate(name))
-            ran = sum(n * cost(0, layers, width, 0) for (layers, width), n in passes.items())
+            ran = sum(n * cost(0, layers, width, 0) for (layers, width), n in passes.items() if n)
             ran += sum(n * cost(0, 0, width, width) for width, n in heads.items())
             parts = f"{mine / ran:.2f}"
             beaten = [

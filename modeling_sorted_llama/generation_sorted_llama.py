@@ -1112,6 +1112,7 @@ class LearnedDrafts:
     FIRST_WAIT, LAST_WAIT = 8, 256
     PROMPT_TOKENS = 16
     LOOK_AROUND = 32  # cycles
+    MEMORY = 0.94  # of an acceptance, at each new one
 
     def __init__(self, decoding: SelfSpeculation, sequences: Sequences, outputs):
         self.sequences = sequences
@@ -1164,8 +1165,9 @@ class LearnedDrafts:
             return
         self.draft_seconds[exit_layer].append((seconds - min(self.plain_seconds)) / num_drafts)
         tried = sum(min(n + 1, num_drafts) for n in accepted) / len(accepted)
-        self.accepted[exit_layer] = 0.95 * self.accepted[exit_layer] + sum(accepted) / len(accepted)
-        self.tried[exit_layer] = 0.95 * self.tried[exit_layer] + tried
+        kept = self.MEMORY**tried
+        self.accepted[exit_layer] = kept * self.accepted[exit_layer] + sum(accepted) / len(accepted)
+        self.tried[exit_layer] = kept * self.tried[exit_layer] + tried
 
     def _next_try(self, exits: list[int]) -> int:
         self.tries += 1
