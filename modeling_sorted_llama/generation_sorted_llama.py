@@ -975,9 +975,9 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
         plan.learn(drafter, num_drafts, counts)
         rows, token = active, new
 
-        # Draft: one token at a time through the lowest layers
-        lengths = [sequences.lengths[row] for row in rows]
-        room = int(min(sequences.max_length - min(lengths) - 1, 2**31))
+        # Draft: from the text so far, or one token at a time through the lowest layers
+        shortest = min(sequences.lengths[row] for row in rows)
+        room = int(min(sequences.max_length - shortest - 1, 2**31))
         candidates = None if lookup is None else lookup(rows, room)
         if candidates is not None:
             drafter, drafts = 0, candidates
@@ -985,27 +985,8 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
             outputs = sequences.forward(torch.cat([token, drafts], dim=1), rows, depth)
         else:
             drafter, num_drafts = plan.next(room)
-            drafted, probabilities = [], []
-            for i in range(num_drafts):
-                outputs = sequences.forward(token, rows, drafter)
-                draft_logits = sequences.head(outputs.last_hidden_state[:, -1])
-                draft_scores = sequences.process(draft_logits, rows, [length + i for length in lengths])
-                if do_sample or decoding.confidence_threshold is not None:
-                    probabilities.append(draft_scores.softmax(-1, dtype=torch.float32))
-                    token = (
-                        torch.multinomial(probabilities[-1], 1) if do_sample else draft_scores.argmax(-1, keepdim=True)
-                    )
-                else:
-                    token = draft_scores.argmax(-1, keepdim=True)
-                drafted.append(token)
-                if sequences.processors:
-                    sequences.write(rows, [length + i for length in lengths], token)
-                if decoding.confidence_threshold is not None:
-                    sure = probabilities[-1].gather(1, token)
-                    if i + 1 < num_drafts and bool((sure < decoding.confidence_threshold).all()):
-                        break
-            drafts = torch.cat(drafted, dim=1) if drafted else sequences.ids[: len(rows), :0]
-            draft_probabilities = torch.stack(probabilities, dim=1) if probabilities and do_sample else None
+            drafts, draft_probabilities = _draft(sequences, decoding, rows, token, drafter, num_drafts)
+            token = torch.cat([token, drafts], dim=1)[:, -1:]  # the last draft has not been through any layer
             outputs = sequences.forward(token, rows, depth)
         states = outputs.last_hidden_state[:, -(drafts.shape[1] + 1) :]
 
@@ -1015,6 +996,37 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
         f"them accepted; {statistics.new_tokens} new tokens in {statistics.cycles} cycles."
     )
     return sequences.finish(draft_statistics=statistics)
+
+
+def _draft(
+    sequences: Sequences, decoding: SelfSpeculation, rows: list[int], token: torch.Tensor, exit_layer: int, number: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Draft up to `number` tokens with the first `exit_layer` layers; their states stay pending there.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: Drafts, `(num_rows, num_drafts)`, and, in sampling, the processed
+        distributions that they were drawn from, `(num_rows, num_drafts, vocab_size)`.
+    """
+    lengths = [sequences.lengths[row] for row in rows]
+    limit = decoding.confidence_threshold
+    drafts: list[torch.Tensor] = []
+    distributions: list[torch.Tensor] = []
+    for i in range(number):
+        states = sequences.forward(token, rows, exit_layer).last_hidden_state[:, -1]
+        behind = [length + i for length in lengths]
+        scores = sequences.process(sequences.head(states), rows, behind)
+        probabilities = scores.softmax(-1, dtype=torch.float32) if sequences.do_sample or limit is not None else scores
+        token = torch.multinomial(probabilities, 1) if sequences.do_sample else scores.argmax(-1, keepdim=True)
+        drafts.append(token)
+        distributions.append(probabilities)
+        if sequences.processors:  # the next ones see it
+            sequences.write(rows, behind, token)
+        if limit is not None and i + 1 < number and bool((probabilities.gather(1, token) < limit).all()):
+            break
+    if not drafts:
+        return sequences.ids[: len(rows), :0], None
+    return torch.cat(drafts, dim=1), torch.stack(distributions, dim=1) if sequences.do_sample else None
 
 
 def _accept_sampled(
@@ -1163,7 +1175,7 @@ class LearnedDrafts:
         if num_drafts == 0:
             self.plain_seconds.append(seconds)
             return
-        self.draft_seconds[exit_layer].append((seconds - min(self.plain_seconds)) / num_drafts)
+        self.draft_seconds[exit_layer].append((seconds - median(self.plain_seconds)) / num_drafts)
         tried = sum(min(n + 1, num_drafts) for n in accepted) / len(accepted)
         kept = self.MEMORY**tried
         self.accepted[exit_layer] = kept * self.accepted[exit_layer] + sum(accepted) / len(accepted)
@@ -1179,7 +1191,7 @@ class LearnedDrafts:
     def _gain(self, exit_layer: int, n: int) -> float:
         """Tokens a time, as a multiple of plain decoding."""
         a = self._acceptance(exit_layer)
-        measured, plain = self.draft_seconds[exit_layer], min(self.plain_seconds)
+        measured, plain = self.draft_seconds[exit_layer], median(self.plain_seconds)
         cost = median(measured) / plain if measured else self.cost[exit_layer]
         return (1 - a ** (n + 1)) / (1 - a) / (1 + n * max(cost, 0.0))
 
