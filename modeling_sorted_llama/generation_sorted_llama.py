@@ -1132,13 +1132,13 @@ class LearnedDrafts:
         tokens = min(self.PROMPT_TOKENS, sequences.prompt_size, *(s.shape[1] for s in states))
         self.prompt_states: list[torch.Tensor] | None = [s[:, -tokens:].clone() for s in states]
         self.accepted, self.tried = dict.fromkeys(decoding.exits, 0.0), dict.fromkeys(decoding.exits, 0.0)
-        # Until measured: the weights that a draft step reads, in those of a plain step
+        # What a draft token costs, in plain steps; until measured, the weights that it reads
         model = sequences.model
         layer = sum(p.numel() for p in model.model.layers[0].parameters())
         head = model.config.hidden_size * model.config.vocab_size
-        self.cost = {k: (k * layer + head) / (decoding.depth * layer + head) for k in decoding.exits}
+        expected = {k: (k * layer + head) / (decoding.depth * layer + head) for k in decoding.exits}
+        self.costs = {k: deque([cost, cost], maxlen=7) for k, cost in expected.items()}
         self.plain_seconds: deque[float] = deque(maxlen=5)
-        self.draft_seconds: dict[int, deque[float]] = {k: deque(maxlen=5) for k in decoding.exits}
         self.wait, self.plain_steps, self.draft_cycles, self.tries = self.FIRST_WAIT, 0, 0, 0
         self.clock: float | None = None
 
@@ -1146,7 +1146,7 @@ class LearnedDrafts:
         """Exit and number of tokens to draft, at most `room`; 0 for a plain step."""
         if self.clock is None:
             self.clock = time.perf_counter()
-        exits = list(self.draft_seconds)
+        exits = list(self.costs)
         if len(self.plain_seconds) < 2 or self.draft_cycles == self.LOOK_AROUND:  # what a plain step takes by now
             self.draft_cycles += 1
             return exits[0], 0
@@ -1170,12 +1170,12 @@ class LearnedDrafts:
         """What became of the drafts, row by row; the time since the last call is theirs."""
         now = time.perf_counter()
         seconds, self.clock = (None if self.clock is None else now - self.clock), now
-        if seconds is None or exit_layer not in self.draft_seconds:
+        if seconds is None or exit_layer not in self.costs:
             return
         if num_drafts == 0:
             self.plain_seconds.append(seconds)
             return
-        self.draft_seconds[exit_layer].append((seconds - median(self.plain_seconds)) / num_drafts)
+        self.costs[exit_layer].append((seconds / median(self.plain_seconds) - 1) / num_drafts)
         tried = sum(min(n + 1, num_drafts) for n in accepted) / len(accepted)
         kept = self.MEMORY**tried
         self.accepted[exit_layer] = kept * self.accepted[exit_layer] + sum(accepted) / len(accepted)
@@ -1191,9 +1191,8 @@ class LearnedDrafts:
     def _gain(self, exit_layer: int, n: int) -> float:
         """Tokens a time, as a multiple of plain decoding."""
         a = self._acceptance(exit_layer)
-        measured, plain = self.draft_seconds[exit_layer], median(self.plain_seconds)
-        cost = median(measured) / plain if measured else self.cost[exit_layer]
-        return (1 - a ** (n + 1)) / (1 - a) / (1 + n * max(cost, 0.0))
+        cost = max(median(self.costs[exit_layer]), 0.0)
+        return (1 - a ** (n + 1)) / (1 - a) / (1 + n * cost)
 
     def _look_at_prompt(self, exits: list[int]) -> None:
         """On how many of the prompt's last tokens the greedy token of each exit is that of the verifying depth."""
