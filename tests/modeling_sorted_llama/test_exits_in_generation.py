@@ -1016,14 +1016,23 @@ def test_pipeline_with_a_batch():
 
 
 STRANGER = """
-import importlib.util
 import json
 import sys
+
+
+class Refuse:
+    """This process has never heard of the project, even where it is installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_sorted_llama", "trainer", "tests"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+
+sys.meta_path.insert(0, Refuse())
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-assert importlib.util.find_spec("modeling_sorted_llama") is None
 folder, tokens, mask, modes, out = sys.argv[1:]
 inputs = {"input_ids": torch.tensor(json.loads(tokens)), "attention_mask": torch.tensor(json.loads(mask))}
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
