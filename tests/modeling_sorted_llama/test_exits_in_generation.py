@@ -1021,7 +1021,7 @@ import sys
 
 
 class Refuse:
-    """This process has never heard of the project, even where it is installed."""
+    # This process has never heard of the project, even where it is installed
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("modeling_sorted_llama", "trainer", "tests"):
