@@ -48,6 +48,8 @@ _DRAFT_FIELDS = (
     "prompt_lookup_num_tokens",
     "max_matching_ngram_size",
 )
+# What transformers' own strategies the loops below stand for
+DECODED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # What transformers' processors keep for each row of the batch
 _VALUES_OF_ROWS = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
 _CONFIDENCES = ("max_prob", "margin", "entropy")
@@ -135,7 +137,7 @@ class ConfidenceExit:
 
 @dataclass(frozen=True)
 class RowDepths:
-    """Each row of the batch has its own depth; `None` until the prompt has shown it (`exit_layer="auto"`)."""
+    """Each row of the batch has its own depth, or takes one of `candidates` by its prompt (`exit_layer="auto"`)."""
 
     row_depths: list[int] | None
     candidates: list[int]
@@ -221,18 +223,13 @@ def choose_decoding(
     if len(asked) > 1:
         calls = " and ".join(f"`{name}={value!r}`" for name, value in asked.items())
         raise ValueError(f"{calls} contradict each other: each chooses the depth of a token. Pass one of them.")
-    mode = next(iter(asked), None)
-    for name, owner in (
-        ("exit_confidence", "exit_threshold"),
-        ("min_exit_layer", "exit_threshold"),
-        ("max_exit_layer", "exit_threshold"),
-        ("exit_agreement", "exit_layer"),
-    ):
-        if fields[name] is not None and mode != owner:
-            with_ = 'exit_layer="auto"' if owner == "exit_layer" else owner
+    for name, owner in _MODE_OF.items():
+        if name not in ("exit_layer", *asked) and fields[name] is not None and _mode(fields) != owner:
+            with_ = 'exit_layer="auto"' if owner == "auto" else owner
             raise ValueError(f"`{name}={fields[name]!r}` has a meaning only together with `{with_}`.")
-    if mode is None:
+    if not asked:
         return None
+    (mode,) = asked
 
     decoding: ConfidenceExit | RowDepths | SelfSpeculation
     if mode == "exit_threshold":
@@ -304,8 +301,6 @@ def _row_depths(model, fields, layers) -> RowDepths:
                 "model with `exit_layers=[...]`."
             )
         return RowDepths(None, list(model.config.exit_layers), float(agreement))
-    if fields["exit_agreement"] is not None:
-        raise ValueError('`exit_agreement` has a meaning only together with `exit_layer="auto"`.')
     if isinstance(depths, torch.Tensor):
         depths = depths.tolist()
     if isinstance(depths, str) or not isinstance(depths, Sequence) or not depths:
@@ -313,8 +308,7 @@ def _row_depths(model, fields, layers) -> RowDepths:
             f"`exit_layer` must be an integer from 1 to {layers}, a list of them (one a row of the batch) or "
             f'"auto", got {depths!r}.'
         )
-    row_depths = [check_exit_layer(k, layers) for k in depths]
-    return RowDepths(row_depths, sorted(set(row_depths)), float(agreement))
+    return RowDepths([check_exit_layer(k, layers) for k in depths], [], float(agreement))
 
 
 def _self_speculation(model, fields, layers) -> SelfSpeculation:
@@ -366,8 +360,7 @@ def _check_company(mode: str, value: Any, decoding, generation_config: Generatio
     others.assistant_early_exit = None
     if isinstance(decoding, SelfSpeculation):
         others.prompt_lookup_num_tokens = None
-    allowed = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-    if others.get_generation_mode() not in allowed:
+    if others.get_generation_mode() not in DECODED_MODES:
         raise ValueError(
             f"{call} works with greedy decoding and sampling, not with {others.get_generation_mode().value} "
             f"(`num_beams={generation_config.num_beams}`, `prompt_lookup_num_tokens="
@@ -394,7 +387,12 @@ def _check_company(mode: str, value: Any, decoding, generation_config: Generatio
 
 
 class Sequences:
-    """The tokens of one call: how they are chosen, when they end, and what is recorded and streamed of them."""
+    """
+    The tokens of one call: how they are chosen, when they end, and what is recorded and streamed of them.
+
+    Raises:
+        ValueError: If the cache is no [`SortedCache`], or holds the whole prompt.
+    """
 
     def __init__(
         self,
@@ -758,8 +756,8 @@ def _by_value(values: Sequence[int]) -> dict[int, list[int]]:
 
 def decode_with_exits(sequences: Sequences, decoding: ConfidenceExit | RowDepths):
     """
-    One token a step; each row leaves at its exit, the others go on to the next one. What a row skips stays pending in
-    the cache, until one of its later tokens goes deeper and takes it along (paper, section 3.3, with exact states).
+    One token a step; each row leaves at its exit, the others go on to the next one: the paper's instance-aware
+    inference, but exact. What a row skips stays pending in the cache, until a later token of it takes it along.
     """
     row_depths: list[int] | None = None
     known: dict[int, torch.Tensor] = {}  # states of the newest token at each exit, where the prefill has shown them
@@ -931,11 +929,9 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
         num_drafts = drafts.shape[1]
         sequences.write(rows, lengths, drafts)
         logits = sequences.head(states)
-        scores = logits
         flat_rows = [row for row in rows for _ in range(num_drafts + 1)]
         flat_lengths = [length + i for length in lengths for i in range(num_drafts + 1)]
-        if sequences.processors or do_sample or sequences.scores is not None:
-            scores = sequences.process(logits.flatten(0, 1), flat_rows, flat_lengths).view_as(logits)
+        scores = sequences.process(logits.flatten(0, 1), flat_rows, flat_lengths).view_as(logits)
         if do_sample:
             accepted, new = _accept_sampled(scores, drafts, draft_probabilities)
         else:
@@ -1213,27 +1209,14 @@ class LearnedDrafts:
 
 
 def decode(
-    model,
-    decoding: ConfidenceExit | RowDepths | SelfSpeculation,
-    input_ids: torch.LongTensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    streamer,
-    model_kwargs: dict[str, Any],
+    sequences: Sequences, decoding: ConfidenceExit | RowDepths | SelfSpeculation
 ) -> SortedGenerateOutput | torch.Tensor:
     """
     Decode in one of the modes: what `generate` calls once transformers has prepared prompt, processors and criteria.
 
     Returns:
         [`SortedGenerateOutput`] with `return_dict_in_generate`, else the sequences, `(batch_size, length)`.
-
-    Raises:
-        ValueError: If the cache is no [`SortedCache`], or holds the whole prompt.
     """
-    sequences = Sequences(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
-    )
     if isinstance(decoding, SelfSpeculation):
         return decode_with_drafts(sequences, decoding)
     return decode_with_exits(sequences, decoding)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -31,7 +30,9 @@ from .configuration_sorted_llama import (
     check_exit_loss_weights,
 )
 from .generation_sorted_llama import (
+    DECODED_MODES,
     SORTED_GENERATION_FIELDS,
+    Sequences,
     choose_decoding,
     decode,
     make_plain,
@@ -256,27 +257,35 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
             **cache_argument,
         )
 
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        exit_hidden_states = []
-        for layers_run, decoder_layer in enumerate(self.layers[:depth], start=1):
-            hidden_states = decoder_layer(
-                hidden_states,
-                attention_mask=causal_mask,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **cache_argument,
-                **kwargs,
-            )
-            if layers_run in kept:
-                exit_hidden_states.append(hidden_states)
+        hidden_states, exit_hidden_states = self._run_layers(
+            0,
+            depth,
+            inputs_embeds,
+            kept,
+            attention_mask=causal_mask,
+            position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **cache_argument,
+            **kwargs,
+        )
 
         return SortedModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             exit_hidden_states=tuple(exit_hidden_states) or None,
             **cache_argument,
         )
+
+    def _run_layers(
+        self, first: int, last: int, hidden_states: torch.Tensor, kept: Sequence[int], **kwargs: Any
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run layers `first` to `last`: their output, and the states after those of them that are in `kept`."""
+        kept_states = []
+        for layers_run, decoder_layer in enumerate(self.layers[first:last], start=first + 1):
+            hidden_states = decoder_layer(hidden_states, **kwargs)
+            if layers_run in kept:
+                kept_states.append(hidden_states)
+        return hidden_states, kept_states
 
     def _run_segments(
         self, inputs_embeds, attention_mask, position_ids, cache, depth, kept, cache_rows, **kwargs: Any
@@ -287,7 +296,8 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         segments = cache.segments(depth, cache_rows)
         hidden_states = inputs_embeds
         block = cache.append(inputs_embeds, position_ids, attention_mask, cache_rows)
-        entered, kept_states = None, []
+        entered: Any = None
+        exit_hidden_states: list[torch.Tensor] = []
         try:
             for first, last in segments:
                 hidden_states, block = cache.enter(first, hidden_states, block)
@@ -299,25 +309,26 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
                     position_ids = cache.position_ids(block)
                     position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
                     causal_mask = cache.attention_mask(block, self.config, hidden_states)
-                for layers_run, decoder_layer in enumerate(self.layers[first:last], start=first + 1):
-                    hidden_states = decoder_layer(
-                        hidden_states,
-                        attention_mask=causal_mask,
-                        position_embeddings=position_embeddings,
-                        position_ids=position_ids,
-                        use_cache=True,
-                        **{CACHE_NAME: cache},
-                        **kwargs,
-                    )
-                    if layers_run in kept:
-                        kept_states.append(block.align_right(hidden_states))
+                hidden_states, kept_states = self._run_layers(
+                    first,
+                    last,
+                    hidden_states,
+                    kept,
+                    attention_mask=causal_mask,
+                    position_embeddings=position_embeddings,
+                    position_ids=position_ids,
+                    use_cache=True,
+                    **{CACHE_NAME: cache},
+                    **kwargs,
+                )
+                exit_hidden_states += map(block.align_right, kept_states)
                 cache.leave(first, last, block)
         except BaseException:
             cache.abandon(block)
             raise
         if depth < len(self.layers) and block.width > 0:
             cache.suspend(depth, hidden_states, block)
-        return [*kept_states, block.align_right(hidden_states)]
+        return [*exit_hidden_states, block.align_right(hidden_states)]
 
 
 class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
@@ -584,7 +595,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         if given is not None:
             given._is_user_defined = True  # as transformers notes it, from 5.24 on
         if hasattr(generation_config, "sorted_decoding"):
-            if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            if generation_mode not in DECODED_MODES:
                 raise ValueError(
                     "`exit_threshold`, `assistant_early_exit` and a depth for each row work with greedy decoding and "
                     f"sampling, not with {generation_mode.value}: do not pass `assistant_model`."
@@ -617,7 +628,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
                 "Decoding at moving depth takes a different number of steps on every process, so that sharded weights "
                 "(`synced_gpus=True`: DeepSpeed ZeRO-3, FSDP) would wait for each other forever: gather them first."
             )
-        return decode(self, decoding, *arguments, streamer, kwargs)
+        return decode(Sequences(self, *arguments, streamer, kwargs), decoding)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any):
         if kwargs.get("assistant_model") is not None:  # it runs at its own depth
