@@ -1,5 +1,8 @@
 """Tiny models and a byte-level tokenizer: real code paths in milliseconds, without a download."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +89,66 @@ def save_tiny(folder: Path | str, model: Any = None) -> str:
     (tiny_llama() if model is None else model).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def prompts(lengths=(6, 4, 1), seed=0) -> dict[str, torch.Tensor]:
+    """Left-padded random prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
+    return {"input_ids": torch.randint(3, 259, mask.shape, generator=generator) * mask, "attention_mask": mask}
+
+
+class Pieces:
+    """A streamer that keeps what it is handed."""
+
+    def __init__(self):
+        self.pieces, self.ended = [], 0
+
+    def put(self, value):
+        self.pieces.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+STRANGER = '''
+import sys
+
+
+class Refuse:
+    """This process has never heard of the project."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_sorted_llama", "trainer", "tests"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+
+sys.meta_path.insert(0, Refuse())
+for name in ("modeling_sorted_llama", "trainer"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{name} is importable")
+
+'''
+
+
+def run_as_stranger(script: str, *arguments: Any, folder: Path) -> str:
+    """Run `script` in a process that cannot import the project, in a new folder below `folder`; returns its output."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_MODULES_CACHE": str(folder / "hf" / "modules")}
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER + script, *arguments],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout

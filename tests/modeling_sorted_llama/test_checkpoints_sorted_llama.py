@@ -3,8 +3,6 @@
 import ast
 import json
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from transformers import (
 
 import modeling_sorted_llama
 from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
-from tests.tiny import reference_llama, save_tiny, tiny_llama, tiny_sorted
+from tests.tiny import reference_llama, run_as_stranger, save_tiny, tiny_llama, tiny_sorted
 
 
 TOKENS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -414,26 +412,7 @@ def test_remote_code_is_one_flat_folder_of_known_imports():
                 assert f"{node.module}.py" in files
 
 
-STRANGER = '''
-import sys
-
-
-class Refuse:
-    """This process has never heard of the project."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_sorted_llama", "trainer", "tests"):
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-
-sys.meta_path.insert(0, Refuse())
-for name in ("modeling_sorted_llama", "trainer"):
-    try:
-        __import__(name)
-    except ModuleNotFoundError:
-        continue
-    raise SystemExit(f"{name} is importable")
-
+LOAD_AND_SAVE = """
 import json
 
 import torch
@@ -472,7 +451,7 @@ for number, folder in enumerate((first, second)):
         tokenizer.save_pretrained(second)
 with open(out, "w") as file:
     json.dump(results, file)
-'''
+"""
 
 
 @pytest.mark.slow
@@ -484,21 +463,7 @@ def test_a_process_without_the_package(tmp_path, vanilla):
         plain = save_tiny(tmp_path / "vanilla")
         model = SortedLlamaForCausalLM.from_pretrained(plain, exit_layers=[1, 2, 4])
     first, second, out = save_tiny(tmp_path / "first", model), tmp_path / "second", tmp_path / "out.json"
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "hf" / "modules")}
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, first, second, json.dumps(TOKENS.tolist()), out],
-        cwd=elsewhere,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-
+    run_as_stranger(LOAD_AND_SAVE, first, second, json.dumps(TOKENS.tolist()), out, folder=tmp_path)
     results = json.loads(out.read_text())
     tokenizer = AutoTokenizer.from_pretrained(first)
     prompt = tokenizer("hello", return_tensors="pt")

@@ -3,9 +3,6 @@
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,19 +32,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
-from tests.tiny import reference_llama, save_tiny, tiny_sorted, tiny_tokenizer
+from tests.tiny import prompts, reference_llama, run_as_stranger, save_tiny, tiny_sorted, tiny_tokenizer
 
 
 EXITS = [1, 2, 4]
 MEASURES = ["max_prob", "margin", "entropy"]
-
-
-def prompts(lengths=(6, 4, 1), seed=0) -> dict[str, torch.Tensor]:
-    """Left-padded random prompts."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(lengths)
-    mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
-    return {"input_ids": torch.randint(3, 259, mask.shape, generator=generator) * mask, "attention_mask": mask}
 
 
 def rows_of(inputs) -> list[list[int]]:
@@ -1015,20 +1004,8 @@ def test_pipeline_with_a_batch():
         assert [t for t in result["generated_token_ids"] if t != 0] == [*row, *(t for t in new if t != 0)]
 
 
-STRANGER = """
+DECODE = """
 import json
-import sys
-
-
-class Refuse:
-    # This process has never heard of the project, even where it is installed
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_sorted_llama", "trainer", "tests"):
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-
-sys.meta_path.insert(0, Refuse())
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -1061,21 +1038,9 @@ with open(out, "w") as file:
 def test_a_process_without_the_package(tmp_path):
     model, inputs = tiny_sorted(), prompts()
     model.load_state_dict(shallow_model().state_dict())
-    folder, out, elsewhere = save_tiny(tmp_path / "model", model), tmp_path / "out.json", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "hf" / "modules")}
+    folder, out = save_tiny(tmp_path / "model", model), tmp_path / "out.json"
     arguments = [json.dumps(values.tolist()) for values in inputs.values()]
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, folder, *arguments, json.dumps(MODES), out],
-        cwd=elsewhere,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    run_as_stranger(DECODE, folder, *arguments, json.dumps(MODES), out, folder=tmp_path)
     results = json.loads(out.read_text())
     for mode, asked in {**MODES, "file": {"exit_threshold": 0.0, "min_exit_layer": 2}}.items():
         expected = generate(model, **inputs, **asked, max_new_tokens=8)

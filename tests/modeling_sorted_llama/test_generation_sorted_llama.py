@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
-from tests.tiny import reference_llama, save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
+from tests.tiny import Pieces, prompts, reference_llama, save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
 
 
 DEPTHS = [1, 2, 4]
@@ -37,14 +37,6 @@ def count_layer_calls(model) -> list[int]:
     for number, layer in enumerate(model.base_model.layers, start=1):
         layer.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
     return calls
-
-
-def prompts(lengths=(6, 4, 1), seed=0) -> dict[str, torch.Tensor]:
-    """Left-padded random prompts."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(lengths)
-    mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
-    return {"input_ids": torch.randint(3, 259, mask.shape, generator=generator) * mask, "attention_mask": mask}
 
 
 def generate(model, seed=0, **arguments):
@@ -290,19 +282,6 @@ def test_a_deep_cache_continues_shallower():
 
 
 # Streamers and pipelines
-
-
-class Pieces:
-    """A streamer that keeps what it is handed."""
-
-    def __init__(self):
-        self.pieces, self.ended = [], 0
-
-    def put(self, value):
-        self.pieces.append(value.tolist())
-
-    def end(self):
-        self.ended += 1
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

@@ -2,9 +2,6 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -29,18 +26,10 @@ from transformers import (
 from modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM, generation_sorted_llama
 from modeling_sorted_llama.cache_sorted_llama import CACHE_NAME
 from modeling_sorted_llama.generation_sorted_llama import LearnedDrafts, SelfSpeculation, _accept_sampled
-from tests.tiny import reference_llama, save_tiny, tiny_sorted, tiny_tokenizer
+from tests.tiny import Pieces, prompts, reference_llama, run_as_stranger, save_tiny, tiny_sorted, tiny_tokenizer
 
 
 RETURN = {"return_dict_in_generate": True}
-
-
-def prompts(lengths=(6, 4, 1), seed=0) -> dict[str, torch.Tensor]:
-    """Left-padded random prompts."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(lengths)
-    mask = torch.tensor([[int(i >= width - length) for i in range(width)] for length in lengths])
-    return {"input_ids": torch.randint(3, 259, mask.shape, generator=generator) * mask, "attention_mask": mask}
 
 
 def quiet(model, layers: int, scale: float = 0.1):
@@ -82,19 +71,6 @@ def layer_calls(model) -> list[tuple[int, int]]:
             lambda _, args, number=number: calls.append((number, args[0].shape[0] * args[0].shape[1]))
         )
     return calls
-
-
-class Pieces:
-    """A streamer that keeps what it is handed."""
-
-    def __init__(self):
-        self.pieces, self.ended = [], 0
-
-    def put(self, value):
-        self.pieces.append(value.tolist())
-
-    def end(self):
-        self.ended += 1
 
 
 # Greedy decoding: token for token what full depth generates
@@ -898,8 +874,8 @@ def test_pipeline(where, length):
     assert layers.count(1) == layers.count(2) > layers.count(3) == layers.count(4)
 
 
-STRANGER = """
-import json, sys
+DRAFT = """
+import json
 import torch
 from transformers import AutoModelForCausalLM
 folder, tokens = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
@@ -924,22 +900,10 @@ print("results:" + json.dumps(results))
 @pytest.mark.slow
 def test_a_process_without_the_package(tmp_path):
     model, tokens = MODELS["mixed"](), prompts((5, 5))["input_ids"]
-    folder, elsewhere = save_tiny(tmp_path / "model", model), tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "hf" / "modules")}
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, folder, json.dumps(tokens.tolist())],
-        cwd=elsewhere,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    folder = save_tiny(tmp_path / "model", model)
+    output = run_as_stranger(DRAFT, folder, json.dumps(tokens.tolist()), folder=tmp_path)
     reference = reference_llama(model, 4)
-    results = json.loads(run.stdout.split("results:")[1])
+    results = json.loads(output.split("results:")[1])
     first = reference.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=10)
     second = reference.generate(first, attention_mask=torch.ones_like(first), max_new_tokens=4)
     for sequences, again, _ in results:
