@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 
+from modeling_sorted_llama import SortedLlamaForCausalLM
 from modeling_sorted_llama.cache_sorted_llama import CACHE_NAME
 
 
@@ -38,6 +39,16 @@ def load_llama(small: bool, dtype: torch.dtype, model: str = SMOLLM2, vocab_size
         torch.manual_seed(0)
         llama.resize_token_embeddings(vocab_size, mean_resizing=False)
     return llama.to(DEVICE).eval()
+
+
+def load_sorted(small: bool, dtype: torch.dtype, model: str):
+    """A sorted model and its tokenizer; with `small` a tiny random one, and no tokenizer."""
+    if small:
+        torch.manual_seed(0)
+        return SortedLlamaForCausalLM.from_llama(load_llama(True, dtype), exit_layers=[2, 4, 6]), None
+    path = fetch_model(model)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, padding_side="left")
+    return SortedLlamaForCausalLM.from_pretrained(path, dtype=dtype).to(DEVICE).eval(), tokenizer
 
 
 def synchronize() -> None:

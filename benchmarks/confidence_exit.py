@@ -17,12 +17,11 @@ import statistics
 from collections import Counter
 
 import torch
-from _common import DEVICE, SMALL, Bare, in_turns, where
+from _common import DEVICE, Bare, in_turns, load_sorted, where
 from evaluate import answers, as_text
 from facts import build_facts
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM
+from modeling_sorted_llama import SortedCache
 
 
 def points(exits: list[int], small: bool) -> dict[str, dict]:
@@ -69,23 +68,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="a tiny random model: only checks that it runs")
     args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
+    model, tokenizer = load_sorted(args.small, getattr(torch, args.dtype), args.model)
     if args.small:
-        torch.manual_seed(0)
         args.questions, args.timed, args.runs = 2, 2, 1
-        llama = LlamaForCausalLM(LlamaConfig(**SMALL))
-        model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=[2, 4, 6])
         prompts = [torch.randint(3, 500, (1, 8), device=DEVICE) for _ in range(args.questions)]
         inputs = [{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in prompts]
     else:
-        model = SortedLlamaForCausalLM.from_pretrained(args.model, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
         rows = as_text(build_facts()[1], tokenizer)
         rows = rows[:: max(1, len(rows) // args.questions)]
         texts, wanted = [row["prompt"] for row in rows], [row["answer"] for row in rows]
         timed = texts[:: max(1, len(texts) // args.timed)][: args.timed]
         inputs = [dict(tokenizer(text, return_tensors="pt").to(DEVICE)) for text in timed]
-    model = model.to(DEVICE, dtype).eval()
     exits = model.config.exit_layers
     compared = points(exits, args.small)
     options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
@@ -110,12 +103,7 @@ def main() -> None:
             costs[call] = bare.seconds(*call, runs=5)
         return costs[call]
 
-    fixed = {
-        name: median
-        for name in compared
-        if name.startswith("exit") and "only" not in name
-        for median in [statistics.median(seconds[name])]
-    }
+    fixed = {f"exit {k}": statistics.median(seconds[f"exit {k}"]) for k in exits}
     print(f"{args.model}, {args.dtype}, {where()}; {len(inputs)} timed questions, {args.questions} for the quality")
     print(
         "| | mean depth | exact match | as full depth | answers/s | x full depth | of the parts that ran | beaten by |"

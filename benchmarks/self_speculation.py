@@ -22,21 +22,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _common import DEVICE, SMALL, Bare, fetch_model, in_turns, ratio, where
+from _common import DEVICE, SMALL, Bare, in_turns, load_sorted, ratio, where
 from facts import build_facts
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-from modeling_sorted_llama import SortedLlamaForCausalLM
-
-
-def load(path: str, dtype: torch.dtype, small: bool):
-    if small:
-        torch.manual_seed(0)
-        model = SortedLlamaForCausalLM.from_llama(LlamaForCausalLM(LlamaConfig(**SMALL)), exit_layers=[2, 4, 6])
-        return model.to(DEVICE, dtype).eval(), None
-    path = fetch_model(path)
-    model = SortedLlamaForCausalLM.from_pretrained(path, dtype=dtype).to(DEVICE).eval()
-    return model, AutoTokenizer.from_pretrained(path, trust_remote_code=True, padding_side="left")
 
 
 def batches(tokenizer, prompts: list[str], rows: int, number: int) -> list[dict[str, torch.Tensor]]:
@@ -49,8 +36,8 @@ def batches(tokenizer, prompts: list[str], rows: int, number: int) -> list[dict[
     return [dict(tokenizer(chunk, return_tensors="pt", padding=True).to(DEVICE)) for chunk in chunks]
 
 
-def layer_token_passes(model, generate) -> float:
-    """How many times a layer ran for a token, a generated token; counted by hooks, the prompt left out."""
+def layer_token_passes(model, generate) -> int:
+    """How many times `generate()` runs a layer for a token, counted by hooks."""
     passes = 0
 
     def count(_, inputs, kwargs):
@@ -91,7 +78,7 @@ def main() -> None:
 
     print(f"{args.model}, {where()}; {args.batches} batches, {args.new_tokens} new tokens, {args.runs} runs, greedy")
     for dtype in args.dtypes:
-        model, tokenizer = load(args.model, getattr(torch, dtype), args.small)
+        model, tokenizer = load_sorted(args.small, getattr(torch, dtype), args.model)
         for rows in args.rows:
             measure(args, model, dtype, rows, batches(tokenizer, prompts, rows, args.batches))
 
