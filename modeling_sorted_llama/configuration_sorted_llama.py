@@ -16,7 +16,7 @@ AUTO_MAP = {
 
 
 # What this config adds to Llama's
-SORTED_FIELDS = ("exit_layers", "exit_layer", "exit_loss_weights")
+SORTED_FIELDS = ("exit_layers", "exit_layer", "exit_loss_weights", "exit_heads")
 
 
 def check_exit_layer(exit_layer: Any, num_hidden_layers: int, name: str = "exit_layer") -> int:
@@ -118,6 +118,10 @@ class SortedLlamaConfig(LlamaConfig):
             Number of decoder layers that every call runs unless it asks for another depth. `None` means all.
         exit_loss_weights (`list[float]`, *optional*):
             Weight of each of `exit_layers` in the SoFT loss. `None` means 1.0 each, the paper's sum.
+        exit_heads (`str`, *optional*, defaults to `"shared"`):
+            `"shared"`: every exit reads through the final norm and the LM head. `"separate"`: each of `exit_layers`
+            below full depth has a norm and a head of its own, as the paper's early-exit baseline (SFT+ICT) has; they
+            start as copies of the shared ones, and cost `hidden_size * vocab_size` weights an exit.
 
     Raises:
         ValueError: At construction, if a value is out of range; the message names the field, the value and the range.
@@ -145,6 +149,7 @@ class SortedLlamaConfig(LlamaConfig):
     exit_layers: Any = None
     exit_layer: Any = None
     exit_loss_weights: Any = None
+    exit_heads: Any = "shared"
 
     def __post_init__(self, **kwargs):
         kwargs.pop("model_type", None)
@@ -160,8 +165,20 @@ class SortedLlamaConfig(LlamaConfig):
                     f"{self.exit_loss_weights!r}, set `exit_layers` too."
                 )
             self.exit_loss_weights = check_exit_loss_weights(self.exit_loss_weights, len(self.exit_layers))
+        if self.exit_heads not in ("shared", "separate"):
+            raise ValueError(f"`exit_heads` must be 'shared' or 'separate', got {self.exit_heads!r}.")
+        if self.exit_heads == "separate" and len(self.exit_layers or ()) < 2:
+            raise ValueError(
+                "`exit_heads='separate'` gives each exit below full depth a head of its own: set `exit_layers` too, "
+                f"got {self.exit_layers!r}."
+            )
         if getattr(self, "auto_map", None) is None:  # TRL reads it from the config of every class it does not know
             self.auto_map = dict(AUTO_MAP)
+
+    @property
+    def separate_exits(self) -> list[int]:
+        """The exits that have a norm and a head of their own."""
+        return self.exit_layers[:-1] if self.exit_heads == "separate" else []
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -205,6 +222,8 @@ class SortedLlamaConfig(LlamaConfig):
             fields["num_hidden_layers"] = check_exit_layer(
                 num_hidden_layers, self.num_hidden_layers, "num_hidden_layers"
             )
+            if num_hidden_layers in self.separate_exits:
+                fields["tie_word_embeddings"] = False
         return LlamaConfig(**fields, attn_implementation=self._attn_implementation)
 
     @classmethod
@@ -233,6 +252,12 @@ class SortedLlamaConfig(LlamaConfig):
 def _cut_exits(config_dict: dict[str, Any], num_hidden_layers: int) -> dict[str, Any]:
     """Drop what a checkpoint says of exits above `num_hidden_layers`, where only so many layers are loaded."""
     config_dict = dict(config_dict)
+    if config_dict.get("exit_heads") == "separate" and num_hidden_layers != config_dict["num_hidden_layers"]:
+        raise ValueError(
+            f"`num_hidden_layers={num_hidden_layers}` cuts off the layers that the final norm and head belong to, and "
+            "with `exit_heads='separate'` the exits do not share them: load the model whole, then "
+            f"`extract_submodel({num_hidden_layers})`."
+        )
     exits, weights = config_dict.get("exit_layers"), config_dict.get("exit_loss_weights")
     if exits is not None and exits[-1] != num_hidden_layers:
         if num_hidden_layers not in exits:  # not a trained exit: nothing is known of the new full depth's weight

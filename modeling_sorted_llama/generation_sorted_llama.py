@@ -494,8 +494,9 @@ class Sequences:
         outputs.exit_hidden_states = outputs.exit_hidden_states[:-1]
         return outputs
 
-    def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(hidden_states).to(self.device)
+    def head(self, hidden_states: torch.Tensor, depth: int) -> torch.Tensor:
+        """Logits of normed states of an exit."""
+        return self.model.exit_head(depth)(hidden_states).to(self.device)
 
     def rows_index(self, rows: Sequence[int]) -> torch.Tensor:
         return torch.tensor(rows, device=self.device)
@@ -801,7 +802,7 @@ def decode_with_exits(sequences: Sequences, decoding: ConfidenceExit | RowDepths
             last_states = states[:, -1]
             if len(deciding) < len(going):
                 last_states = last_states[sequences.rows_index([going.index(i) for i in deciding])]
-            logits = sequences.head(last_states)
+            logits = sequences.head(last_states, depth)
             deciding_rows, deciding_lengths = [rows[i] for i in deciding], [lengths[i] for i in deciding]
             scores = sequences.process(logits, deciding_rows, deciding_lengths)
 
@@ -862,7 +863,8 @@ def _depths_of_prompts(sequences: Sequences, decoding: RowDepths) -> tuple[list[
     seen = torch.zeros(sequences.batch_size, device=sequences.device)
     mask, start = sequences.prompt.get("attention_mask"), 0
     for outputs in sequences.prefill(exits[-1], exits[:-1]):
-        states = [sequences.model.model.norm(s) for s in outputs.exit_hidden_states or ()]
+        at_exits = zip(exits, outputs.exit_hidden_states or (), strict=False)
+        states = [sequences.model.model.exit_norm(k)(s) for k, s in at_exits]
         states.append(outputs.last_hidden_state)
         size = min(sequences.config.prefill_chunk_size or sequences.prompt_size, sequences.prompt_size - start)
         states = [s[:, -size:] for s in states]  # before them is what was pending
@@ -870,7 +872,7 @@ def _depths_of_prompts(sequences: Sequences, decoding: RowDepths) -> tuple[list[
         if mask is not None:
             own = mask[:, mask.shape[1] - sequences.prompt_size :]
             valid = own[:, start : start + size].to(valid.dtype)
-        counted, seen_here = _agreements(sequences, states, valid)
+        counted, seen_here = _agreements(sequences, states, exits, valid)
         agreed, seen, start = agreed + counted, seen + seen_here, start + size
     shares = (agreed.double() / seen.clamp(min=1)).T.tolist()
     row_depths = [
@@ -881,7 +883,7 @@ def _depths_of_prompts(sequences: Sequences, decoding: RowDepths) -> tuple[list[
 
 
 def _agreements(
-    sequences: Sequences, states: list[torch.Tensor], valid: torch.Tensor
+    sequences: Sequences, states: list[torch.Tensor], exits: list[int], valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Count, a row, the tokens on which the greedy choice of each of `states` (normed) is that of the last of them.
@@ -892,7 +894,7 @@ def _agreements(
     agreed = torch.zeros(len(states), valid.shape[0], device=sequences.device)
     tile = max(1, 256 // valid.shape[0])  # one tile of logits at a time
     for start in range(0, valid.shape[1], tile):
-        greedy = [sequences.head(s[:, start : start + tile]).argmax(-1) for s in states]
+        greedy = [sequences.head(s[:, start : start + tile], k).argmax(-1) for k, s in zip(exits, states, strict=True)]
         for i, tokens in enumerate(greedy):
             agreed[i] += ((tokens == greedy[-1]) * valid[:, start : start + tile]).sum(-1)
     return agreed, valid.sum(-1)
@@ -928,7 +930,7 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
         lengths = [sequences.lengths[row] for row in rows]
         num_drafts = drafts.shape[1]
         sequences.write(rows, lengths, drafts)
-        logits = sequences.head(states)
+        logits = sequences.head(states, depth)
         flat_rows = [row for row in rows for _ in range(num_drafts + 1)]
         flat_lengths = [length + i for length in lengths for i in range(num_drafts + 1)]
         scores = sequences.process(logits.flatten(0, 1), flat_rows, flat_lengths).view_as(logits)
@@ -1011,7 +1013,7 @@ def _draft(
     for i in range(number):
         states = sequences.forward(token, rows, exit_layer).last_hidden_state[:, -1]
         behind = [length + i for length in lengths]
-        scores = sequences.process(sequences.head(states), rows, behind)
+        scores = sequences.process(sequences.head(states, exit_layer), rows, behind)
         probabilities = scores.softmax(-1, dtype=torch.float32) if sequences.do_sample or limit is not None else scores
         token = torch.multinomial(probabilities, 1) if sequences.do_sample else scores.argmax(-1, keepdim=True)
         drafts.append(token)
@@ -1123,7 +1125,7 @@ class LearnedDrafts:
     MEMORY = 0.94  # of an acceptance, at each new one
 
     def __init__(self, decoding: SelfSpeculation, sequences: Sequences, outputs):
-        self.sequences = sequences
+        self.sequences, self.depth = sequences, decoding.depth
         states = [*outputs.exit_hidden_states, outputs.last_hidden_state]
         tokens = min(self.PROMPT_TOKENS, sequences.prompt_size, *(s.shape[1] for s in states))
         self.prompt_states: list[torch.Tensor] | None = [s[:, -tokens:].clone() for s in states]
@@ -1194,8 +1196,12 @@ class LearnedDrafts:
         """On how many of the prompt's last tokens the greedy token of each exit is that of the verifying depth."""
         assert self.prompt_states is not None
         states, sequences = self.prompt_states, self.sequences
-        normed = torch.cat([*(sequences.model.model.norm(s) for s in states[:-1]), states[-1]])
-        greedy = sequences.head(normed).argmax(-1).view(len(states), *states[0].shape[:2])
+        model, depths = sequences.model, [*exits, self.depth]
+        normed = [*(model.model.exit_norm(k)(s) for k, s in zip(exits, states, strict=False)), states[-1]]
+        if len({model.exit_head(k) for k in depths}) == 1:  # one product
+            greedy = sequences.head(torch.stack(normed), self.depth).argmax(-1)
+        else:
+            greedy = torch.stack([sequences.head(s, k).argmax(-1) for k, s in zip(depths, normed, strict=True)])
         valid = torch.ones_like(greedy[-1], dtype=torch.bool)
         mask = sequences.prompt.get("attention_mask")
         if mask is not None:

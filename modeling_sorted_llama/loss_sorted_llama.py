@@ -1,5 +1,6 @@
 """The SoFT loss: LM head and cross-entropy of all exits, fused, one tile of logits at a time."""
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,36 +24,46 @@ class MultiExitLossOutput:
 
     Args:
         loss (`torch.Tensor` of shape `()`, float32):
-            The objective: the weighted sum (or mean) of `exit_losses`.
+            The objective: the weighted sum (or mean) of `exit_losses`, with what self-distillation adds to them.
         exit_losses (`torch.Tensor` of shape `(num_exits,)`, float32):
             Loss of each exit, unweighted.
         exit_token_accuracies (`torch.Tensor` of shape `(num_exits,)`, float32):
             Share of the labelled tokens for which an exit's greedy token is the label.
         exit_agreements (`torch.Tensor` of shape `(num_exits,)`, float32):
             Share of the labelled tokens for which an exit's greedy token is that of the last exit.
+        exit_divergences (`torch.Tensor` of shape `(num_exits,)`, float32, *optional*, returned with a
+        `self_distillation_weight` above 0):
+            Kullback-Leibler divergence of each exit from the last one, in nats, both at the distillation's
+            temperature; divided as `exit_losses` are.
     """
 
     loss: torch.Tensor
     exit_losses: torch.Tensor
     exit_token_accuracies: torch.Tensor
     exit_agreements: torch.Tensor
+    exit_divergences: torch.Tensor | None = None
 
 
 @torch.compiler.disable  # the sweep makes its gradients by hand: there is nothing to trace
 def multi_exit_loss(
     hidden_states: Sequence[torch.Tensor],
-    lm_head: nn.Module,
+    lm_head: nn.Module | Sequence[nn.Module],
     labels: torch.Tensor,
     exit_loss_weights: Sequence[float] | None = None,
     reduction: str = "sum",
     num_items_in_batch: torch.Tensor | int | None = None,
     loss_type: str = "nll",
     label_smoothing: float = 0.0,
+    self_distillation_weight: float = 0.0,
+    self_distillation_temperature: float = 1.0,
 ) -> MultiExitLossOutput:
     r"""
-    Loss of several exits that share one LM head (Sorted LLaMA, section 3: the losses of all sub-models, summed):
+    Loss of several exits (Sorted LLaMA, section 3: the losses of all sub-models, summed):
 
-    `loss = sum_e w_e * sum_t loss(lm_head(hidden_states[e][t]), labels[t]) / num_items`
+    `loss = sum_e w_e * sum_t (loss(z_e[t], labels[t]) + a * T^2 * KL(z_last[t] / T, z_e[t] / T)) / num_items`
+
+    with `z_e = lm_head(hidden_states[e])`, the distillation's weight `a` and temperature `T`, and no gradient into the
+    last exit from the divergence of the others.
 
     The logits exist as one tile at a time, `[tile, vocab]` in float32. The gradients of the hidden states and of the
     head are made in the same sweep, which takes three matrix products where recomputing the logits takes four, and a
@@ -61,9 +72,10 @@ def multi_exit_loss(
     Args:
         hidden_states (`Sequence[torch.Tensor]`, each of shape `(num_tokens, hidden_size)`):
             Normed hidden states of each exit, shallow to deep; row `t` predicts `labels[t]`.
-        lm_head (`torch.nn.Module`):
-            The head. An `nn.Linear` without bias takes the fused products, also where FSDP or DeepSpeed shards its
-            weight; any other module (LoRA on the head, a quantized head) is called a tile at a time.
+        lm_head (`torch.nn.Module` or `Sequence[torch.nn.Module]`):
+            The head, or one for each exit. An `nn.Linear` without bias takes the fused products, also where FSDP or
+            DeepSpeed shards its weight; any other module (LoRA on the head, a quantized head) is called a tile at a
+            time.
         labels (`torch.Tensor` of shape `(num_tokens,)`, int64):
             Token to predict for each row. There may be none: the loss is then 0.
         exit_loss_weights (`Sequence[float]`, *optional*):
@@ -77,49 +89,58 @@ def multi_exit_loss(
             Fine-Tuning (arXiv 2508.05629).
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Share of the target mass spread over the whole vocabulary, from 0 to 1, with `loss_type="nll"`.
+        self_distillation_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the divergence of each exit from the last one, of at least 0.
+        self_distillation_temperature (`float`, *optional*, defaults to 1.0):
+            What both sides' logits are divided by in the divergence, above 0.
 
     Returns:
         [`MultiExitLossOutput`]
 
     Raises:
-        ValueError: If `reduction`, `loss_type` or `label_smoothing` is none of the above.
+        ValueError: If an option has a value that is not allowed.
     """
-    check_loss_options(reduction, loss_type, label_smoothing)
+    check_loss_options(reduction, loss_type, label_smoothing, self_distillation_weight, self_distillation_temperature)
     weights = [1.0] * len(hidden_states) if exit_loss_weights is None else list(exit_loss_weights)
     if reduction == "mean":
         weights = [weight / len(weights) for weight in weights]
+    exit_heads = [lm_head] * len(hidden_states) if isinstance(lm_head, nn.Module) else list(lm_head)
 
-    with _gathered(lm_head):
-        head_weight = _linear_weight(lm_head)
-        head_params: tuple[torch.Tensor, ...]
-        if head_weight is None:
-            head_params = tuple(param for param in lm_head.parameters() if param.requires_grad)
-            device = hidden_states[-1].device
-        else:
-            head_params = (head_weight,)
-            device = head_weight.device
+    with _gathered(exit_heads):
+        heads: dict[int, _Head] = {}  # each once, by identity
+        for head in exit_heads:
+            heads.setdefault(id(head), _Head(head, number=len(heads)))
+        deepest = heads[id(exit_heads[-1])]
+        device = deepest.params[0].device if deepest.is_linear else hidden_states[-1].device
         # With the model split across devices the backbone can end on another one than the head's
         hidden_states = [states.to(device) for states in hidden_states]
         labels = labels.to(device)
         num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
         num_items = torch.as_tensor(num_items, dtype=torch.float32, device=device).clamp(min=1)
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*hidden_states, *head_params))
-        loss, *statistics = _MultiExitLoss.apply(
-            None if head_weight is not None else lm_head,
+        params = [param for head in heads.values() for param in head.params]
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*hidden_states, *params))
+        loss, losses, accuracies, agreements, divergences = _MultiExitLoss.apply(
+            _Objective(weights, loss_type, label_smoothing, self_distillation_weight, self_distillation_temperature),
+            list(heads.values()),
+            [heads[id(head)].number for head in exit_heads],
             labels,
-            weights,
             num_items,
-            loss_type,
-            label_smoothing,
             needs_grad,
-            len(hidden_states),
             *hidden_states,
-            *head_params,
+            *params,
         )
-    return MultiExitLossOutput(loss, *statistics)
+    return MultiExitLossOutput(
+        loss, losses, accuracies, agreements, exit_divergences=divergences if self_distillation_weight else None
+    )
 
 
-def check_loss_options(reduction: str, loss_type: str, label_smoothing: float) -> None:
+def check_loss_options(
+    reduction: str,
+    loss_type: str,
+    label_smoothing: float,
+    self_distillation_weight: float = 0.0,
+    self_distillation_temperature: float = 1.0,
+) -> None:
     """
     Check the options of [`multi_exit_loss`]; see there for what they mean.
 
@@ -134,78 +155,129 @@ def check_loss_options(reduction: str, loss_type: str, label_smoothing: float) -
         raise ValueError(
             f"`label_smoothing` must be from 0 to 1, and 0 with `loss_type='dft'`, got {label_smoothing!r}."
         )
+    if not 0.0 <= self_distillation_weight < math.inf:
+        raise ValueError(
+            f"`self_distillation_weight` must be a finite number of at least 0, got {self_distillation_weight!r}."
+        )
+    if not 0.0 < self_distillation_temperature < math.inf:
+        raise ValueError(
+            f"`self_distillation_temperature` must be a finite number above 0, got {self_distillation_temperature!r}."
+        )
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """What is summed over the exits."""
+
+    weights: list[float]
+    loss_type: str
+    label_smoothing: float
+    distillation_weight: float
+    temperature: float
+
+
+class _Head:
+    """A head and those of its parameters that the sweep needs: its whole weight, or what is trained in it."""
+
+    def __init__(self, module: nn.Module, number: int):
+        self.module, self.number = module, number
+        weight = _linear_weight(module)
+        self.is_linear = weight is not None
+        self.params = [p for p in module.parameters() if p.requires_grad] if weight is None else [weight]
+
+    def tile(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]):
+        return _LinearTile(*params, *grads) if self.is_linear else _ModuleTile(self.module, params, grads)
 
 
 class _MultiExitLoss(torch.autograd.Function):
-    """See [`multi_exit_loss`]: `tensors` are the exits' hidden states, then the head's weight or parameters."""
+    """See [`multi_exit_loss`]: `tensors` are the exits' hidden states, then the parameters of the heads."""
 
     @staticmethod
-    def forward(ctx, lm_head, labels, weights, num_items, loss_type, label_smoothing, needs_grad, num_exits, *tensors):
-        hidden_states, head_params = tensors[:num_exits], tensors[num_exits:]
-        device = labels.device
+    def forward(ctx, objective, heads, head_of_exit, labels, num_items, needs_grad, *tensors):
+        num_exits, device = len(head_of_exit), labels.device
+        hidden_states, last = tensors[:num_exits], num_exits - 1
         wants_grad = [needs_grad and tensor.requires_grad for tensor in tensors]
-        # The gradients that `backward` hands out: hidden states first, then one buffer for each head parameter
+        # The gradients that `backward` hands out: hidden states first, then one buffer for each parameter of the heads
         grads = [
             torch.zeros(tensor.shape, dtype=tensor.dtype if i < num_exits else torch.float32, device=device)
             if wanted
             else None
             for i, (tensor, wanted) in enumerate(zip(tensors, wants_grad))
         ]
-        head = _LinearTile(head_params[0]) if lm_head is None else _ModuleTile(lm_head, head_params)
+        tiles, start = [], num_exits
+        for head in heads:
+            end = start + len(head.params)
+            tiles.append(head.tile(tensors[start:end], grads[start:end]))
+            start = end
+        needs_sweep = [
+            weight != 0 and (grads[e] is not None or tiles[head_of_exit[e]].wants_grad)
+            for e, weight in enumerate(objective.weights)
+        ]
+        distills, temperature = objective.distillation_weight > 0 and num_exits > 1, objective.temperature
 
-        losses = torch.zeros(num_exits, device=device)
-        correct = torch.zeros(num_exits, device=device)
-        agreeing = torch.zeros(num_exits, device=device)
-        deepest_tokens = torch.empty_like(labels)
-        rows = _rows_per_tile(device, head.vocab_size)
-        for exit_index in reversed(range(num_exits)):  # the deepest first: the others are compared with it
-            states, weight = hidden_states[exit_index], weights[exit_index]
-            exit_needs_grad = weight != 0 and (wants_grad[exit_index] or any(wants_grad[num_exits:]))
-            for start in range(0, labels.numel(), rows):
-                tile = slice(start, start + rows)
-                target = labels[tile].unsqueeze(-1)
-                logits = head.logits(states[tile], exit_needs_grad)
+        losses, correct, agreeing, divergences = (torch.zeros(num_exits, device=device) for _ in range(4))
+        rows = _rows_per_tile(device, tiles[-1].vocab_size, live_tiles=3 if distills else 1)
+        for start in range(0, labels.numel(), rows):
+            tile = slice(start, start + rows)
+            target = labels[tile].unsqueeze(-1)
+            for e in reversed(range(num_exits)):  # the deepest first: the others are compared with it
+                head, weight = tiles[head_of_exit[e]], objective.weights[e]
+                logits = head.logits(hidden_states[e][tile], needs_sweep[e])
 
                 top1 = logits.argmax(-1)
-                if exit_index == num_exits - 1:
-                    deepest_tokens[tile] = top1
-                correct[exit_index] += (top1 == labels[tile]).sum()
-                agreeing[exit_index] += (top1 == deepest_tokens[tile]).sum()
+                if e == last:
+                    deepest_tokens = top1
+                correct[e] += (top1 == labels[tile]).sum()
+                agreeing[e] += (top1 == deepest_tokens).sum()
 
-                # Softmax in place: `logits` becomes exp(logits - max), then, scaled, the gradient
                 top_logit = logits.gather(-1, top1.unsqueeze(-1))
                 target_logit = logits.gather(-1, target) - top_logit
                 logits.sub_(top_logit)
-                mean_logit = logits.mean(-1, keepdim=True) if label_smoothing else None
+                mean_logit = logits.mean(-1, keepdim=True) if objective.label_smoothing else None
+                if distills:
+                    soft_probs, soft_log_sum = _soften(logits, temperature)
+                    if e == last:
+                        teacher = soft_probs
+                    cross_entropy = soft_log_sum - _dot(teacher, logits) / temperature
+                    if e == last:
+                        entropy = cross_entropy
+                    divergences[e] += (cross_entropy - entropy).sum()
+
+                # Softmax in place: `logits` becomes exp(logits - max), then, scaled, the gradient
                 exp_sum = logits.exp_().sum(-1, keepdim=True)
                 log_prob = target_logit - exp_sum.log()
-                token_loss, scale = -log_prob, weight / num_items
-                if loss_type == "dft":
+                token_loss, scale = -log_prob, torch.full_like(log_prob, weight)
+                if objective.loss_type == "dft":
                     scale = scale * log_prob.exp()
                     token_loss = token_loss * log_prob.exp()
-                elif label_smoothing:
+                elif objective.label_smoothing:
                     uniform_loss = exp_sum.log() - mean_logit
-                    token_loss = (1 - label_smoothing) * token_loss + label_smoothing * uniform_loss
-                losses[exit_index] += token_loss.sum()
+                    token_loss = torch.lerp(token_loss, uniform_loss, objective.label_smoothing)
+                losses[e] += token_loss.sum()
 
-                if exit_needs_grad:
+                if needs_sweep[e]:
                     # d loss / d logits = scale * (softmax - target distribution)
                     grad_logits = logits.mul_(scale / exp_sum)
-                    if label_smoothing:
-                        grad_logits.sub_(scale * label_smoothing / head.vocab_size)
-                    on_target = (-scale * (1 - label_smoothing)).expand_as(target)
-                    grad_logits.scatter_add_(-1, target, on_target)
-                    head.accumulate(grad_logits, grads[exit_index], tile, grads[num_exits:])
-                # Free the tile before the next one is made
-                logits = grad_logits = None
+                    if objective.label_smoothing:
+                        grad_logits.sub_(scale * objective.label_smoothing / head.vocab_size)
+                    grad_logits.scatter_add_(-1, target, -scale * (1 - objective.label_smoothing))
+                    if distills and e != last:  # d (T^2 KL) / d logits = T * (softmax - the teacher's)
+                        soft_scale = weight * objective.distillation_weight * temperature
+                        grad_logits.add_(soft_probs.sub_(teacher), alpha=soft_scale)
+                    head.accumulate(grad_logits, grads[e], tile)
+                # Free the tiles before the next ones are made
+                logits = grad_logits = soft_probs = None
 
         ctx.grads = [grad if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors)]
+        ctx.num_items = num_items
         losses /= num_items
+        divergences /= num_items
         num_tokens = max(labels.numel(), 1)
-        outputs = (losses, correct / num_tokens, agreeing / num_tokens)
-        ctx.mark_non_differentiable(*outputs)
-        loss = (losses * torch.tensor(weights, device=device)).sum()
-        return loss, *outputs
+        statistics = (losses, correct / num_tokens, agreeing / num_tokens, divergences)
+        ctx.mark_non_differentiable(*statistics)
+        total = losses + objective.distillation_weight * objective.temperature**2 * divergences
+        loss = (total * torch.tensor(objective.weights, device=device)).sum()
+        return loss, *statistics
 
     @staticmethod
     @once_differentiable
@@ -216,31 +288,33 @@ class _MultiExitLoss(torch.autograd.Function):
                 "(`retain_graph=True` is not supported)."
             )
         grads, ctx.grads = ctx.grads, None
-        return (None,) * 8 + tuple(grad if grad is None else grad.mul_(grad_loss) for grad in grads)
+        scale = grad_loss / ctx.num_items
+        return (None,) * 6 + tuple(grad if grad is None else grad.mul_(scale) for grad in grads)
 
 
 class _LinearTile:
     """Logits and gradients of a bias-free linear head, by plain matrix products."""
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, grad_weight: torch.Tensor | None):
         device_type = weight.device.type
         self.dtype = weight.dtype
         if torch.is_autocast_enabled(device_type):
             self.dtype = torch.get_autocast_dtype(device_type)
         self.weight = weight.detach().to(self.dtype)
         self.vocab_size = weight.shape[0]
+        self.grad_weight = grad_weight
+        self.wants_grad = grad_weight is not None
 
     def logits(self, states: torch.Tensor, needs_grad: bool) -> torch.Tensor:
         self.states = states.detach().to(self.dtype)
         with torch.autocast(states.device.type, enabled=False):
             return (self.states @ self.weight.t()).float()
 
-    def accumulate(self, grad_logits, grad_states, tile, grad_params):
-        grad_logits = grad_logits.to(self.dtype)
+    def accumulate(self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice) -> None:
+        grad_logits, grad_weight = grad_logits.to(self.dtype), self.grad_weight
         with torch.autocast(grad_logits.device.type, enabled=False):
             if grad_states is not None:
                 grad_states[tile] = grad_logits @ self.weight
-            (grad_weight,) = grad_params
             if grad_weight is None:
                 return
             if self.dtype == torch.float32:
@@ -254,9 +328,10 @@ class _LinearTile:
 class _ModuleTile:
     """Logits and gradients of any head (LoRA, quantized, hooked), by calling it a tile at a time."""
 
-    def __init__(self, lm_head: nn.Module, params: tuple[torch.Tensor, ...]):
-        self.lm_head, self.params = lm_head, params
+    def __init__(self, lm_head: nn.Module, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]):
+        self.lm_head, self.params, self.grads = lm_head, params, grads
         self.vocab_size = lm_head.out_features
+        self.wants_grad = any(grad is not None for grad in grads)
 
     def logits(self, states: torch.Tensor, needs_grad: bool) -> torch.Tensor:
         with torch.set_grad_enabled(needs_grad):
@@ -264,20 +339,33 @@ class _ModuleTile:
             self.output = self.lm_head(self.states)
         return self.output.detach().to(torch.float32, copy=True)
 
-    def accumulate(self, grad_logits, grad_states, tile, grad_params):
+    def accumulate(self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice) -> None:
         grad_output = grad_logits.to(self.output.dtype)
         grads = torch.autograd.grad(self.output, (self.states, *self.params), grad_output, allow_unused=True)
         self.output = None
         if grad_states is not None:
             grad_states[tile] = grads[0]
-        for grad_param, grad in zip(grad_params, grads[1:]):
-            if grad_param is not None and grad is not None:
-                grad_param.add_(grad)
+        for total, grad in zip(self.grads, grads[1:]):
+            if total is not None and grad is not None:
+                total.add_(grad)
 
 
-def _rows_per_tile(device: torch.device, vocab_size: int) -> int:
+def _soften(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of `logits / temperature`, a new tile, and the logarithm of what it was divided by."""
+    probs = (logits / temperature).exp_()
+    total = probs.sum(-1, keepdim=True)
+    return probs.div_(total), total.log()
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Products of the rows of two tiles, `(rows, 1)`, without a third tile."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a.unsqueeze(-2), b.unsqueeze(-1)).squeeze(-1)
+
+
+def _rows_per_tile(device: torch.device, vocab_size: int, live_tiles: int) -> int:
     tile_bytes = _TILE_BYTES_CPU if device.type == "cpu" else _TILE_BYTES_ACCELERATOR
-    return max(1, tile_bytes // (4 * vocab_size))
+    return max(1, tile_bytes // (4 * vocab_size * live_tiles))
 
 
 def _linear_weight(lm_head: nn.Module) -> torch.Tensor | None:
@@ -294,15 +382,14 @@ def _linear_weight(lm_head: nn.Module) -> torch.Tensor | None:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # a DTensor under FSDP
 
 
-def _gathered(lm_head: nn.Module):
-    """Under DeepSpeed ZeRO-3 the head is sharded until its own forward runs: gather it for the sweep."""
-    params = [
-        param for param in lm_head.parameters() if getattr(param, "ds_status", None) is not None and param.numel() == 0
-    ]
-    if not params:
+def _gathered(heads: Sequence[nn.Module]):
+    """Under DeepSpeed ZeRO-3 a head is sharded until its own forward runs: gather them for the sweep."""
+    params = {id(param): param for head in heads for param in head.parameters()}
+    sharded = [p for p in params.values() if getattr(p, "ds_status", None) is not None and p.numel() == 0]
+    if not sharded:
         return nullcontext()
     # No import statement: remote code that names a package asks everyone to install it
-    return sys.modules["deepspeed"].zero.GatheredParameters(params)
+    return sys.modules["deepspeed"].zero.GatheredParameters(sharded)
 
 
 __all__ = ["MultiExitLossOutput", "multi_exit_loss"]

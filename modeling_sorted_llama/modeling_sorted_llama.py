@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
@@ -77,6 +78,10 @@ class SortedLlamaKwargs(TransformersKwargs, total=False):  # type: ignore[call-a
             `"nll"` or `"dft"`.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Share of the target mass spread over the vocabulary.
+        self_distillation_weight (`float`, *optional*, defaults to 0.0):
+            Weight of each exit's divergence from full depth.
+        self_distillation_temperature (`float`, *optional*, defaults to 1.0):
+            Temperature of both in that divergence.
     """
 
     shift_labels: torch.LongTensor | None
@@ -84,6 +89,8 @@ class SortedLlamaKwargs(TransformersKwargs, total=False):  # type: ignore[call-a
     exit_loss_reduction: str
     loss_type: str
     label_smoothing: float
+    self_distillation_weight: float
+    self_distillation_temperature: float
 
 
 @dataclass
@@ -113,11 +120,15 @@ class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
             Share of the labelled tokens that each exit's greedy choice gets right.
         exit_agreements (`torch.Tensor` of shape `(num_exits,)`, *optional*):
             Share of the labelled tokens on which each exit's greedy choice is full depth's.
+        exit_divergences (`torch.Tensor` of shape `(num_exits,)`, *optional*, returned with a
+        `self_distillation_weight` above 0):
+            Kullback-Leibler divergence of each exit from full depth.
     """
 
     exit_losses: torch.Tensor | None = None
     exit_token_accuracies: torch.Tensor | None = None
     exit_agreements: torch.Tensor | None = None
+    exit_divergences: torch.Tensor | None = None
 
 
 class _SavesRemoteCode:
@@ -149,6 +160,34 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
 
     def __init__(self, config: LlamaConfig):
         super().__init__(_as_sorted_config(config))
+        self.exit_norms = nn.ModuleDict(
+            {
+                str(k): LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+                for k in self.config.separate_exits
+            }
+        )
+        if self.exit_norms:
+            self.post_init()
+
+    def _init_weights(self, module):
+        own_norms = getattr(self, "exit_norms", nn.ModuleDict())  # Llama's constructor comes here before it is made
+        if module in own_norms.values():  # where a Llama's checkpoint knows none
+            init.copy_(module.weight, self.norm.weight)
+        else:
+            super()._init_weights(module)
+
+    def exit_norm(self, exit_layer: int) -> nn.Module:
+        """
+        The norm between an exit and its head.
+
+        Args:
+            exit_layer (`int`):
+                Number of layers.
+
+        Returns:
+            `torch.nn.Module`: The exit's own with `exit_heads="separate"`, else the final norm.
+        """
+        return next((norm for k, norm in self.exit_norms.items() if int(k) == exit_layer), self.norm)
 
     def depth(self, exit_layer: int | None = None) -> int:
         """
@@ -228,7 +267,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
                 inputs_embeds, attention_mask, position_ids, cache, depth, kept, cache_rows, **kwargs
             )
             return SortedModelOutputWithPast(
-                last_hidden_state=self.norm(states[-1]),
+                last_hidden_state=self.exit_norm(depth)(states[-1]),
                 exit_hidden_states=tuple(states[:-1]) or None,
                 **{CACHE_NAME: cache},
             )
@@ -271,7 +310,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         )
 
         return SortedModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=self.exit_norm(depth)(hidden_states),
             exit_hidden_states=tuple(exit_hidden_states) or None,
             **cache_argument,
         )
@@ -364,7 +403,43 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         self.model = SortedLlamaModel(self.config)
         self.vocab_size = self.config.vocab_size
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.exit_lm_heads = nn.ModuleDict(
+            {
+                str(k): nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+                for k in self.config.separate_exits
+            }
+        )
         self.post_init()
+
+    def _init_weights(self, module):
+        if module in self.exit_lm_heads.values():  # where a Llama's checkpoint knows none
+            shared = self.get_input_embeddings() if self.config.tie_word_embeddings else self.lm_head
+            init.copy_(module.weight, shared.weight)
+        else:
+            super()._init_weights(module)
+
+    def exit_head(self, exit_layer: int) -> nn.Module:
+        """
+        The LM head of an exit.
+
+        Args:
+            exit_layer (`int`):
+                Number of layers.
+
+        Returns:
+            `torch.nn.Module`: The exit's own with `exit_heads="separate"`, else the one that all share.
+        """
+        shared = self.get_output_embeddings()  # not `self.lm_head`: PEFT may have put another module in its place
+        return next((head for k, head in self.exit_lm_heads.items() if int(k) == exit_layer), shared)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for k, head in self.exit_lm_heads.items():
+            resized: Any = copy.deepcopy(self.get_output_embeddings())  # new rows are what the shared head has got
+            kept = min(resized.out_features, head.out_features)
+            resized.weight.data[:kept] = head.get_parameter("weight").data[:kept]
+            self.exit_lm_heads[k] = resized.requires_grad_(head.get_parameter("weight").requires_grad)
+        return embeddings
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, gguf_file: str | None = None, **kwargs: Any):
@@ -443,17 +518,19 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         loss = logits = None
         exit_statistics = {}
         if exits is not None:
-            multi_exit = self._multi_exit_loss(outputs.exit_hidden_states, labels, **loss_arguments)
+            multi_exit = self._multi_exit_loss(exits, outputs.exit_hidden_states, labels, **loss_arguments)
             loss = multi_exit.loss
             exit_statistics = {
                 "exit_losses": multi_exit.exit_losses,
                 "exit_token_accuracies": multi_exit.exit_token_accuracies,
                 "exit_agreements": multi_exit.exit_agreements,
+                "exit_divergences": multi_exit.exit_divergences,
             }
             if skip_logits is None:
                 skip_logits = self.training and len(exits) > 1
         if exits is None or not skip_logits:
-            logits = self.lm_head(_slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            head = self.exit_head(self.config.num_hidden_layers if exits is not None else self.model.depth(exit_layer))
+            logits = head(_slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if exits is None and labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
@@ -484,7 +561,14 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
 
     def _pop_loss_arguments(self, kwargs: dict[str, Any], exits: list[int] | None) -> dict[str, Any]:
         """Take the arguments of the SoFT loss out of `kwargs`; checked here, before any layer runs."""
-        names = ("exit_loss_weights", "exit_loss_reduction", "loss_type", "label_smoothing")
+        names = (
+            "exit_loss_weights",
+            "exit_loss_reduction",
+            "loss_type",
+            "label_smoothing",
+            "self_distillation_weight",
+            "self_distillation_temperature",
+        )
         own = {name: kwargs.pop(name, None) for name in names}
         own = {name: value for name, value in own.items() if value is not None}
         if exits is None:
@@ -501,6 +585,8 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             "reduction": own.get("exit_loss_reduction", "sum"),
             "loss_type": own.get("loss_type", "nll"),
             "label_smoothing": own.get("label_smoothing", 0.0),
+            "self_distillation_weight": own.get("self_distillation_weight", 0.0),
+            "self_distillation_temperature": own.get("self_distillation_temperature", 1.0),
         }
         check_loss_options(**options)
         return {
@@ -510,18 +596,20 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             **options,
         }
 
-    def _multi_exit_loss(self, exit_hidden_states, labels, shift_labels=None, **loss_arguments) -> MultiExitLossOutput:
+    def _multi_exit_loss(
+        self, exits, exit_hidden_states, labels, shift_labels=None, **loss_arguments
+    ) -> MultiExitLossOutput:
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
         shift_labels = shift_labels.flatten()
         # Only tokens with a label reach the norm and the head
         labelled = (shift_labels != -100).nonzero().squeeze(-1)
         normed = [
-            self.model.norm(states.flatten(0, -2).index_select(0, labelled.to(states.device)))
-            for states in exit_hidden_states
+            self.model.exit_norm(k)(states.flatten(0, -2).index_select(0, labelled.to(states.device)))
+            for k, states in zip(exits, exit_hidden_states, strict=True)
         ]
-        # Not `self.lm_head`: PEFT and resizing may have put another module in its place
-        return multi_exit_loss(normed, self.get_output_embeddings(), shift_labels[labelled], **loss_arguments)
+        heads = [self.exit_head(k) for k in exits]
+        return multi_exit_loss(normed, heads, shift_labels[labelled], **loss_arguments)
 
     def extract_submodel(self, exit_layer: int) -> LlamaForCausalLM:
         """
@@ -683,9 +771,18 @@ def _share_modules(source: LlamaForCausalLM, cls: type[LlamaForCausalLM], config
     target.model.embed_tokens = copy.deepcopy(source.model.embed_tokens, memo)
     layers = [copy.deepcopy(layer, memo) for layer in source.model.layers[: config.num_hidden_layers]]
     target.model.layers = nn.ModuleList(layers)
-    target.model.norm = copy.deepcopy(source.model.norm, memo)
     target.model.rotary_emb = copy.deepcopy(source.model.rotary_emb, memo)
-    target.lm_head = copy.deepcopy(source.lm_head, memo)
+    own: dict[str, tuple[nn.Module, nn.Module]] = {}  # norm and head of the exits that have their own
+    if isinstance(source, SortedLlamaForCausalLM):
+        own = {k: (source.model.exit_norms[k], source.exit_lm_heads[k]) for k in source.model.exit_norms}
+    shared = source.model.norm, source.lm_head
+    if isinstance(target, SortedLlamaForCausalLM):
+        for k in target.model.exit_norms:
+            norm, head = copy.deepcopy(own[k], memo) if k in own else copy.deepcopy(shared)
+            target.model.exit_norms[k], target.exit_lm_heads[k] = norm, head
+    else:
+        shared = own.get(str(config.num_hidden_layers), shared)
+    target.model.norm, target.lm_head = copy.deepcopy(shared, memo)
     target.generation_config = copy.deepcopy(source.generation_config)
     for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if hasattr(source, name):

@@ -74,7 +74,8 @@ def tiny_sorted(seed: int = 0, exit_layers: list[int] | None = (1, 2, 4), **over
 def reference_llama(model: SortedLlamaForCausalLM, num_layers: int) -> LlamaForCausalLM:
     """transformers' own Llama of the first layers, its weights copied: what an exit must equal."""
     fields = model.config.to_dict()
-    for name in ("model_type", "auto_map", "architectures", "exit_layers", "exit_layer", "exit_loss_weights"):
+    sorted_fields = ("exit_layers", "exit_layer", "exit_loss_weights", "exit_heads")
+    for name in ("model_type", "auto_map", "architectures", *sorted_fields):
         fields.pop(name, None)
     config = LlamaConfig(**{**fields, "num_hidden_layers": num_layers})
     config._attn_implementation = model.config._attn_implementation

@@ -1,5 +1,6 @@
 """The fused SoFT loss against a naive sum of `F.cross_entropy` over full logits."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -36,17 +37,37 @@ def naive_token_losses(logits, labels, loss_type="nll", label_smoothing=0.0):
     return token_losses
 
 
-def naive_loss(hidden_states, head, labels, weights=None, reduction="sum", num_items=None, **kwargs):
-    """The loss, the exits' losses, accuracies and agreements, from the full logits of all exits."""
+def naive_divergence(logits, teacher_logits, temperature):
+    """Sum over the tokens of the divergence from a teacher that gets no gradient."""
+    teacher = (teacher_logits.detach().float() / temperature).softmax(-1)
+    return F.kl_div((logits.float() / temperature).log_softmax(-1), teacher, reduction="sum")
+
+
+def naive_loss(
+    hidden_states,
+    head,
+    labels,
+    weights=None,
+    reduction="sum",
+    num_items=None,
+    self_distillation_weight=0.0,
+    self_distillation_temperature=1.0,
+    **kwargs,
+):
+    """The loss, the exits' losses, accuracies, agreements and divergences, from the full logits of all exits."""
     weights = [1.0] * len(hidden_states) if weights is None else weights
     num_items = labels.numel() if num_items is None else num_items
-    logits = [head(states) for states in hidden_states]
+    heads = [head] * len(hidden_states) if isinstance(head, nn.Module) else head
+    logits = [head(states) for head, states in zip(heads, hidden_states, strict=True)]
     losses = torch.stack([naive_token_losses(x, labels, **kwargs).sum() / num_items for x in logits])
+    divergences = [naive_divergence(x, logits[-1], self_distillation_temperature) / num_items for x in logits[:-1]]
+    divergences = torch.stack([*divergences, losses.new_zeros(())])
     top1 = torch.stack([x.argmax(-1) for x in logits])
-    loss = (losses * torch.tensor(weights)).sum()
+    loss = losses + self_distillation_weight * self_distillation_temperature**2 * divergences
+    loss = (loss * torch.tensor(weights)).sum()
     if reduction == "mean":
         loss = loss / len(weights)
-    return loss, losses, (top1 == labels).float().mean(-1), (top1 == top1[-1]).float().mean(-1)
+    return loss, losses, (top1 == labels).float().mean(-1), (top1 == top1[-1]).float().mean(-1), divergences
 
 
 def make_inputs(num_tokens=13, hidden_size=8, vocab_size=17, num_exits=3, seed=0):
@@ -91,20 +112,38 @@ def test_equals_the_naive_sum(data):
     options = data.draw(
         st.sampled_from([{}, {"loss_type": "dft"}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}])
     )
+    distillation = data.draw(st.sampled_from([None, (0.5, 1.0), (1.0, 2.0), (3.0, 0.7)]))
+    if distillation is not None:
+        options = {**options, **dict(zip(("self_distillation_weight", "self_distillation_temperature"), distillation))}
+    heads = [head]
+    if data.draw(st.booleans()):  # a head for each exit, some of which are the same
+        number = data.draw(st.integers(1, num_exits))
+        heads = [copy.deepcopy(head).requires_grad_(data.draw(st.booleans())) for _ in range(number)]
+        for i, own in enumerate(heads):
+            own.weight.data += 0.1 * i
+    lm_head = head if len(heads) == 1 else [heads[i % len(heads)] for i in range(num_exits)]
     rows = data.draw(st.integers(1, 12))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", 4 * vocab_size * rows)
-        fused = multi_exit_loss(states, head, labels, weights, reduction, num_items, **options)
-    loss, losses, accuracies, agreements = naive_loss(states, head, labels, weights, reduction, num_items, **options)
+        fused = multi_exit_loss(states, lm_head, labels, weights, reduction, num_items, **options)
+    loss, losses, accuracies, agreements, divergences = naive_loss(
+        states, lm_head, labels, weights, reduction, num_items, **options
+    )
 
     assert fused.loss.dtype == fused.exit_losses.dtype == torch.float32
     assert_near(fused.loss, loss)
     assert_near(fused.exit_losses, losses)
     torch.testing.assert_close(fused.exit_token_accuracies, accuracies)
     torch.testing.assert_close(fused.exit_agreements, agreements)
-    for statistic in (fused.exit_losses, fused.exit_token_accuracies, fused.exit_agreements):
-        assert not statistic.requires_grad
-    tensors = (*states, head.weight)
+    statistics = [fused.exit_losses, fused.exit_token_accuracies, fused.exit_agreements]
+    if distillation is None:
+        assert fused.exit_divergences is None
+    else:
+        assert (fused.exit_divergences - divergences).abs().max() < 1e-5 * (1 + losses.max())
+        statistics.append(fused.exit_divergences)
+    assert not any(statistic.requires_grad for statistic in statistics)
+    used = heads if isinstance(lm_head, nn.Module) else lm_head
+    tensors = (*states, *(own.weight for own in {id(h): h for h in used}.values() if own.weight.requires_grad))
     for actual, expected in zip(gradients(fused.loss, tensors), gradients(loss, tensors), strict=True):
         assert_near(actual, expected)
 
@@ -143,7 +182,7 @@ def test_gradient_from_above_scales(scale):
 def test_weight_zero_still_reports():
     states, head, labels = make_inputs()
     fused = multi_exit_loss(states, head, labels, [0.0, 1.0, 1.0])
-    _, losses, accuracies, agreements = naive_loss(states, head, labels)
+    _, losses, accuracies, agreements, _ = naive_loss(states, head, labels)
     assert_near(fused.exit_losses, losses)
     torch.testing.assert_close(fused.exit_token_accuracies, accuracies)
     torch.testing.assert_close(fused.exit_agreements, agreements)
@@ -201,6 +240,10 @@ def test_no_labelled_token():
         ({"label_smoothing": 1.1}, "label_smoothing"),
         ({"label_smoothing": float("nan")}, "label_smoothing"),
         ({"label_smoothing": 0.1, "loss_type": "dft"}, "label_smoothing"),
+        ({"self_distillation_weight": -1.0}, "self_distillation_weight"),
+        ({"self_distillation_weight": float("inf")}, "self_distillation_weight"),
+        ({"self_distillation_temperature": 0.0}, "self_distillation_temperature"),
+        ({"self_distillation_temperature": float("nan")}, "self_distillation_temperature"),
     ],
 )
 def test_wrong_arguments(arguments, named):
@@ -452,6 +495,14 @@ def test_memory_is_one_tile_and_one_head_gradient(monkeypatch, num_exits, num_to
     assert TILE < memory.peak <= TILE + 4 * VOCAB * HIDDEN + state_gradients + small
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_memory_of_distillation_is_that_of_the_loss(monkeypatch, temperature):
+    monkeypatch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", TILE)
+    plain = measure(4, 400)
+    distilled = measure(4, 400, self_distillation_weight=1.0, self_distillation_temperature=temperature)
+    assert distilled.peak <= plain.peak + TILE / 10
+
+
 def test_memory_does_not_grow_with_exits_for_a_called_head(monkeypatch):
     monkeypatch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", TILE)
     one, many = (measure(num_exits, 100, lora_head).peak for num_exits in (1, 8))
@@ -496,6 +547,7 @@ MODELS = [
         {"loss_type": "dft"},
         {"label_smoothing": 0.1},
         {"num_items_in_batch": 40},
+        {"self_distillation_weight": 0.7, "self_distillation_temperature": 2.0},
     ],
     ids=str,
 )
@@ -512,12 +564,17 @@ def test_model_gradients(monkeypatch, overrides, options):
         "num_items_in_batch": "num_items",
     }
     naive_options = {names.get(name, name): value for name, value in options.items()}
-    loss, losses, accuracies, agreements = naive_model_loss(reference, input_ids, labels, [1, 2, 4], **naive_options)
+    naive = naive_model_loss(reference, input_ids, labels, [1, 2, 4], **naive_options)
+    loss, losses, accuracies, agreements, divergences = naive
 
     assert_near(outputs.loss, loss)
     assert_near(outputs.exit_losses, losses)
     torch.testing.assert_close(outputs.exit_token_accuracies, accuracies)
     torch.testing.assert_close(outputs.exit_agreements, agreements)
+    if "self_distillation_weight" in options:
+        assert_near(outputs.exit_divergences, divergences)
+    else:
+        assert outputs.exit_divergences is None
     outputs.loss.backward()
     loss.backward()
     expected = dict(reference.named_parameters())
