@@ -1,6 +1,10 @@
 """Configuration of [`SortedSFTTrainer`]."""
 
+import math
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
 
@@ -20,11 +24,42 @@ class SortedSFTConfig(SFTConfig):
             Numbers of decoder layers after which to train an exit: ascending, unique, ending in the model's full
             depth. `"every:4"` takes every fourth layer and the full depth. Defaults to the model config's
             `exit_layers`.
-        exit_loss_weights (`list[float]`, *optional*):
-            Weight of each exit's loss, finite and not negative. Defaults to the model config's, then to 1.0 each.
+        exit_loss_weights (`list[float]` or `str`, *optional*):
+            Weight of each exit's loss, finite and not negative; or a rule: `"uniform"` (1.0 each), `"linear"` (its
+            share of the layers: an exit at a third of the depth weighs 1/3), `"budget:0.3"` (full depth weighs 1, the
+            others share 0.3 evenly, so that more exits do not pull more). Defaults to the model config's, then to 1.0
+            each. Small weights for the shallow exits are what full depth loses least by.
+        full_depth_weight (`float`, *optional*):
+            Weight of the full depth's loss, in place of the last of `exit_loss_weights`.
         exit_loss_reduction (`str`, *optional*, defaults to `"sum"`):
             How the weighted losses are put together: their `"sum"` (the paper's text), or their `"mean"` (its
             formula), which keeps the loss on the scale of ordinary fine-tuning.
+        exit_schedule (`str`, *optional*, defaults to `"all"`):
+            Which exits a step trains, the full depth always among them. A step costs what its exits cost. `"all"`:
+            every one. `"random"`: `exits_per_step` others, drawn anew each step from the seed and the number of the
+            step (SortedNet, arXiv 2309.00255), so the same on every process and after resuming. `"rotate"`:
+            `exits_per_step` others in turn. `"grow"`: of `n` others the shallowest from the start, and one more, from
+            shallow to deep, after each `n`th of the training. Take `"random"` or `"rotate"` where many exits make a
+            step too dear.
+        exits_per_step (`int`, *optional*, defaults to `1`):
+            With `"random"` and `"rotate"`, number of exits beside the full depth that a step trains.
+        trainable (`str`, *optional*, defaults to `"all"`):
+            `"all"` weights, or `"exits"`: intermediate classifier tuning (ICT, the paper's baseline), which freezes
+            the backbone and trains what reads the exits: the final norm and the LM head (a tied head is untied), or,
+            with separate exit heads, the norms and heads of the exits below full depth, which leaves full depth as it
+            is. Take it to add exits to a model that must not change.
+        exit_heads (`str`, *optional*):
+            `"shared"` or `"separate"`: whether each exit below full depth gets a norm and a head of its own, copies of
+            the shared ones to begin with. Defaults to the model config's.
+        self_distillation_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of each exit's divergence from full depth, `T^2 * KL(full depth || exit)` a token, added to its
+            loss; no gradient reaches full depth through it.
+        self_distillation_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature `T` of both distributions in that divergence.
+        log_exit_grad_norms (`bool`, *optional*, defaults to `False`):
+            Whether to log, as `exit_10_grad_norm`, how hard each exit pulls: the norm of the gradient of its part of
+            the loss with respect to the hidden states that it reads, a mean over batches. Look at it where one exit
+            seems to drown the others.
 
     Raises:
         ValueError: At construction, if a value is out of range. What depends on the model's depth is checked by the
@@ -39,35 +74,101 @@ class SortedSFTConfig(SFTConfig):
             "`every:4` takes every fourth layer and the full depth. Defaults to the model config's."
         },
     )
-    exit_loss_weights: list[float] | None = field(
+    exit_loss_weights: list[str] | None = field(
         default=None,
-        metadata={"help": "Weight of each exit's loss. Defaults to the model config's, then to 1.0 each."},
+        metadata={
+            "help": "Weight of each exit's loss, or a rule: `uniform`, `linear` in depth, `budget:0.3` (full depth "
+            "weighs 1, the others share 0.3). Defaults to the model config's, then to 1.0 each."
+        },
+    )
+    full_depth_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the full depth's loss, in place of the last of `exit_loss_weights`."},
     )
     exit_loss_reduction: str = field(
         default="sum",
         metadata={"help": "How the weighted losses of the exits are put together.", "choices": ["sum", "mean"]},
     )
+    exit_schedule: str = field(
+        default="all",
+        metadata={
+            "help": "Which exits a step trains beside the full depth: `all`; `random` or `rotate`, `exits_per_step` "
+            "of them; `grow`, one more after each part of the training, shallow to deep.",
+            "choices": ["all", "random", "rotate", "grow"],
+        },
+    )
+    exits_per_step: int = field(
+        default=1,
+        metadata={"help": "With `random` and `rotate`, number of exits beside the full depth that a step trains."},
+    )
+    trainable: str = field(
+        default="all",
+        metadata={
+            "help": "`all` weights, or only what reads the `exits`: norm and LM head, the backbone frozen (ICT).",
+            "choices": ["all", "exits"],
+        },
+    )
+    exit_heads: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whether each exit below full depth has a norm and a head of its own. Defaults to the model's.",
+            "choices": ["shared", "separate"],
+        },
+    )
+    self_distillation_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of each exit's Kullback-Leibler divergence from full depth, added to its loss."},
+    )
+    self_distillation_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both distributions in that divergence."}
+    )
+    log_exit_grad_norms: bool = field(
+        default=False,
+        metadata={"help": "Whether to log the norm of the gradient that each exit sends into its hidden states."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.exit_layers, list) and len(self.exit_layers) == 1 and isinstance(self.exit_layers[0], str):
-            if self.exit_layers[0].startswith("every:"):
-                self.exit_layers = self.exit_layers[0]
-        if isinstance(self.exit_layers, str):
-            _spacing(self.exit_layers)
-        elif self.exit_layers is not None:
-            exits = self.exit_layers
+        self.exit_layers = self._read_exit_layers()
+        self.exit_loss_weights = self._read_exit_loss_weights()
+        _check_choice("exit_loss_reduction", self.exit_loss_reduction, ["sum", "mean"])
+        _check_choice("exit_schedule", self.exit_schedule, ["all", "random", "rotate", "grow"])
+        _check_choice("trainable", self.trainable, ["all", "exits"])
+        _check_choice("exit_heads", self.exit_heads, ["shared", "separate", None])
+        if self.full_depth_weight is not None:
+            _check_number("full_depth_weight", self.full_depth_weight, 0)
+        _check_number("self_distillation_weight", self.self_distillation_weight, 0)
+        _check_number("self_distillation_temperature", self.self_distillation_temperature, 0, exclusive=True)
+        if type(self.exits_per_step) is not int or self.exits_per_step < 1:
+            raise ValueError(f"`exits_per_step` must be an integer of at least 1, got {self.exits_per_step!r}.")
+
+    def _read_exit_layers(self) -> Any:
+        exits: Any = self.exit_layers
+        if isinstance(exits, list) and len(exits) == 1 and isinstance(exits[0], str) and exits[0].startswith("every:"):
+            exits = exits[0]
+        if isinstance(exits, str):
+            _spacing(exits)
+        elif exits is not None:
             if isinstance(exits, (list, tuple)):
                 exits = [int(k) if isinstance(k, str) and k.isdecimal() else k for k in exits]
             # The full depth is not known here: the last exit stands for it until the trainer has the model
             depth = exits[-1] if isinstance(exits, (list, tuple)) and exits and type(exits[-1]) is int else 1
-            self.exit_layers = check_exit_layers(exits, max(depth, 1))
-        if self.exit_loss_weights is not None:
-            sized = self.exit_layers if isinstance(self.exit_layers, list) else self.exit_loss_weights
-            expected = len(sized) if isinstance(sized, (list, tuple)) else 1
-            self.exit_loss_weights = check_exit_loss_weights(self.exit_loss_weights, expected)
-        if self.exit_loss_reduction not in ("sum", "mean"):
-            raise ValueError(f"`exit_loss_reduction` must be 'sum' or 'mean', got {self.exit_loss_reduction!r}.")
+            exits = check_exit_layers(exits, max(depth, 1))
+        return exits
+
+    def _read_exit_loss_weights(self) -> Any:
+        weights: Any = self.exit_loss_weights
+        if isinstance(weights, (list, tuple)) and all(isinstance(w, str) for w in weights):
+            if len(weights) == 1 and not _is_number(weights[0]):
+                weights = weights[0]
+            else:
+                weights = [float(w) if _is_number(w) else w for w in weights]
+        if isinstance(weights, str):
+            _rule_of_weights(weights)
+        elif weights is not None:
+            sized = self.exit_layers if isinstance(self.exit_layers, list) else weights
+            weights = check_exit_loss_weights(weights, len(sized) if isinstance(sized, (list, tuple)) else 1)
+        return weights
 
     def exits_of(self, num_hidden_layers: int) -> list[int] | None:
         """
@@ -88,6 +189,54 @@ class SortedSFTConfig(SFTConfig):
             return [*range(spacing, num_hidden_layers, spacing), num_hidden_layers]
         return None if self.exit_layers is None else check_exit_layers(self.exit_layers, num_hidden_layers)
 
+    def weights_of(self, exit_layers: list[int], default: list[float] | None = None) -> list[float] | None:
+        """
+        The weights of the exits of a model.
+
+        Args:
+            exit_layers (`list[int]`):
+                The exits.
+            default (`list[float]`, *optional*):
+                Weights where `exit_loss_weights` is not set.
+
+        Returns:
+            `list[float]`, or `None` for 1.0 each where nothing is set.
+
+        Raises:
+            ValueError: If the weights do not fit the exits, or are all 0.
+        """
+        weights: Any = default if self.exit_loss_weights is None else self.exit_loss_weights
+        if isinstance(weights, str):
+            weights = _rule_of_weights(weights)(exit_layers)
+        if self.full_depth_weight is not None:
+            weights = [*([1.0] * (len(exit_layers) - 1) if weights is None else weights[:-1]), self.full_depth_weight]
+        return None if weights is None else check_exit_loss_weights(weights, len(exit_layers))
+
+    def exits_at_step(self, exit_layers: list[int], step: int, max_steps: int) -> list[int]:
+        """
+        The exits that a step trains, by `exit_schedule`.
+
+        Args:
+            exit_layers (`list[int]`):
+                All exits, ascending, the full depth last.
+            step (`int`):
+                Number of optimization steps before this one.
+            max_steps (`int`):
+                Number of optimization steps of the training.
+
+        Returns:
+            `list[int]`: Some of `exit_layers`, ascending, the full depth last.
+        """
+        others, full_depth = exit_layers[:-1], exit_layers[-1]
+        number = min(self.exits_per_step, len(others))
+        if self.exit_schedule == "random":
+            others = sorted(random.Random(f"{self.seed} {step}").sample(others, number))
+        elif self.exit_schedule == "rotate":
+            others = sorted(others[(step * number + i) % len(others)] for i in range(number))
+        elif self.exit_schedule == "grow":
+            others = others[: 1 + step * len(others) // max(max_steps, 1)]
+        return [*others, full_depth]
+
 
 def _spacing(exit_layers: str) -> int:
     """The N of `"every:N"`."""
@@ -97,3 +246,38 @@ def _spacing(exit_layers: str) -> int:
             f"`exit_layers` must be a list of integers or 'every:N' with N of at least 1, got {exit_layers!r}."
         )
     return int(spacing)
+
+
+def _rule_of_weights(rule: str):
+    """From exits to their weights."""
+    budget = rule.removeprefix("budget:")
+    if rule == "uniform":
+        return lambda exits: [1.0] * len(exits)
+    if rule == "linear":
+        return lambda exits: [k / exits[-1] for k in exits]
+    if budget != rule and _is_number(budget) and 0 <= float(budget) < math.inf:
+        return lambda exits: [float(budget) / (len(exits) - 1) for _ in exits[:-1]] + [1.0]
+    raise ValueError(
+        "`exit_loss_weights` must be a list of numbers, 'uniform', 'linear' or 'budget:B' with a finite B of at least "
+        f"0, got {rule!r}."
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be {' or '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _check_number(name: str, value: Any, least: float, exclusive: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < least or (exclusive and value == least):
+        bound = f"above {least}" if exclusive else f"of at least {least}"
+        raise ValueError(f"`{name}` must be a finite number {bound}, got {value!r}.")

@@ -1,5 +1,6 @@
 """Sorted Fine-Tuning (SoFT): TRL's `SFTTrainer` with the summed loss of several exits."""
 
+import functools
 from typing import Any
 
 import peft.utils.constants
@@ -7,12 +8,13 @@ import torch
 from accelerate.utils import is_peft_model
 from peft import PeftModel
 from transformers import AutoProcessor, LlamaForCausalLM, PreTrainedModel, TrainingArguments
+from transformers.utils import is_rich_available
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
-from modeling_sorted_llama.configuration_sorted_llama import check_exit_loss_weights
 
+from .exit_table import ExitTableCallback
 from .sorted_sft_config import SortedSFTConfig
 
 
@@ -29,9 +31,12 @@ class SortedSFTTrainer(SFTTrainer):
 
     It is [`~trl.SFTTrainer`] with another objective and nothing else: the sum over `exit_layers` of what SFT computes
     for the full depth, from one backbone pass. Beside SFT's logs there are `exit_10_loss` and
-    `exit_10_mean_token_accuracy` for each exit, averaged over the labelled tokens since the last log, and in an
-    evaluation `eval_exit_10_loss`, `eval_exit_10_mean_token_accuracy` and `eval_exit_10_agreement` (how often the
-    exit's greedy token is full depth's). `entropy` is not logged.
+    `exit_10_mean_token_accuracy` for each exit, averaged over the labelled tokens since the last log that the exit was
+    trained on, and in an evaluation `eval_exit_10_loss`, `eval_exit_10_mean_token_accuracy` and
+    `eval_exit_10_agreement` (how often the exit's greedy token is full depth's), also as a table in the terminal where
+    `rich` is installed. With self-distillation there is `exit_10_divergence`, with `log_exit_grad_norms`
+    `exit_10_grad_norm`. Any of them can choose the best checkpoint and stop the training early:
+    `metric_for_best_model="eval_exit_10_loss"`. `entropy` is not logged.
 
     Args:
         model (`str`, [`~transformers.LlamaForCausalLM`], [`SortedLlamaForCausalLM`] or [`~peft.PeftModel`] of either):
@@ -49,8 +54,9 @@ class SortedSFTTrainer(SFTTrainer):
             `data_collator`, `optimizers`, ...
 
     Raises:
-        ValueError: If there are no exits, in `args` or in the model's config, if they do not fit the model's depth, or
-            if `compute_loss_func` is passed, which would replace the objective.
+        ValueError: If there are no exits, in `args` or in the model's config, if they or their weights do not fit the
+            model, if `compute_loss_func` is passed, which would replace the objective, or if `trainable="exits"` or
+            other `exit_heads` than the model's are asked for together with PEFT.
         TypeError: If `model` is no Llama.
 
     Example:
@@ -127,17 +133,33 @@ class SortedSFTTrainer(SFTTrainer):
                 "`exit_layers` is not set, neither in the `SortedSFTConfig` nor in the model's config: pass a list "
                 f"that ends in the full depth, {config.num_hidden_layers}, or a spacing such as 'every:4'."
             )
-        if args.exit_loss_weights is not None:
-            config.exit_loss_weights = check_exit_loss_weights(args.exit_loss_weights, len(self.exit_layers))
-        elif self.exit_layers != config.exit_layers:
-            config.exit_loss_weights = None
-        config.exit_layers = self.exit_layers  # saved with the weights
+        weights = config.exit_loss_weights if self.exit_layers == config.exit_layers else None
+        self.exit_loss_weights = args.weights_of(self.exit_layers, weights)
+        exit_heads = args.exit_heads or config.exit_heads
+        peft_config = kwargs.get("peft_config")
+        if exit_heads != config.exit_heads or (exit_heads == "separate" and self.exit_layers != config.exit_layers):
+            if is_peft_model(model):
+                raise ValueError(
+                    f"`exit_heads={exit_heads!r}` changes the heads of the model, which already has adapters: make "
+                    "the sorted model first, then the `PeftModel`."
+                )
+            model = SortedLlamaForCausalLM.from_llama(
+                model, exit_layers=self.exit_layers, exit_loss_weights=None, exit_heads=exit_heads
+            )
+            config = model.config
+        if args.trainable == "exits":
+            if is_peft_model(model) or peft_config is not None:
+                raise ValueError(
+                    "`trainable='exits'` trains norm and head themselves, PEFT adapters instead: choose one of them."
+                )
+            model = _freeze_backbone(model)
+            config = model.config
+        config.exit_layers, config.exit_loss_weights = self.exit_layers, self.exit_loss_weights  # saved
 
         # PEFT saves the model's class for an adapter without a task, and refuses to import this one when it loads it
-        peft_config = kwargs.get("peft_config")
         if peft_config is not None and getattr(peft_config, "task_type", "") is None:
             peft_config.task_type = "CAUSAL_LM"
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         self._num_tokens = 0
         super().__init__(
             model=model,
@@ -147,15 +169,27 @@ class SortedSFTTrainer(SFTTrainer):
             **kwargs,
         )
         args.model_init_kwargs = model_init_kwargs
+        if args.log_exit_grad_norms:
+            base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+            base.model.register_forward_hook(self._watch_gradients, with_kwargs=True)
+        if is_rich_available() and not args.disable_tqdm:
+            self.add_callback(ExitTableCallback)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        exits, weights = self.exit_layers, self.exit_loss_weights
+        if self.model.training:
+            exits = self.args.exits_at_step(exits, self.state.global_step, self.state.max_steps)
+            weights = weights and [weights[self.exit_layers.index(k)] for k in exits]
         smoothing = self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0  # as in `SFTTrainer`
         outputs = model(
             **{**inputs, "use_cache": False},
-            exit_layers=self.exit_layers,
+            exit_layers=exits,
+            exit_loss_weights=weights,
             exit_loss_reduction=self.args.exit_loss_reduction,
             loss_type=self.args.loss_type,
             label_smoothing=smoothing,
+            self_distillation_weight=self.args.self_distillation_weight,
+            self_distillation_temperature=self.args.self_distillation_temperature,
             num_items_in_batch=num_items_in_batch,
             skip_logits=not return_outputs,
         )
@@ -163,62 +197,100 @@ class SortedSFTTrainer(SFTTrainer):
         # As in `Trainer`: `num_items_in_batch` counts the tokens of all ranks, over which DDP averages the gradients
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._add_to_sums(inputs, outputs, num_items_in_batch)
+        self._add_to_sums(exits, inputs, outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _add_to_sums(self, inputs, outputs, num_items_in_batch) -> None:
+    def _add_to_sums(self, exits, inputs, outputs, num_items_in_batch) -> None:
         """Sums over tokens since the last log, kept on the device: reading them there would wait for every step."""
         labels = inputs["shift_labels"] if inputs.get("shift_labels") is not None else inputs["labels"][..., 1:]
         labelled = (labels != -100).sum().to(outputs.exit_losses.device)
         present = inputs.get("attention_mask")
         present = present.sum() if present is not None else labels.new_tensor(inputs["input_ids"].numel())
         num_items = labelled.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        sums = torch.cat(
-            [
-                outputs.exit_losses * num_items,
-                outputs.exit_token_accuracies * labelled,
-                outputs.exit_agreements * labelled,
-                torch.stack([labelled, present.to(labelled.device)]).float(),
-            ]
-        )
-        mode = "train" if self.model.training else "eval"
-        self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
+        sums = {
+            "loss": outputs.exit_losses * num_items,
+            "mean_token_accuracy": outputs.exit_token_accuracies * labelled,
+            "agreement": outputs.exit_agreements * labelled,
+            "tokens": labelled.expand(len(exits)),
+        }
+        if outputs.exit_divergences is not None:
+            sums["divergence"] = outputs.exit_divergences * num_items
+        self._add("present", present.to(labelled.device))
+        for name, values in sums.items():
+            self._add(name, values, exits)
+
+    def _add(self, name: str, values: torch.Tensor, exits: list[int] | None = None) -> None:
+        """Add to the sums of the mode that the model is in; with `exits`, a value for each of them."""
+        if exits is not None:
+            index = torch.tensor([self.exit_layers.index(k) for k in exits], device=values.device)
+            values = values.new_zeros(len(self.exit_layers)).index_copy(0, index, values)
+        sums = self._sums["train" if self.model.training else "eval"]
+        sums[name] = sums[name] + values if name in sums else values
+
+    def _watch_gradients(self, module, args, kwargs, outputs) -> Any:
+        """Let each exit read its states through a node of its own, whose gradient is the exit's alone."""
+        exits, states = kwargs.get("exit_layers"), outputs.exit_hidden_states
+        if not (exits and module.training and torch.is_grad_enabled()):
+            return None
+        own = [s.view_as(s) for s in states]
+        for k, state in zip(exits, own, strict=True):
+            if state.requires_grad:
+                state.register_hook(functools.partial(self._add_grad_norm, k))
+        outputs.exit_hidden_states = tuple(own)
+        return outputs
+
+    def _add_grad_norm(self, exit_layer: int, grad: torch.Tensor) -> None:
+        norm = torch.stack([grad.float().norm(), grad.new_ones((), dtype=torch.float32)])
+        for name, value in zip(("grad_norm", "batches"), norm):
+            self._add(name, value.unsqueeze(0), [exit_layer])
 
     def train(self, *args, **kwargs):
-        self._sums.pop("train", None)  # steps after the last log of a former run
+        self._sums["train"].clear()  # steps after the last log of a former run
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        if not self.args.disable_tqdm:
+            self.accelerator.print(
+                f"SoFT of exits {', '.join(map(str, self.exit_layers))}: {trained / 1e6:,.1f} M of "
+                f"{total / 1e6:,.1f} M parameters are trained ({trained / max(total, 1):.1%})."
+            )
         return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._sums.pop("eval", None)
+        self._sums["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if "eval" in self._sums:
+        if self._sums["eval"]:
             output.metrics.update(self._exit_metrics("eval", prefix=f"{metric_key_prefix}_"))
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs and "train" in self._sums:
+        if self.model.training and "loss" in logs and self._sums["train"]:
             logs.update(self._exit_metrics("train", prefix=""))
         super().log(logs, start_time)
 
     def _exit_metrics(self, mode: str, prefix: str) -> dict[str, float]:
-        sums = self.accelerator.reduce(self._sums.pop(mode), reduction="sum").tolist()
-        num_exits = len(self.exit_layers)
-        labelled, present = max(sums[-2], 1), int(sums[-1])
-        means = [total / labelled for total in sums[:-2]]
-        metrics = {}
-        for i, exit_layer in enumerate(self.exit_layers):
-            metrics[f"{prefix}exit_{exit_layer}_loss"] = means[i]
-            metrics[f"{prefix}exit_{exit_layer}_mean_token_accuracy"] = means[num_exits + i]
-            if mode == "eval":
-                metrics[f"{prefix}exit_{exit_layer}_agreement"] = means[2 * num_exits + i]
+        names = list(self._sums[mode])
+        stacked = torch.cat([self._sums[mode][name].float().reshape(-1) for name in names])
+        self._sums[mode].clear()
+        values = iter(self.accelerator.reduce(stacked, reduction="sum").tolist())
+        present, sums = 0, {}
+        for name in names:
+            if name == "present":
+                present = int(next(values))
+            else:
+                sums[name] = dict(zip(self.exit_layers, values))
+        tokens, batches = sums.pop("tokens"), sums.pop("batches", {})
         if mode == "train":
             self._num_tokens += present
-        return {
-            **metrics,
-            f"{prefix}mean_token_accuracy": means[2 * num_exits - 1],
-            f"{prefix}num_tokens": self._num_tokens,
-        }
+            sums.pop("agreement")
+        metrics = {}
+        for k in self.exit_layers:
+            for name, totals in sums.items():
+                counted = batches.get(k, 0) if name == "grad_norm" else tokens[k]
+                if counted or self.args.exit_schedule == "all":  # else it was not this exit's turn
+                    metrics[f"{prefix}exit_{k}_{name}"] = totals[k] / max(counted, 1)
+        accuracy = metrics[f"{prefix}exit_{self.exit_layers[-1]}_mean_token_accuracy"]
+        return {**metrics, f"{prefix}mean_token_accuracy": accuracy, f"{prefix}num_tokens": self._num_tokens}
 
 
 def _load_sorted(model_id: str, args: SortedSFTConfig, quantization_config: Any) -> SortedLlamaForCausalLM:
@@ -250,4 +322,20 @@ def _as_sorted(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMode
     if base is model:
         return sorted_model
     model.base_model.model = sorted_model
+    return model
+
+
+def _freeze_backbone(model: SortedLlamaForCausalLM) -> SortedLlamaForCausalLM:
+    """The model with gradients only for what reads the exits: shared norm and head, or those of the exits."""
+    trained: list[torch.nn.Module]
+    if model.exit_lm_heads:
+        trained = [model.model.exit_norms, model.exit_lm_heads]
+    else:
+        if model.config.tie_word_embeddings:  # to train the head would change the embeddings
+            model = SortedLlamaForCausalLM.from_llama(model, tie_word_embeddings=False)
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        trained = [model.model.norm, model.lm_head]
+    model.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
     return model
