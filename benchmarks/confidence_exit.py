@@ -5,16 +5,18 @@ what ran in it.
 Held-out questions, greedy, each answered alone: exact match, agreement with full depth's answer, mean depth of a
 token, answers a second; for every fixed exit, for thresholds at all exits or at one of them, and for a depth chosen
 from each prompt (`exit_layer="auto"`). Held to: no fixed exit is both better and faster than the points of the curve;
-a call takes at most 1.08 x the bare forwards of the layers and heads that ran in it.
+a step takes at most 1.08 x the bare forwards of the layers and heads that ran in it. For that the answers are
+continued to `--steps` tokens, and what a call with one token takes (the prompt, and `generate` itself) is subtracted.
 
 ```shell
-python benchmarks/confidence_exit.py --model out/demo/final
+python benchmarks/confidence_exit.py --model out/demo/final --plot docs/confidence_exit.png
 ```
 """
 
 import argparse
 import statistics
 from collections import Counter
+from functools import cache, partial
 
 import torch
 from _common import DEVICE, Bare, in_turns, load_sorted, where
@@ -65,12 +67,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--questions", type=int, default=200, help="for the quality")
     parser.add_argument("--timed", type=int, default=12, help="questions for the speed")
+    parser.add_argument("--steps", type=int, default=32, help="new tokens for the cost of a step")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--plot", help="file for a picture of quality against speed")
     parser.add_argument("--small", action="store_true", help="a tiny random model: only checks that it runs")
     args = parser.parse_args()
     model, tokenizer = load_sorted(args.small, getattr(torch, args.dtype), args.model)
     if args.small:
-        args.questions, args.timed, args.runs = 2, 2, 1
+        args.questions, args.timed, args.runs, args.steps = 2, 2, 1, 3
         prompts = [torch.randint(3, 500, (1, 8), device=DEVICE) for _ in range(args.questions)]
         inputs = [{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in prompts]
     else:
@@ -83,8 +87,8 @@ def main() -> None:
     compared = points(exits, args.small)
     options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
 
-    def generate(name: str, **extra):
-        return [model.generate(**one, **options, **compared[name], **extra) for one in inputs]
+    def generate(name: str, questions=inputs, **extra):
+        return [model.generate(**one, **{**options, **compared[name], **extra}) for one in questions]
 
     seconds = in_turns({name: lambda name=name: generate(name) for name in compared}, args.runs)
     quality, agreement = {}, {}
@@ -94,42 +98,77 @@ def main() -> None:
         for name, given in found.items():
             quality[name] = statistics.mean(a == b for a, b in zip(given, wanted, strict=True))
             agreement[name] = statistics.mean(a == b for a, b in zip(given, full, strict=True))
-
-    bare = Bare(model, 1, 32)
-    costs: dict[tuple, float] = {}
-
-    def cost(*call) -> float:
-        if call not in costs:
-            costs[call] = bare.seconds(*call, runs=5)
-        return costs[call]
-
-    fixed = {f"exit {k}": statistics.median(seconds[f"exit {k}"]) for k in exits}
-    print(f"{args.model}, {args.dtype}, {where()}; {len(inputs)} timed questions, {args.questions} for the quality")
-    print(
-        "| | mean depth | exact match | as full depth | answers/s | x full depth | of the parts that ran | beaten by |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    slowest = fixed[f"exit {exits[-1]}"]
+    mean_depth = {}
     for name in compared:
-        mine, depth, parts, beaten = statistics.median(seconds[name]), "", "", []
-        if name in fixed:
-            depth = name.removeprefix("exit ")
-        else:
+        if "exit_layer" not in compared[name] or compared[name]["exit_layer"] == "auto":
             outputs = generate(name, return_dict_in_generate=True)
             used = torch.cat([output.exit_layers_used.flatten() for output in outputs]).float()
-            depth = f"{used[used > 0].mean():.1f}"
-            passes, heads = trace(model, lambda name=name: generate(name))
-            ran = sum(n * cost(0, layers, width, 0) for (layers, width), n in passes.items() if n)
-            ran += sum(n * cost(0, 0, width, width) for width, n in heads.items())
-            parts = f"{mine / ran:.2f}"
-            beaten = [
-                other for other, time_ in fixed.items() if quality and time_ < mine and quality[other] > quality[name]
-            ]
+            mean_depth[name] = used[used > 0].mean().item()
+
+    # The cost of a step: `--steps` tokens less one
+    model.generation_config.eos_token_id = None
+    moving = list(mean_depth)
+    lengths = {"long": args.steps, "short": 1}
+    calls = {
+        (name, length): partial(generate, name, inputs[:4], max_new_tokens=tokens)
+        for name in moving
+        for length, tokens in lengths.items()
+    }
+    taken = in_turns(calls, args.runs)
+    bare = Bare(model, 1, 32 + args.steps // 2)
+    cost = cache(partial(bare.seconds, runs=5))
+    step_cost = {}
+    for name in moving:
+        (passes, heads), (passes_short, heads_short) = (trace(model, calls[name, length]) for length in lengths)
+        passes.subtract(passes_short)
+        heads.subtract(heads_short)
+        parts = sum(n * cost(0, layers, width, 0) for (layers, width), n in passes.items() if n)
+        parts += sum(n * cost(0, 0, width, width) for width, n in heads.items() if n)
+        many, one = taken[name, "long"], taken[name, "short"]
+        step_cost[name] = statistics.median(long - short for long, short in zip(many, one, strict=True)) / parts
+
+    fixed = {f"exit {k}": statistics.median(seconds[f"exit {k}"]) for k in exits}
+    slowest = fixed[f"exit {exits[-1]}"]
+    speed = {name: slowest / statistics.median(seconds[name]) for name in compared}
+    print(f"{args.model}, {args.dtype}, {where()}; {len(inputs)} timed questions, {args.questions} for the quality")
+    print("| | mean depth | exact match | as full depth | answers/s | x full depth | step / its parts | beaten by |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in compared:
+        depth, parts_of_step, beaten = name.removeprefix("exit "), "", []
+        if name not in fixed:
+            depth = f"{mean_depth[name]:.1f}"
+            parts_of_step = f"{step_cost[name]:.2f}"
+            beaten = [o for o in fixed if quality and speed[o] > speed[name] and quality[o] > quality[name]]
         shown = [f"{100 * q[name]:.1f} %" if q else "" for q in (quality, agreement)]
+        answered = len(inputs) / statistics.median(seconds[name])
         print(
-            f"| {name} | {depth} | {' | '.join(shown)} | {len(inputs) / mine:.2f} | {slowest / mine:.2f} "
-            f"| {parts} | {', '.join(beaten)} |"
+            f"| {name} | {depth} | {' | '.join(shown)} | {answered:.2f} | {speed[name]:.2f} | {parts_of_step} "
+            f"| {', '.join(beaten)} |"
         )
+    if args.plot:
+        plot(args.plot, {name: (speed[name], 100 * quality[name]) for name in compared} if quality else {})
+
+
+def plot(path: str, points: dict[str, tuple[float, float]]) -> None:
+    """Exact match against speed: the fixed exits, and the curve of thresholds at all exits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), dpi=150, layout="constrained")
+    for prefix, label, style in (
+        ("exit ", "one exit for all tokens", {"color": "#0072B2", "marker": "o", "linestyle": "--"}),
+        ("all exits, ", "each token leaves when it is sure", {"color": "#D55E00", "marker": "s"}),
+    ):
+        chosen = {n.removeprefix(prefix): xy for n, xy in points.items() if n.startswith(prefix) and "only" not in n}
+        axes.plot(*zip(*sorted(chosen.values())), label=label, **style)
+        for name, (x, y) in chosen.items():
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8, color=style["color"])
+    axes.set(xlabel="answers a second, multiples of full depth", ylabel="exact match, %")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ Claim: SoFT costs what arithmetic demands over SFT, in time and in memory, and l
 Peer: TRL's `SFTTrainer` on the same weights and batch. A step is `Trainer.training_step`: forward, loss, backward (the
 optimizer's step, the same for all, is left out of the time and left in the memory). All take turns in one process;
 memory is the peak of one process a row that trains two real steps, AdamW included. "naive" sums the cross-entropies
-of full logits, all exits at once. "TRL" is `SFTTrainer`'s own fused head, called once an exit.
+of full logits, all exits at once. "TRL" is `SFTTrainer`'s own fused head, called once an exit. The rows behind a "+"
+are options of `SortedSFTConfig`, on the number of exits that is named; "+random" draws one of eight exits beside the
+full depth.
 
 The prediction multiplies SFT's time by the ratio of floating point operations: backbone once (forward, recomputation,
 backward), head once an exit (three products). Held to: time at most 1.10 x the prediction and below the naive sum's,
-peak memory at 8 exits at most 1.10 x SFT's.
+peak memory at 8 exits at most 1.10 x SFT's; "+random" at most 1.15 x SFT's time, "+distilled" at most 1.35 x that of
+the same exits without, and no option more than 1.10 x SoFT's peak memory.
 
 ```shell
 python benchmarks/soft_step.py                        # SmolLM2's head, 49,152 entries
@@ -73,6 +76,17 @@ class TRLHeadTrainer(SortedSFTTrainer):
         return total / num_items_in_batch
 
 
+PEERS = {"naive": NaiveSoFTTrainer, "TRL": TRLHeadTrainer}
+OPTIONS = {
+    "+random": {"exit_schedule": "random"},
+    "+distilled": {"self_distillation_weight": 1.0},
+    "+softened": {"self_distillation_weight": 1.0, "self_distillation_temperature": 2.0},
+    "+norms": {"log_exit_grad_norms": True},
+    "+ICT": {"trainable": "exits"},
+    "+heads": {"trainable": "exits", "exit_heads": "separate"},
+}
+
+
 def exits_of(depth: int, count: int) -> list[int]:
     return [depth * (i + 1) // count for i in range(count)]
 
@@ -80,12 +94,11 @@ def exits_of(depth: int, count: int) -> list[int]:
 def build(name: str, llama: LlamaForCausalLM, args: argparse.Namespace, tokens: torch.Tensor, output_dir: str):
     """The trainer of one row, on the weights of `llama`."""
     kind, _, count = name.partition(" ")
-    cls, config_cls = {
-        "SFT": (SFTTrainer, SFTConfig),
-        "SoFT": (SortedSFTTrainer, SortedSFTConfig),
-        "naive": (NaiveSoFTTrainer, SortedSFTConfig),
-        "TRL": (TRLHeadTrainer, SortedSFTConfig),
-    }[kind]
+    cls, config_cls = SortedSFTTrainer, SortedSFTConfig
+    if kind == "SFT":
+        cls, config_cls = SFTTrainer, SFTConfig
+    elif kind in PEERS:
+        cls = PEERS[kind]
     exits = {} if kind == "SFT" else {"exit_layers": exits_of(llama.config.num_hidden_layers, int(count))}
     config = config_cls(
         output_dir=output_dir,
@@ -98,6 +111,7 @@ def build(name: str, llama: LlamaForCausalLM, args: argparse.Namespace, tokens: 
         disable_tqdm=True,
         logging_steps=1000,
         **exits,
+        **OPTIONS.get(kind, {}),
     )
     # The tokens are made here: the tokenizer is only asked for its special ones
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_no_words(), pad_token="<pad>", eos_token="<eos>")
@@ -175,10 +189,11 @@ def main() -> None:
 
     llama, tokens = make(args)
     if args.small:
-        names = ["SFT", "SoFT 1", "SoFT 2", "naive 2", "TRL 2"]
+        names = ["SFT", "SoFT 1", "SoFT 2", "naive 2", "TRL 2", *(f"{option} 2" for option in OPTIONS)]
         assert llama.config.num_hidden_layers == SMALL["num_hidden_layers"]
     else:
-        names = ["SFT", *(args.rows or ["SoFT 1", "SoFT 2", "SoFT 4", "SoFT 8", "naive 4", "TRL 4"])]
+        options = [f"{option} {8 if option == '+random' else 4}" for option in OPTIONS]
+        names = ["SFT", *(args.rows or ["SoFT 1", "SoFT 2", "SoFT 4", "SoFT 8", "naive 4", "TRL 4", *options])]
     print(f"{where()}; {args.dtype}; {tokens.numel()} tokens, vocabulary {llama.config.vocab_size}, {args.runs} runs")
 
     calls = {}
