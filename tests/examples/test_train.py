@@ -169,10 +169,10 @@ def test_commented_options_parse(tmp_path):
     text = (ROOT / "examples" / "train.yaml").read_text()
     (tmp_path / "all.yaml").write_text(re.sub(r"^# ([a-z]\w*: )", r"\1", text, flags=re.MULTILINE))
     fields = yaml.safe_load((tmp_path / "all.yaml").read_text())
-    assert fields["use_peft"] and fields["load_in_4bit"] and fields["exit_loss_weights"]
+    assert fields["use_peft"] and fields["load_in_4bit"] and fields["exit_schedule"]
     parser = TrlParser((ScriptArguments, SortedSFTConfig, ModelConfig))
     _, config, model_args = parser.parse_args_and_config(
         ["--config", str(tmp_path / "all.yaml"), "--use_cpu", "--bf16", "false"], fail_with_unknown_args=True
     )
-    assert config.push_to_hub and config.exit_loss_weights == [1.0] * 4
+    assert config.push_to_hub and config.weights_of([10, 20, 30]) == [0.15, 0.15, 1.0]
     assert model_args.use_peft and model_args.lora_r == fields["lora_r"]
