@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM
 from modeling_sorted_llama.cache_sorted_llama import CACHE_NAME
 
 
@@ -82,15 +82,54 @@ def where() -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def trace(model, generate: Callable[..., object], rows: int) -> list[tuple[int, int, int, int]]:
+    """What a call on a `SortedCache` runs, in order: first and last layer, tokens a row in them, and in the head."""
+    events = []
+    leave = SortedCache.leave
+
+    def logged(cache, first, last, block):
+        if block.width > 0:
+            events.append((first, last, block.width, 0))
+        return leave(cache, first, last, block)
+
+    def head(_, inputs):
+        tokens = inputs[0][..., 0].numel() // rows
+        events.append((0, 0, tokens, tokens))
+
+    hook = model.lm_head.register_forward_pre_hook(head)
+    SortedCache.leave = logged
+    try:
+        generate()
+    finally:
+        SortedCache.leave = leave
+        hook.remove()
+    return events
+
+
+def step_parts(model, rows: int, generate: Callable[..., object]) -> list[tuple[int, int, int, int]]:
+    """What the steps of a call run, without the prompt's: for [`Bare.replay`]."""
+    prompt = trace(model, lambda: generate(max_new_tokens=1), rows)
+    return trace(model, generate, rows)[len(prompt) :]
+
+
 class Bare:
     """Layers of a model and nothing around them, on transformers' cache of `context` tokens a row."""
 
     def __init__(self, model, rows: int, context: int):
         self.model, self.rows, self.context = model, rows, context
         self.cache = DynamicCache(config=model.config)
+        self.made: dict[int, tuple] = {}
         tokens = torch.randint(3, model.config.vocab_size, (rows, context), device=DEVICE)
         with torch.no_grad():
             model.model(tokens, **{CACHE_NAME: self.cache})
+
+    def _options(self, states: torch.Tensor) -> dict:
+        """What a layer is given beside the states, `(rows, tokens, hidden_size)`."""
+        positions = torch.arange(self.context, self.context + states.shape[1], device=DEVICE)[None]
+        named = {CACHE_NAME: self.cache}
+        mask = create_causal_mask(self.model.config, states, None, position_ids=positions, **named)
+        rotary = self.model.model.rotary_emb(states, position_ids=positions)
+        return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
 
     @torch.no_grad()
     def forward(self, first: int, last: int, tokens: int, head_tokens: int) -> None:
@@ -98,16 +137,29 @@ class Bare:
         inner, named = self.model.model, {CACHE_NAME: self.cache}
         states = inner.embed_tokens(torch.full((self.rows, tokens), 5, device=DEVICE))
         if last > first:
-            positions = torch.arange(self.context, self.context + tokens, device=DEVICE)[None]
-            mask = create_causal_mask(inner.config, states, None, position_ids=positions, **named)
-            rotary = inner.rotary_emb(states, position_ids=positions)
-            options = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
+            options = self._options(states)
             for layer in inner.layers[first:last]:
                 states = layer(states, use_cache=True, **options, **named)
         if head_tokens:
             self.model.lm_head(inner.norm(states[:, -head_tokens:])).argmax(-1)
         for layer in self.cache.layers[first:last]:
             layer.crop(-tokens)
+
+    @torch.no_grad()
+    def replay(self, parts: list[tuple[int, int, int, int]]) -> None:
+        """Run `forward`'s parts one after another, with masks and rotary embeddings made once for each width."""
+        inner, named = self.model.model, {CACHE_NAME: self.cache}
+        for first, last, tokens, head_tokens in parts:
+            if tokens not in self.made:
+                states = inner.embed_tokens(torch.full((self.rows, tokens), 5, device=DEVICE))
+                self.made[tokens] = states, self._options(states)
+            states, options = self.made[tokens]
+            for layer in inner.layers[first:last]:
+                states = layer(states, use_cache=True, **options, **named)
+            for layer in self.cache.layers[first:last]:
+                layer.crop(-tokens)
+            if head_tokens:
+                self.model.lm_head(inner.norm(states)).argmax(-1)
 
     def seconds(self, first: int, last: int, tokens: int, head_tokens: int, runs: int) -> float:
         """Median time of `forward`."""

@@ -15,15 +15,12 @@ python benchmarks/confidence_exit.py --model out/demo/final --plot docs/confiden
 
 import argparse
 import statistics
-from collections import Counter
-from functools import cache, partial
+from functools import partial
 
 import torch
-from _common import DEVICE, Bare, in_turns, load_sorted, where
+from _common import DEVICE, Bare, in_turns, load_sorted, step_parts, where
 from evaluate import answers, as_text
 from facts import build_facts
-
-from modeling_sorted_llama import SortedCache
 
 
 def points(exits: list[int], small: bool) -> dict[str, dict]:
@@ -41,33 +38,13 @@ def points(exits: list[int], small: bool) -> dict[str, dict]:
     return compared
 
 
-def trace(model, generate) -> tuple[Counter, Counter]:
-    """What a call runs: how often each (number of layers, tokens), and each number of tokens through the head."""
-    passes: Counter = Counter()
-    heads: Counter = Counter()
-    leave = SortedCache.leave
-
-    def logged(cache, first, last, block):
-        passes[last - first, block.width] += block.width > 0
-        return leave(cache, first, last, block)
-
-    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: heads.update([inputs[0][..., 0].numel()]))
-    SortedCache.leave = logged
-    try:
-        generate()
-    finally:
-        SortedCache.leave = leave
-        hook.remove()
-    return passes, heads
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="out/demo/final")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--questions", type=int, default=200, help="for the quality")
     parser.add_argument("--timed", type=int, default=12, help="questions for the speed")
-    parser.add_argument("--steps", type=int, default=32, help="new tokens for the cost of a step")
+    parser.add_argument("--steps", type=int, default=24, help="new tokens for the cost of a step")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--plot", help="file for a picture of quality against speed")
     parser.add_argument("--small", action="store_true", help="a tiny random model: only checks that it runs")
@@ -105,27 +82,24 @@ def main() -> None:
             used = torch.cat([output.exit_layers_used.flatten() for output in outputs]).float()
             mean_depth[name] = used[used > 0].mean().item()
 
-    # The cost of a step: `--steps` tokens less one
+    # The cost of a step: `--steps` tokens less one, against the same parts bare, in turns
     model.generation_config.eos_token_id = None
-    moving = list(mean_depth)
-    lengths = {"long": args.steps, "short": 1}
-    calls = {
-        (name, length): partial(generate, name, inputs[:4], max_new_tokens=tokens)
-        for name in moving
-        for length, tokens in lengths.items()
-    }
-    taken = in_turns(calls, args.runs)
     bare = Bare(model, 1, 32 + args.steps // 2)
-    cost = cache(partial(bare.seconds, runs=5))
+    stepped = [name for name in mean_depth if name.endswith("0.9") or name.endswith("0.8")]
+    calls = {}
+    for name in stepped:
+        for length, tokens in (("long", args.steps), ("short", 1)):
+            calls[name, length] = partial(generate, name, inputs[:2], max_new_tokens=tokens)
+        parts = []
+        for one in inputs[:2]:
+            call = {**one, **options, **compared[name], "max_new_tokens": args.steps}
+            parts += step_parts(model, 1, partial(model.generate, **call))
+        calls[name, "parts"] = partial(bare.replay, parts)
+    taken = in_turns(calls, args.runs)
     step_cost = {}
-    for name in moving:
-        (passes, heads), (passes_short, heads_short) = (trace(model, calls[name, length]) for length in lengths)
-        passes.subtract(passes_short)
-        heads.subtract(heads_short)
-        parts = sum(n * cost(0, layers, width, 0) for (layers, width), n in passes.items() if n)
-        parts += sum(n * cost(0, 0, width, width) for width, n in heads.items() if n)
-        many, one = taken[name, "long"], taken[name, "short"]
-        step_cost[name] = statistics.median(long - short for long, short in zip(many, one, strict=True)) / parts
+    for name in stepped:
+        runs = zip(*(taken[name, kind] for kind in ("long", "short", "parts")), strict=True)
+        step_cost[name] = statistics.median((long - short) / parts for long, short, parts in runs)
 
     fixed = {f"exit {k}": statistics.median(seconds[f"exit {k}"]) for k in exits}
     slowest = fixed[f"exit {exits[-1]}"]
@@ -137,7 +111,7 @@ def main() -> None:
         depth, parts_of_step, beaten = name.removeprefix("exit "), "", []
         if name not in fixed:
             depth = f"{mean_depth[name]:.1f}"
-            parts_of_step = f"{step_cost[name]:.2f}"
+            parts_of_step = f"{step_cost[name]:.2f}" if name in step_cost else ""
             beaten = [o for o in fixed if quality and speed[o] > speed[name] and quality[o] > quality[name]]
         shown = [f"{100 * q[name]:.1f} %" if q else "" for q in (quality, agreement)]
         answered = len(inputs) / statistics.median(seconds[name])

@@ -69,7 +69,7 @@ def as_text(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[di
 
 
 @torch.inference_mode()
-def answers(
+def completions(
     model: SortedLlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -77,7 +77,7 @@ def answers(
     batch_size: int = 64,
     **decoding: Any,
 ) -> list[str]:
-    """Greedy answer to each prompt, its first line, stripped; `decoding` is `exit_layer=k` or another mode."""
+    """Greedy completion of each prompt; `decoding` is `exit_layer=k` or another mode."""
     found = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
     for start in range(0, len(order), batch_size):
@@ -95,20 +95,25 @@ def answers(
         )
         texts = tokenizer.batch_decode(tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts, strict=True):
-            found[i] = (text.strip().splitlines() or [""])[0].strip()
+            found[i] = text
     return found
 
 
+def answers(*args: Any, **kwargs: Any) -> list[str]:
+    """The first line of each of `completions`, stripped."""
+    return [(text.strip().splitlines() or [""])[0].strip() for text in completions(*args, **kwargs)]
+
+
 @torch.inference_mode()
-def exit_losses(
+def teacher_forced(
     model: SortedLlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict],
     exits: list[int],
     batch_size: int = 32,
-) -> list[float]:
-    """Mean loss of the completions' tokens at every exit, from one backbone pass."""
-    total, labelled = torch.zeros(len(exits)), 0
+) -> tuple[list[float], list[float]]:
+    """Of the completions' tokens at every exit, mean loss and agreement with the last exit, from one backbone pass."""
+    total, agreeing, labelled = torch.zeros(len(exits)), torch.zeros(len(exits)), 0
     rows = sorted(rows, key=lambda row: len(row["prompt"]))
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
@@ -129,8 +134,9 @@ def exit_losses(
             use_cache=False,
         )
         total += outputs.exit_losses.cpu()
+        agreeing += outputs.exit_agreements.cpu() * num_labels
         labelled += num_labels
-    return (total / max(labelled, 1)).tolist()
+    return (total / max(labelled, 1)).tolist(), (agreeing / max(labelled, 1)).tolist()
 
 
 @torch.inference_mode()
@@ -189,7 +195,7 @@ def evaluate_exits(
     rows = as_text(rows, tokenizer)
     prompts, wanted = [row["prompt"] for row in rows], [row["answer"] for row in rows]
     longest = max(len(tokenizer(text)["input_ids"]) for text in wanted) + 1
-    losses = exit_losses(model, tokenizer, rows, exits)
+    losses, _ = teacher_forced(model, tokenizer, rows, exits)
     speeds = decoding_speed(model, tokenizer, prompts[0], exits)
     results = []
     for exit_layer, loss, speed in zip(exits, losses, speeds, strict=True):

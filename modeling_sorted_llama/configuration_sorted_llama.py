@@ -143,6 +143,7 @@ class SortedLlamaConfig(LlamaConfig):
         "exit_losses",
         "exit_token_accuracies",
         "exit_agreements",
+        "exit_divergences",
     ]
 
     # `Any`: for another type transformers raises, before `__post_init__`, an error that is no `ValueError`

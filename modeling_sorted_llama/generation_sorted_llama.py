@@ -1118,24 +1118,26 @@ class LearnedDrafts:
     """
 
     MAX_TOKENS = 8
-    WORTHWHILE = 1.01
+    WORTHWHILE = 1.02  # gain from which on it drafts
     FIRST_WAIT, LAST_WAIT = 8, 256
-    PROMPT_TOKENS = 16
+    PROMPT_TOKENS = 16  # of all rows
     LOOK_AROUND = 32  # cycles
-    MEMORY = 0.94  # of an acceptance, at each new one
+    MEMORY = 0.97  # of an acceptance, at each new one
+    EXPECTED = 4  # measurements that the expected cost of a draft weighs as much as: single ones are noisy
 
     def __init__(self, decoding: SelfSpeculation, sequences: Sequences, outputs):
         self.sequences, self.depth = sequences, decoding.depth
         states = [*outputs.exit_hidden_states, outputs.last_hidden_state]
-        tokens = min(self.PROMPT_TOKENS, sequences.prompt_size, *(s.shape[1] for s in states))
+        tokens = max(self.PROMPT_TOKENS // sequences.batch_size, 2)
+        tokens = min(tokens, sequences.prompt_size, *(s.shape[1] for s in states))
         self.prompt_states: list[torch.Tensor] | None = [s[:, -tokens:].clone() for s in states]
         self.accepted, self.tried = dict.fromkeys(decoding.exits, 0.0), dict.fromkeys(decoding.exits, 0.0)
-        # What a draft token costs, in plain steps; until measured, the weights that it reads
+        # What a draft token costs, in plain steps: the weights that it reads, until most measurements say otherwise
         model = sequences.model
         layer = sum(p.numel() for p in model.model.layers[0].parameters())
         head = model.config.hidden_size * model.config.vocab_size
         expected = {k: (k * layer + head) / (decoding.depth * layer + head) for k in decoding.exits}
-        self.costs = {k: deque([cost, cost], maxlen=7) for k, cost in expected.items()}
+        self.costs = {k: deque([cost] * self.EXPECTED, maxlen=2 * self.EXPECTED + 1) for k, cost in expected.items()}
         self.plain_seconds: deque[float] = deque(maxlen=5)
         self.wait, self.plain_steps, self.draft_cycles, self.tries = self.FIRST_WAIT, 0, 0, 0
         self.clock: float | None = None
@@ -1208,9 +1210,9 @@ class LearnedDrafts:
             valid = mask[:, -valid.shape[1] :].bool()
         agreed = ((greedy == greedy[-1]) & valid).sum((1, 2)) / valid.sum().clamp(min=1)
         # A prompt is harder to predict than what the model says: of the models measured, those that agreed on a tenth
-        # of the prompt accepted a third of the drafts, those on a third more than half. It weighs as four drafts do.
+        # of the prompt accepted a third of the drafts, those on a third more than half. It weighs as six drafts do.
         for k, share in zip(exits, agreed.tolist(), strict=False):
-            self.accepted[k], self.tried[k] = 4 * math.sqrt(share), 4.0
+            self.accepted[k], self.tried[k] = 6 * math.sqrt(share), 6.0
         self.prompt_states = None
 
 

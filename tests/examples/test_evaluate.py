@@ -42,8 +42,10 @@ def test_rows_as_they_are_trained(evaluate, kind):
 def test_losses_and_answers(evaluate, kind):
     model, tokenizer = tiny_sorted(), tiny_tokenizer()
     rows = evaluate.as_text(ROWS[kind], tokenizer)
-    losses = evaluate.exit_losses(model, tokenizer, rows, [1, 2, 4], batch_size=2)
+    losses, agreements = evaluate.teacher_forced(model, tokenizer, rows, [1, 2, 4], batch_size=2)
+    greedy = {}
     for exit_layer, loss in zip([1, 2, 4], losses):
+        greedy[exit_layer] = []
         reference, total, count, expected = reference_llama(model, exit_layer), 0.0, 0, []
         for row in rows:
             prompt, completion = (
@@ -52,6 +54,7 @@ def test_losses_and_answers(evaluate, kind):
             logits = reference(torch.cat([prompt, completion], dim=1)).logits[0, prompt.shape[1] - 1 : -1]
             total += cross_entropy(logits, completion[0], reduction="sum").item()
             count += completion.shape[1]
+            greedy[exit_layer] += logits.argmax(-1).tolist()
             tokens = reference.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
             expected.append(
                 (tokenizer.decode(tokens, skip_special_tokens=True).strip().splitlines() or [""])[0].strip()
@@ -59,3 +62,6 @@ def test_losses_and_answers(evaluate, kind):
         assert loss == pytest.approx(total / count, rel=1e-4)
         prompts = [row["prompt"] for row in rows]
         assert evaluate.answers(model, tokenizer, prompts, batch_size=2, exit_layer=exit_layer) == expected
+    for exit_layer, agreement in zip([1, 2, 4], agreements):
+        same = [a == b for a, b in zip(greedy[exit_layer], greedy[4], strict=True)]
+        assert agreement == pytest.approx(sum(same) / len(same))

@@ -119,9 +119,10 @@ def test_flags_with_lora(inputs):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(inputs):
+@pytest.mark.parametrize("options", [{}, {"exit_schedule": "random", "self_distillation_weight": 0.5}], ids=str)
+def test_two_processes_equal_one(inputs, options):
     """The same global batch split over two processes: the losses and weights of a single process."""
-    write_config(inputs, train_sampling_strategy="sequential")
+    write_config(inputs, train_sampling_strategy="sequential", **options)
     run(inputs, SCRIPT, "--config", "config.yaml", "--output_dir", "one")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = ["--config", "config.yaml", "--output_dir", "two", "--per_device_train_batch_size", "2"]
@@ -130,9 +131,10 @@ def test_two_processes_equal_one(inputs):
 
     one, two = history(inputs / "one"), history(inputs / "two")
     assert len(one) == len(two) == 3
-    keys = [key for key in one[0] if key.endswith(("loss", "accuracy", "num_tokens", "grad_norm"))]
-    assert len(keys) == 10
     for entry, expected in zip(two, one, strict=True):
+        assert entry.keys() == expected.keys()
+        keys = [k for k in expected if k.endswith(("loss", "accuracy", "num_tokens", "grad_norm", "divergence"))]
+        assert len(keys) == 10
         for key in keys:
             assert entry[key] == pytest.approx(expected[key], rel=1e-5), key
     weights, expected = (load_file(inputs / name / "model.safetensors") for name in ("two", "one"))

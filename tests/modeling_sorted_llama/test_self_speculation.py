@@ -1050,7 +1050,8 @@ class Decoding:
         outputs = SimpleNamespace(
             exit_hidden_states=tuple(normed if agrees[k] else other for k in exits), last_hidden_state=normed
         )
-        sequences = SimpleNamespace(model=model, head=model.lm_head, prompt={}, prompt_size=6, batch_size=1)
+        head = lambda states, depth: model.lm_head(states)  # noqa: E731
+        sequences = SimpleNamespace(model=model, head=head, prompt={}, prompt_size=6, batch_size=1)
         with torch.no_grad():
             self.plan = LearnedDrafts(SelfSpeculation(4, exits, None, "constant", None, None, 2), sequences, outputs)
         self.plan.learn(0, 0, [0])  # the prefill

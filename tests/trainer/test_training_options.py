@@ -351,6 +351,26 @@ def test_self_distillation_equals_the_naive_divergence(tmp_path, temperature):
     assert_equal_weights(trainer.model, llama, 2e-5)
 
 
+def test_evaluation_with_distillation(tmp_path):
+    """Logits, and nothing else, reach `compute_metrics`."""
+    shapes = []
+
+    def compute_metrics(prediction):
+        shapes.append(prediction.predictions.shape)
+        return {}
+
+    trainer = make_trainer(
+        tmp_path,
+        tiny_sorted(),
+        eval_dataset=make_data(),
+        self_distillation_weight=0.5,
+        compute_metrics=compute_metrics,
+    )
+    metrics = trainer.evaluate()
+    assert [len(shape) for shape in shapes] == [3]
+    assert metrics["eval_exit_1_divergence"] > metrics["eval_exit_4_divergence"] == 0
+
+
 def test_no_divergence_without_distillation(tmp_path):
     trainer = make_trainer(tmp_path, tiny_sorted(), max_steps=1)
     trainer.train()

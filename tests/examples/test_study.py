@@ -1,0 +1,118 @@
+"""`examples/study.py` on a tiny model: every kind of arm, a second sitting, the scores."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import save_tiny
+
+
+ROOT = Path(__file__).parents[2]
+GSM8K = [
+    {"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, str(ROOT / "examples"))
+    yield importlib.import_module("study")
+    sys.path.pop(0)
+
+
+def run(folder, *flags):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, ROOT / "examples" / "study.py", "--model", "model", "--small", "--max_steps", "2"]
+    command += ["--num_held_out", "4", "--exit_layers", "1", "2", "4", "--results", "study.jsonl", "--seeds", "0"]
+    result = subprocess.run([*command, *flags], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_two_sittings(tmp_path):
+    save_tiny(tmp_path / "model")
+    (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, GSM8K)))
+    flags = ["--data", ".", "--tasks", "gsm8k"]
+    first = run(tmp_path, *flags, "--arms", "SFT", "alone 2")
+    second = run(tmp_path, *flags, "--arms", "SFT", "SFT+ICT", "alone 2", "SoFT")
+    assert "gsm8k, SFT, seed 0 ..." in first and "gsm8k, SFT, seed 0 ..." not in second
+
+    results = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+    by_arm = {r["arm"]: r for r in results}
+    assert list(by_arm) == ["SFT", "alone 2", "SFT+ICT", "SoFT"] and len(results) == 4
+    for arm, result in by_arm.items():
+        assert list(result["exits"]) == (["2"] if arm == "alone 2" else ["1", "2", "4"])
+        assert result["steps"] == 2 and result["seconds"] > 0 and result["peak_memory_mb"] > 0
+        for values in result["exits"].values():
+            assert values["loss"] > 0 and 0 <= values["score"] <= 1 and 0 <= values["agreement"] <= 1
+    # ICT starts from SFT and leaves its full depth alone
+    assert by_arm["SFT+ICT"]["exits"]["4"] == pytest.approx(by_arm["SFT"]["exits"]["4"])
+    assert by_arm["SFT+ICT"]["exits"]["1"]["loss"] < by_arm["SFT"]["exits"]["1"]["loss"]
+    hidden, vocabulary = 32, 259
+    own = 2 * (hidden + hidden * vocabulary)
+    assert by_arm["SFT+ICT"]["trained_parameters"] == own
+    assert by_arm["SFT+ICT"]["stored_parameters"] == by_arm["SFT"]["stored_parameters"] + own
+    assert by_arm["alone 2"]["trained_parameters"] < by_arm["SFT"]["trained_parameters"]
+
+    table = (tmp_path / "study.md").read_text()
+    assert table in second
+    for arm, result in by_arm.items():
+        for k, values in result["exits"].items():
+            assert f"| {arm} | {k} | {values['loss']:.3f} | {values['score']:.3f} |" in table
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_spread_over_seeds(study):
+    def result(seed, loss):
+        values = {"loss": loss, "score": 0.5, "agreement": 1.0}
+        return {
+            "task": "t", "arm": "SFT", "seed": seed, "metric": "exact match", "exits": {"4": values}, "seconds": 60.0,
+            "peak_memory_mb": 10.0, "trained_parameters": 10**6, "stored_parameters": 10**6,
+        }  # fmt: skip
+
+    table = study.report([result(0, 1.0), result(1, 2.0)])
+    assert "| SFT | 4 | 1.500 ± 0.707 | 0.500 ± 0.000 | 1.000 ± 0.000 | 1.0 ± 0.0 | 10 ± 0 | 1.0 | 1.0 |" in table
+
+
+@pytest.mark.parametrize(
+    "score, text, answer, value",
+    [
+        ("exact_match", " Paris\nQuestion", "Paris", 1.0),
+        ("exact_match", "Paris is", "Paris", 0.0),
+        ("exact_match", "", "Paris", 0.0),
+        ("final_answer", "so 2+2=4\n#### 4\nQuestion", "#### 4", 1.0),
+        ("final_answer", "#### 1,004.", "#### 1,004", 1.0),
+        ("final_answer", "#### 40", "#### 4", 0.0),
+        ("final_answer", "the answer is 4", "#### 4", 0.0),
+        ("token_f1", "The cat sat", "the cat", 0.8),
+        ("token_f1", "", "the cat", 0.0),
+        ("token_f1", "the the the", "the cat", 0.4),
+    ],
+)
+def test_scores(study, score, text, answer, value):
+    assert getattr(study, score)(text, answer) == pytest.approx(value)
+
+
+def test_tasks(study, tmp_path):
+    """Rows held out are not trained on, and the split is the same every time."""
+    (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, GSM8K)))
+    (tmp_path / "dolly_15k.jsonl").write_text(
+        "\n".join(
+            json.dumps({"instruction": f"do {i}", "context": "" if i % 2 else "given", "response": f"done {i}"})
+            for i in range(20)
+        )
+    )
+    assert list(study.load_tasks(None, 3)) == ["facts"]
+    tasks = study.load_tasks(tmp_path, 3)
+    assert list(tasks) == ["facts", "gsm8k", "instructions"]
+    assert len(tasks["instructions"].train) == 7
+    for name, task in tasks.items():
+        assert len(task.held_out) == 3
+        assert task.held_out == study.load_tasks(tmp_path, 3)[name].held_out
+        assert not [row for row in task.held_out if row in task.train]
