@@ -1109,7 +1109,7 @@ class LearnedDrafts:
     Draft lengths, and among several exits the one, that pay most. A draft of `n` tokens, each accepted with
     probability `a`, brings `(1 - a^(n+1)) / (1 - a)` tokens for the time of one plain step and `n` draft steps. `a` is
     what the prompt's last tokens show and then what verifying shows; times are measured, cycle by cycle. Where nothing
-    pays it decodes plainly, and tries a single draft again after 8, 16, ... 256 steps, exit after exit.
+    pays it decodes plainly, and tries a single draft again after 12, 24, ... 384 steps, exit after exit.
 
     Args:
         decoding ([`SelfSpeculation`]): Exits and verifying depth.
@@ -1119,8 +1119,8 @@ class LearnedDrafts:
 
     MAX_TOKENS = 8
     WORTHWHILE = 1.02  # gain from which on it drafts
-    FIRST_WAIT, LAST_WAIT = 8, 256
-    PROMPT_TOKENS = 16  # of all rows
+    FIRST_WAIT, LAST_WAIT = 12, 384
+    PROMPT_TOKENS = 32  # through the head, of all rows and exits
     LOOK_AROUND = 32  # cycles
     MEMORY = 0.97  # of an acceptance, at each new one
     EXPECTED = 4  # measurements that the expected cost of a draft weighs as much as: single ones are noisy
@@ -1128,7 +1128,7 @@ class LearnedDrafts:
     def __init__(self, decoding: SelfSpeculation, sequences: Sequences, outputs):
         self.sequences, self.depth = sequences, decoding.depth
         states = [*outputs.exit_hidden_states, outputs.last_hidden_state]
-        tokens = max(self.PROMPT_TOKENS // sequences.batch_size, 2)
+        tokens = max(self.PROMPT_TOKENS // (sequences.batch_size * len(states)), 2)
         tokens = min(tokens, sequences.prompt_size, *(s.shape[1] for s in states))
         self.prompt_states: list[torch.Tensor] | None = [s[:, -tokens:].clone() for s in states]
         self.accepted, self.tried = dict.fromkeys(decoding.exits, 0.0), dict.fromkeys(decoding.exits, 0.0)
