@@ -98,7 +98,8 @@ def load_tasks(data: Path | None, num_held_out: int) -> dict[str, Task]:
         return rows[num_held_out:], rows[:num_held_out]
 
     def read(name: str) -> list[dict]:
-        return [json.loads(line) for line in (data / name).read_text().splitlines()] if data else []
+        path = data / name if data else None
+        return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
     train, held_out = build_facts()
     random.Random(0).shuffle(held_out)
