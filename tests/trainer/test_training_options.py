@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
@@ -458,9 +459,6 @@ def test_early_stopping_on_an_exit(tmp_path):
 
 def test_reporting_integrations_get_every_exit(tmp_path):
     """Through `report_to`, as everything that `Trainer` logs."""
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     trainer = make_trainer(
         tmp_path, tiny_sorted(), eval_dataset=make_data(), report_to="tensorboard", eval_strategy="steps",
         eval_steps=2, log_exit_grad_norms=True, processing_class=tiny_tokenizer(),
