@@ -123,6 +123,18 @@ class Bare:
         with torch.no_grad():
             model.model(tokens, **{CACHE_NAME: self.cache})
 
+    def _states(self, tokens: int) -> torch.Tensor:
+        return self.model.model.embed_tokens(torch.full((self.rows, tokens), 5, device=DEVICE))
+
+    def _run(self, first: int, last: int, head_tokens: int, states: torch.Tensor, options: dict) -> None:
+        inner, named, tokens = self.model.model, {CACHE_NAME: self.cache}, states.shape[1]
+        for layer in inner.layers[first:last]:
+            states = layer(states, use_cache=True, **options, **named)
+        if head_tokens:
+            self.model.lm_head(inner.norm(states[:, -head_tokens:])).argmax(-1)
+        for layer in self.cache.layers[first:last]:
+            layer.crop(-tokens)
+
     def _options(self, states: torch.Tensor) -> dict:
         """What a layer is given beside the states, `(rows, tokens, hidden_size)`."""
         positions = torch.arange(self.context, self.context + states.shape[1], device=DEVICE)[None]
@@ -134,32 +146,17 @@ class Bare:
     @torch.no_grad()
     def forward(self, first: int, last: int, tokens: int, head_tokens: int) -> None:
         """Run `tokens` tokens of every row through the layers, and the last `head_tokens` through the head."""
-        inner, named = self.model.model, {CACHE_NAME: self.cache}
-        states = inner.embed_tokens(torch.full((self.rows, tokens), 5, device=DEVICE))
-        if last > first:
-            options = self._options(states)
-            for layer in inner.layers[first:last]:
-                states = layer(states, use_cache=True, **options, **named)
-        if head_tokens:
-            self.model.lm_head(inner.norm(states[:, -head_tokens:])).argmax(-1)
-        for layer in self.cache.layers[first:last]:
-            layer.crop(-tokens)
+        states = self._states(tokens)
+        self._run(first, last, head_tokens, states, self._options(states) if last > first else {})
 
     @torch.no_grad()
     def replay(self, parts: list[tuple[int, int, int, int]]) -> None:
         """Run `forward`'s parts one after another, with masks and rotary embeddings made once for each width."""
-        inner, named = self.model.model, {CACHE_NAME: self.cache}
         for first, last, tokens, head_tokens in parts:
             if tokens not in self.made:
-                states = inner.embed_tokens(torch.full((self.rows, tokens), 5, device=DEVICE))
+                states = self._states(tokens)
                 self.made[tokens] = states, self._options(states)
-            states, options = self.made[tokens]
-            for layer in inner.layers[first:last]:
-                states = layer(states, use_cache=True, **options, **named)
-            for layer in self.cache.layers[first:last]:
-                layer.crop(-tokens)
-            if head_tokens:
-                self.model.lm_head(inner.norm(states)).argmax(-1)
+            self._run(first, last, head_tokens, *self.made[tokens])
 
     def seconds(self, first: int, last: int, tokens: int, head_tokens: int, runs: int) -> float:
         """Median time of `forward`."""

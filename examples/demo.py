@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from evaluate import ExitResult, answers, as_text, evaluate_exits, format_table, load_rows
+from evaluate import ExitResult, answers, as_text, default_exits, evaluate_exits, format_table, load_rows
 from facts import build_facts
 from plot import plot_quality_speed
 from smollm2 import SMOLLM2, fetch_model
@@ -76,7 +76,7 @@ def main() -> None:
     model = SortedLlamaForCausalLM.from_pretrained(model_path, dtype=dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     depth = model.config.num_hidden_layers
-    exits = sorted({max(1, depth // 3), max(1, depth // 2), max(1, 2 * depth // 3), depth})  # of 30: 10 15 20 30
+    exits = default_exits(depth)
     train_rows, test_rows = build_facts() if args.data is None else hold_out(load_rows(args.data))
     test_rows = test_rows[:MAX_TEST_ROWS]
     print(f"{len(train_rows)} rows to train on, {len(test_rows)} held out; exits {exits}; {device}, {dtype}")

@@ -50,6 +50,11 @@ class ExitResult:
     tokens_per_second: float
 
 
+def default_exits(depth: int) -> list[int]:
+    """A third, a half, two thirds and all of the layers: of 30, the exits 10 15 20 30."""
+    return sorted({max(1, depth // 3), max(1, depth // 2), max(1, 2 * depth // 3), depth})
+
+
 def as_text(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """
     Rows as TRL trains them: `prompt` and `completion` as text, chat messages through the template, plain text with the

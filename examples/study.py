@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from evaluate import as_text, completions, teacher_forced
+from evaluate import as_text, completions, default_exits, teacher_forced
 from facts import build_facts
 from smollm2 import SMOLLM2, fetch_model
 from transformers import AutoTokenizer
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace, task_name: str, arm: str, seed: int) -> dict:
     start = folder.with_name(f"SFT {seed}") / "final" if arm == "SFT+ICT" else fetch_model(args.model)
     model = SortedLlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     depth = model.config.num_hidden_layers
-    exits = args.exit_layers or sorted({depth // 3, depth // 2, 2 * depth // 3, depth})
+    exits = args.exit_layers or default_exits(depth)
     evaluated = exits
     options: dict[str, Any] = RECIPES.get(arm, {}) | {"exit_layers": exits}
     if arm == "SFT":
@@ -310,7 +310,7 @@ def main() -> None:
     results = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     if not args.report:
         depth = SortedLlamaForCausalLM.config_class.from_pretrained(fetch_model(args.model)).num_hidden_layers
-        alone = args.exit_layers or sorted({depth // 3, depth // 2, 2 * depth // 3, depth})
+        alone = args.exit_layers or default_exits(depth)
         arms = args.arms or ["SFT", "SFT+ICT", *RECIPES, *(f"alone {k}" for k in alone[:-1])]
         done = {(r["task"], r["arm"], r["seed"]) for r in results}
         for seed in args.seeds:

@@ -222,7 +222,7 @@ class SortedSFTTrainer(SFTTrainer):
 
     def _add(self, name: str, values: torch.Tensor, exits: list[int] | None = None) -> None:
         """Add to the sums of the mode that the model is in; with `exits`, a value for each of them."""
-        if exits is not None:
+        if exits is not None and len(exits) < len(self.exit_layers):
             index = torch.tensor([self.exit_layers.index(k) for k in exits], device=values.device)
             values = values.new_zeros(len(self.exit_layers)).index_copy(0, index, values)
         sums = self._sums["train" if self.model.training else "eval"]
@@ -247,9 +247,9 @@ class SortedSFTTrainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         self._sums["train"].clear()  # steps after the last log of a former run
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
         if not self.args.disable_tqdm:
+            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            total = sum(p.numel() for p in self.model.parameters())
             self.accelerator.print(
                 f"SoFT of exits {', '.join(map(str, self.exit_layers))}: {trained / 1e6:,.1f} M of "
                 f"{total / 1e6:,.1f} M parameters are trained ({trained / max(total, 1):.1%})."
@@ -287,7 +287,8 @@ class SortedSFTTrainer(SFTTrainer):
         for k in self.exit_layers:
             for name, totals in sums.items():
                 counted = batches.get(k, 0) if name == "grad_norm" else tokens[k]
-                if counted or self.args.exit_schedule == "all":  # else it was not this exit's turn
+                had_a_turn = counted or k == self.exit_layers[-1] or self.args.exit_schedule == "all"
+                if had_a_turn:
                     metrics[f"{prefix}exit_{k}_{name}"] = totals[k] / max(counted, 1)
         accuracy = metrics[f"{prefix}exit_{self.exit_layers[-1]}_mean_token_accuracy"]
         return {**metrics, f"{prefix}mean_token_accuracy": accuracy, f"{prefix}num_tokens": self._num_tokens}

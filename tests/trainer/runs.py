@@ -115,3 +115,15 @@ def naive_means(llama, batches, **kwargs):
     """Token-weighted means over batches: each exit's loss, accuracy and agreement."""
     *sums, count = [sum(values) for values in zip(*(naive_sums(llama, b, **kwargs) for b in batches), strict=True)]
     return [(total / count).tolist() for total in sums]
+
+
+# Evaluated and saved after each step, on data that it is the less like the longer it trains: the best is not the last
+BEST_IS_NOT_LAST = {
+    "eval_dataset": Dataset.from_list([{"text": "0123456789"}]),
+    "learning_rate": 0.03,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}

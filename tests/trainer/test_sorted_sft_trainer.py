@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from modeling_sorted_llama import SortedLlamaForCausalLM
 from tests.tiny import reference_llama, save_tiny, tiny_fields, tiny_llama, tiny_sorted, tiny_tokenizer
 from tests.trainer.runs import (
+    BEST_IS_NOT_LAST,
     EXITS,
     assert_equal_weights,
     logged,
@@ -515,16 +516,18 @@ def test_compute_metrics(tmp_path):
         assert metrics[key] == pytest.approx(value, rel=1e-5), key
 
 
-def test_batch_without_labels(tmp_path):
+@pytest.mark.parametrize("schedule", ["all", "rotate"])
+def test_batch_without_labels(tmp_path, schedule):
     """A batch in which every label is masked is a loss of 0 among the others, never NaN."""
     ids = tiny_tokenizer()("a line of text")["input_ids"]
     data = Dataset.from_list(
         [{"input_ids": ids, "labels": [-100] * len(ids)}] * 2 + [{"input_ids": ids, "labels": ids}] * 2
     )
     options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "train_sampling_strategy": "sequential"}
-    trainer = make_trainer(tmp_path, data=data, eval_dataset=data, **options)
+    trainer = make_trainer(tmp_path, data=data, eval_dataset=data, exit_schedule=schedule, **options)
     trainer.train()
-    for key in ("loss", "exit_1_loss", "exit_1_mean_token_accuracy"):
+    keys = ("exit_1_loss", "exit_1_mean_token_accuracy") if schedule == "all" else ()
+    for key in ("loss", "exit_4_loss", "exit_4_mean_token_accuracy", *keys):
         values = logged(trainer, key)
         assert values[0] == 0 and np.isfinite(values).all(), key
     assert logged(trainer, "loss")[1] > 0
@@ -589,15 +592,9 @@ def test_load_best_model_at_end(tmp_path):
     trainer = make_trainer(
         tmp_path,
         tiny_llama(initializer_range=0.02),
-        eval_dataset=Dataset.from_list([{"text": "0123456789"}]),  # the less like it the longer it trains
         max_steps=4,
-        learning_rate=0.03,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
         metric_for_best_model="exit_1_loss",
+        **BEST_IS_NOT_LAST,
     )
     trainer.train()
     losses = logged(trainer, "eval_exit_1_loss")

@@ -13,7 +13,16 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
 from tests.tiny import tiny_llama, tiny_sorted, tiny_tokenizer
-from tests.trainer.runs import EXITS, assert_equal_weights, exit_logits, logged, make_data, make_trainer, naive_sums
+from tests.trainer.runs import (
+    BEST_IS_NOT_LAST,
+    EXITS,
+    assert_equal_weights,
+    exit_logits,
+    logged,
+    make_data,
+    make_trainer,
+    naive_sums,
+)
 from trainer import ExitTableCallback, SortedSFTConfig
 
 
@@ -439,16 +448,10 @@ def test_early_stopping_on_an_exit(tmp_path):
     trainer = make_trainer(
         tmp_path,
         tiny_llama(initializer_range=0.02),
-        eval_dataset=make_data().select(range(1)).map(lambda _: {"text": "0123456789"}),  # never like the training
         max_steps=20,
-        learning_rate=0.03,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
         metric_for_best_model="eval_exit_1_loss",
         callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        **BEST_IS_NOT_LAST,
     )
     trainer.train()
     losses = logged(trainer, "eval_exit_1_loss")
