@@ -1109,7 +1109,8 @@ class LearnedDrafts:
     Draft lengths, and among several exits the one, that pay most. A draft of `n` tokens, each accepted with
     probability `a`, brings `(1 - a^(n+1)) / (1 - a)` tokens for the time of one plain step and `n` draft steps. `a` is
     what the prompt's last tokens show and then what verifying shows; times are measured, cycle by cycle. Where nothing
-    pays it decodes plainly, and tries a single draft again after 12, 24, ... 384 steps, exit after exit.
+    pays it decodes plainly, and tries a single draft again after 12, 24, ... 384 steps, exit after exit. Finding out
+    may cost a share of what decoding all tokens plainly would take, and no more.
 
     Args:
         decoding ([`SelfSpeculation`]): Exits and verifying depth.
@@ -1118,6 +1119,7 @@ class LearnedDrafts:
     """
 
     MAX_TOKENS = 8
+    MAX_LOSS = 0.05  # of the plain steps for as many tokens as were asked for
     WORTHWHILE = 1.02  # gain from which on it drafts
     FIRST_WAIT, LAST_WAIT = 12, 384
     PROMPT_TOKENS = 32  # through the head, of all rows and exits
@@ -1127,6 +1129,7 @@ class LearnedDrafts:
 
     def __init__(self, decoding: SelfSpeculation, sequences: Sequences, outputs):
         self.sequences, self.depth = sequences, decoding.depth
+        self.budget = self.MAX_LOSS * (sequences.max_length - sequences.prompt_size)  # plain steps
         states = [*outputs.exit_hidden_states, outputs.last_hidden_state]
         tokens = max(self.PROMPT_TOKENS // (sequences.batch_size * len(states)), 2)
         tokens = min(tokens, sequences.prompt_size, *(s.shape[1] for s in states))
@@ -1152,7 +1155,11 @@ class LearnedDrafts:
             return exits[0], 0
         if self.prompt_states is not None:  # not before: many answers are over by now
             self._look_at_prompt(exits)
-        gain, exit_layer, n = max((self._gain(k, n), k, n) for k in exits for n in range(1, self.MAX_TOKENS + 1))
+        lengths = [(k, n) for k in exits for n in range(1, self.MAX_TOKENS + 1) if self._can_afford(k, n)]
+        if not lengths:
+            return exits[0], 0
+        exits = list(dict.fromkeys(k for k, _ in lengths))
+        gain, exit_layer, n = max((self._gain(k, n), k, n) for k, n in lengths)
         if gain >= self.WORTHWHILE:
             self.wait, self.plain_steps = self.FIRST_WAIT, 0
             self.draft_cycles += 1
@@ -1175,11 +1182,14 @@ class LearnedDrafts:
         if num_drafts == 0:
             self.plain_seconds.append(seconds)
             return
-        self.costs[exit_layer].append((seconds / median(self.plain_seconds) - 1) / num_drafts)
+        cost = seconds / median(self.plain_seconds) - 1
+        self.costs[exit_layer].append(cost / num_drafts)
         tried = sum(min(n + 1, num_drafts) for n in accepted) / len(accepted)
         kept = self.MEMORY**tried
-        self.accepted[exit_layer] = kept * self.accepted[exit_layer] + sum(accepted) / len(accepted)
+        mean_accepted = sum(accepted) / len(accepted)
+        self.accepted[exit_layer] = kept * self.accepted[exit_layer] + mean_accepted
         self.tried[exit_layer] = kept * self.tried[exit_layer] + tried
+        self.budget += mean_accepted - cost
 
     def _next_try(self, exits: list[int]) -> int:
         self.tries += 1
@@ -1188,11 +1198,18 @@ class LearnedDrafts:
     def _acceptance(self, exit_layer: int) -> float:
         return (self.accepted[exit_layer] + 0.5) / (self.tried[exit_layer] + 1)
 
+    def _cost(self, exit_layer: int) -> float:
+        return max(median(self.costs[exit_layer]), 0.0)
+
+    def _can_afford(self, exit_layer: int, n: int) -> bool:
+        """Whether `n` drafts may all be in vain; several only once a single one has shown what they cost."""
+        costs = self.costs[exit_layer]
+        return n * max(self._cost(exit_layer), costs[-1]) <= self.budget and (n == 1 or len(costs) > self.EXPECTED)
+
     def _gain(self, exit_layer: int, n: int) -> float:
         """Tokens a time, as a multiple of plain decoding."""
         a = self._acceptance(exit_layer)
-        cost = max(median(self.costs[exit_layer]), 0.0)
-        return (1 - a ** (n + 1)) / (1 - a) / (1 + n * cost)
+        return (1 - a ** (n + 1)) / (1 - a) / (1 + n * self._cost(exit_layer))
 
     def _look_at_prompt(self, exits: list[int]) -> None:
         """On how many of the prompt's last tokens the greedy token of each exit is that of the verifying depth."""
@@ -1214,6 +1231,8 @@ class LearnedDrafts:
         for k, share in zip(exits, agreed.tolist(), strict=False):
             self.accepted[k], self.tried[k] = 6 * math.sqrt(share), 6.0
         self.prompt_states = None
+        self.clock, before = time.perf_counter(), self.clock
+        self.budget -= (self.clock - before) / median(self.plain_seconds)
 
 
 def decode(

@@ -159,7 +159,7 @@ def test_a_verifying_depth_below_full(draft, source):
 @pytest.mark.parametrize("draft", [1, 2, 3, "auto"])
 def test_a_model_without_exits(draft):
     model = quiet(tiny_sorted(exit_layers=None), 1, 0.0)
-    arguments = {**prompts(), "max_new_tokens": 16}
+    arguments = {**prompts(), "max_new_tokens": 64}
     output = model.generate(**arguments, assistant_early_exit=draft, **RETURN)
     assert torch.equal(output.sequences, reference_llama(model, 4).generate(**arguments))
     assert output.draft_statistics.drafted > 0
@@ -862,7 +862,7 @@ def inputs_of(arguments):
 @pytest.mark.parametrize("where", ["call", "constructor"])
 def test_pipeline(where, length):
     model, tokenizer = MODELS["accepting"](), tiny_tokenizer()
-    arguments = {"max_new_tokens": 12, "do_sample": False, "batch_size": 2}
+    arguments = {"max_new_tokens": 40, "do_sample": False, "batch_size": 2}
     texts = ["hello", "a longer prompt"]
     expected = pipeline("text-generation", model=reference_llama(model, 4), tokenizer=tokenizer)(texts, **arguments)
     drafting = {"assistant_early_exit": 2, "num_assistant_tokens": length}
@@ -1020,7 +1020,7 @@ class Clock:
     """Stands in for the `time` of the module: it moves when it is told to."""
 
     def __init__(self):
-        self.now = 100.0
+        self.now = 0.0
 
     def perf_counter(self):
         return self.now
@@ -1036,10 +1036,11 @@ def clock(monkeypatch):
 class Decoding:
     """Runs the plan of a draft length through cycles whose times and acceptances are chosen."""
 
-    def __init__(self, clock, acceptance, cost, agrees=None):
+    def __init__(self, clock, acceptance, cost, agrees=None, max_new_tokens=10_000, look=0.0):
         """
         By exit: `acceptance` of each draft, `cost` of a draft step in plain steps, and whether it `agrees` with full
-        depth on the prompt (by default where at least half of the drafts are accepted).
+        depth on the prompt (by default where at least half of the drafts are accepted). `look` is what the look at the
+        prompt costs, in plain steps.
         """
         self.clock, self.acceptance, self.cost = clock, acceptance, cost
         model, exits = tiny_sorted(), list(acceptance)
@@ -1050,8 +1051,14 @@ class Decoding:
         outputs = SimpleNamespace(
             exit_hidden_states=tuple(normed if agrees[k] else other for k in exits), last_hidden_state=normed
         )
-        head = lambda states, depth: model.lm_head(states)  # noqa: E731
-        sequences = SimpleNamespace(model=model, head=head, prompt={}, prompt_size=6, batch_size=1)
+
+        def head(states, depth):
+            clock.now += look
+            return model.lm_head(states)
+
+        sequences = SimpleNamespace(
+            model=model, head=head, prompt={}, prompt_size=6, batch_size=1, max_length=6 + max_new_tokens
+        )
         with torch.no_grad():
             self.plan = LearnedDrafts(SelfSpeculation(4, exits, None, "constant", None, None, 2), sequences, outputs)
         self.plan.learn(0, 0, [0])  # the prefill
@@ -1110,6 +1117,27 @@ def test_where_nothing_pays(clock):
     assert first <= tries[0] <= first + 8
 
 
+@pytest.mark.parametrize("agrees", [True, False])
+@pytest.mark.parametrize("cost", [0.1, 0.3, 0.8])
+@pytest.mark.parametrize("max_new_tokens", [4, 16, 64, 256])
+def test_never_more_than_5_percent_slower(clock, max_new_tokens, cost, agrees):
+    """However well the prompt speaks of an exit of which no draft is accepted, and however short the answer."""
+    decoding = Decoding(clock, {1: 0.0}, {1: cost}, {1: agrees}, max_new_tokens, look=0.02 * min(max_new_tokens, 16))
+    lengths = [n for _, n in decoding.run(max_new_tokens - 1)]
+    assert clock.now <= 1.05 * max_new_tokens
+    assert sum(lengths) > 0 or cost == 0.8 or max_new_tokens <= 16  # and yet it tries where it can afford to
+
+
+def test_what_drafts_brought_may_be_spent(clock):
+    """On a short answer one failed draft ends the drafting, unless accepted ones came before it."""
+    failed = Decoding(clock, {1: 0.0}, {1: 0.5}, {1: True}, max_new_tokens=16)
+    assert sum(n for _, n in failed.run(15)) == 1
+    accepted = Decoding(clock, {1: 1.0}, {1: 0.5}, max_new_tokens=16)
+    accepted.run(5)
+    accepted.acceptance = {1: 0.0}
+    assert sum(n for _, n in accepted.run(3)) > 1
+
+
 def test_drafts_that_stop_being_accepted(clock):
     """After a good start it stops within few drafts."""
     decoding = Decoding(clock, {1: 1.0}, {1: 0.3})
@@ -1158,9 +1186,9 @@ def test_an_exit_that_the_prompt_spoke_against(clock):
 
 
 def test_what_the_prompt_showed(clock):
-    """An exit that agreed with full depth on the prompt drafts at once; one that never did, does not."""
-    agreed = Decoding(clock, {1: 1.0}, {1: 0.1}, {1: True}).run(4)
-    assert [n > 2 for _, n in agreed] == [False, False, True, True]
+    """An exit that agreed with full depth on the prompt drafts at once, first one token; one that never did, not."""
+    lengths = [n for _, n in Decoding(clock, {1: 1.0}, {1: 0.1}, {1: True}).run(4)]
+    assert lengths[:3] == [0, 0, 1] and lengths[3] > 2
     never = Decoding(clock, {2: 1.0}, {2: 0.6}, {2: False}).run(8)
     assert [n for _, n in never] == [0] * 8
 
