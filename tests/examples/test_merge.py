@@ -1,0 +1,100 @@
+"""`examples/merge.py`: adapters and checkpoints become one sorted model."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+
+from modeling_sorted_llama import SortedLlamaForCausalLM
+from tests.tiny import prompts, reference_llama, save_tiny, tiny_sorted
+from tests.trainer.runs import EXITS, make_trainer
+
+
+@pytest.fixture(scope="module")
+def merge():
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    yield importlib.import_module("merge")
+    sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def trained_adapters(tmp_path_factory):
+    """The folder of a base, and those of two adapters trained on different data by SoFT."""
+    folder = tmp_path_factory.mktemp("adapters")
+    base = save_tiny(folder / "base", tiny_sorted())
+    adapters = []
+    for seed, kind in enumerate(("text", "prompt_completion")):
+        adapters.append(folder / f"adapter-{seed}")
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        torch.manual_seed(seed)
+        trainer = make_trainer(folder, base, kind, peft_config=lora, seed=seed, max_steps=3, learning_rate=1e-2)
+        trainer.train()
+        trainer.save_model(adapters[-1])
+    return base, adapters
+
+
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"])
+def test_adapters_are_merged(merge, trained_adapters, tmp_path, combination):
+    """One sorted model, whose every exit is that of a plain Llama with the merged weights."""
+    base, adapters = trained_adapters
+    torch.manual_seed(0)
+    merged = merge.merge_adapters(base, adapters, weights=[0.7, 0.3], combination_type=combination, density=0.5)
+    merged.save_pretrained(tmp_path)
+    loaded = SortedLlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.exit_layers == EXITS
+    for k in EXITS:
+        logits = loaded(**prompts(), exit_layer=k).logits
+        torch.testing.assert_close(logits, reference_llama(merged, k)(**prompts()).logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(logits, tiny_sorted()(**prompts(), exit_layer=k).logits, atol=1e-2)
+
+
+def test_merged_adapters_are_the_weighted_sum(merge, trained_adapters):
+    """`"cat"` keeps what each adapter adds: the merged weights are the base's plus the weighted sum of both."""
+    base, adapters = trained_adapters
+    merged = merge.merge_adapters(base, adapters, weights=[0.7, 0.3], combination_type="cat")
+    before = SortedLlamaForCausalLM.from_pretrained(base)
+    alone = [
+        PeftModel.from_pretrained(SortedLlamaForCausalLM.from_pretrained(base), folder).merge_and_unload()
+        for folder in adapters
+    ]
+    for name, weight in merged.state_dict().items():
+        first, second = (model.state_dict()[name] - before.state_dict()[name] for model in alone)
+        expected = before.state_dict()[name] + 0.7 * first + 0.3 * second
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_checkpoints_are_averaged(merge, tmp_path):
+    """Weight by weight, in float32, and the exits stay."""
+    models = [tiny_sorted(seed=seed) for seed in range(3)]
+    folders = [save_tiny(tmp_path / str(seed), model) for seed, model in enumerate(models)]
+    merge.average_checkpoints(folders, weights=[1, 2, 1]).save_pretrained(tmp_path / "merged")
+    merged = SortedLlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.exit_layers == EXITS
+    for name, weight in merged.state_dict().items():
+        a, b, c = (model.state_dict()[name] for model in models)
+        torch.testing.assert_close(weight, a / 4 + b / 2 + c / 4)
+    torch.testing.assert_close(
+        merged(**prompts(), exit_layer=2).logits, reference_llama(merged, 2)(**prompts()).logits, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_checkpoints_that_cannot_be_averaged(merge, tmp_path):
+    folders = [save_tiny(tmp_path / "a", tiny_sorted()), save_tiny(tmp_path / "b", tiny_sorted(exit_layers=[3, 4]))]
+    with pytest.raises(ValueError, match=r"exit_layers.*\[1, 2, 4\].*\[3, 4\]"):
+        merge.average_checkpoints(folders)
+    with pytest.raises(ValueError, match=r"weights.*\[1.0\].*2 checkpoints"):
+        merge.average_checkpoints([folders[0], folders[0]], weights=[1.0])
+
+
+def test_command(merge, tmp_path, monkeypatch, capsys):
+    folders = [save_tiny(tmp_path / str(seed), tiny_sorted(seed=seed)) for seed in range(2)]
+    output = str(tmp_path / "merged")
+    monkeypatch.setattr(sys, "argv", ["merge.py", "--checkpoints", *folders, "--output_dir", output])
+    merge.main()
+    assert output in capsys.readouterr().out
+    model = SortedLlamaForCausalLM.from_pretrained(output)
+    expected = merge.average_checkpoints(folders)
+    assert torch.equal(model(**prompts()).logits, expected(**prompts()).logits)
