@@ -14,6 +14,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
 
+from .atomic_saves import AtomicSaves
 from .exit_table import ExitTableCallback
 from .sorted_sft_config import SortedSFTConfig
 
@@ -24,7 +25,7 @@ for _targets in vars(peft.utils.constants).values():
         _targets.setdefault("sorted_llama", _targets["llama"])
 
 
-class SortedSFTTrainer(SFTTrainer):
+class SortedSFTTrainer(AtomicSaves, SFTTrainer):
     """
     Trainer for Sorted Fine-Tuning (SoFT, arXiv 2309.08968): supervised fine-tuning that trains the first `k` decoder
     layers, for several `k` at once, to be models of their own.

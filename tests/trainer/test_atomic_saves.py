@@ -1,0 +1,154 @@
+"""Runs that are killed: `kill -9` at any file that is written, renamed or deleted, and at random moments."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
+
+from tests.tiny import tiny_llama
+from tests.trainer.runs import BEST_IS_NOT_LAST, EXITS, make_trainer
+
+
+OPTIONS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "exit_schedule": "random"}
+WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+
+def train(folder: Path, options: dict, kill_at: int | None = None, count=None) -> None:
+    """Resume what is in `folder` and end it; killed before the `kill_at`-th change of a file there."""
+    changes = 0
+
+    def before_change(event, arguments):
+        nonlocal changes
+        written = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        if (written or event in WRITES) and str(arguments[0]).startswith(str(folder)):
+            changes += 1
+            if count is not None:
+                count.value = changes
+            if changes == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(before_change)
+    torch.set_num_threads(1)
+    trainer = make_trainer(folder, tiny_llama(), **options)
+    trainer.train(resume_from_checkpoint=True if get_last_checkpoint(folder) else None)
+    trainer.save_model()
+
+
+def run(folder, options, kill_at=None, seconds=None):
+    """In a process of its own: whether it came to its end, and how many files it changed."""
+    folder.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("fork")  # torch is loaded already
+    count = context.Value("i", 0)
+    process = context.Process(target=train, args=(folder, options, kill_at, count))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0, count.value
+
+
+def check(folder, options):
+    """Whatever looks like a checkpoint or like a model is one, and not too many."""
+    checkpoints = list(folder.glob("checkpoint-*"))
+    for checkpoint in checkpoints:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        assert checkpoint.name == f"checkpoint-{state['global_step']}"
+        assert AutoModelForCausalLM.from_pretrained(checkpoint).config.exit_layers == EXITS
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.load(checkpoint / name, weights_only=False)
+        best = state["best_model_checkpoint"]
+        assert best is None or Path(best).parent == folder
+    assert len(checkpoints) <= options["save_total_limit"] + 1
+    if (folder / "config.json").exists():
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    start = time.monotonic()
+    ended, changes = run(folder, OPTIONS)
+    assert ended and changes > 50
+    return load_file(folder / "model.safetensors"), changes, time.monotonic() - start
+
+
+def assert_as_undisturbed(folder, undisturbed):
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == undisturbed[0].keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in undisturbed[0].items())
+    assert {"checkpoint-5", "checkpoint-6"} <= {p.name for p in folder.glob("checkpoint-*")}
+    assert not (folder / "unfinished").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_any_file(tmp_path, undisturbed, seed):
+    """Ten times, before a file of the output folder changes, so also within saves and deletions."""
+    draw = random.Random(seed)
+    folder, kills = tmp_path / "run", 0
+    for _ in range(10):
+        ended, _ = run(folder, OPTIONS, kill_at=draw.randint(1, undisturbed[1] // 4))
+        kills += not ended
+        check(folder, OPTIONS)
+    while not run(folder, OPTIONS)[0]:
+        pass
+    assert kills >= 5
+    assert_as_undisturbed(folder, undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path, undisturbed):
+    draw = random.Random(0)
+    folder, kills = tmp_path / "run", 0
+    for _ in range(10):
+        kills += not run(folder, OPTIONS, seconds=draw.uniform(0, undisturbed[2]))[0]
+        check(folder, OPTIONS)
+    run(folder, OPTIONS)
+    assert kills >= 3
+    assert_as_undisturbed(folder, undisturbed)
+
+
+def test_best_checkpoint_survives(tmp_path):
+    """It is not deleted, and its path is the one that it has in the end."""
+    options = {**BEST_IS_NOT_LAST, "max_steps": 5, "save_total_limit": 2, "metric_for_best_model": "exit_1_loss"}
+    trainer = make_trainer(tmp_path, tiny_llama(initializer_range=0.02), **options)
+    trainer.train()
+    best = f"checkpoint-{trainer.state.best_global_step}"
+    assert trainer.state.best_global_step < 5
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [best, "checkpoint-5"]
+    for folder in (best, "checkpoint-5"):
+        state = json.loads((tmp_path / folder / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / best)
+
+
+def test_checkpoint_of_a_former_run_is_replaced(tmp_path):
+    for learning_rate in (1e-3, 1e-2):
+        trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, learning_rate=learning_rate)
+        trainer.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(saved, trainer.model.model.norm.weight)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-2", "README.md"}
+
+
+def test_finished_run_is_resumed(tmp_path):
+    """Not a step more, whatever is left of its last epoch."""
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    finished = make_trainer(tmp_path, **options)
+    finished.train()
+    resumed = make_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+    for (name, param), expected in zip(resumed.model.named_parameters(), finished.model.parameters(), strict=True):
+        assert torch.equal(param, expected), name
