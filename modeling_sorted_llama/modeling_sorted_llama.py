@@ -143,7 +143,13 @@ class _SavesRemoteCode:
         if any(hasattr(generation_config, name) for name in SORTED_GENERATION_FIELDS):
             # Loading drops the fields that transformers does not know where this flag is set
             generation_config._from_model_config = False
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        # FSDP2 puts a class of its own before the model's: its code is not what the folder needs
+        wrapper = type(self)
+        self.__class__ = next(c for c in wrapper.__mro__ if not c.__module__.startswith("torch."))
+        try:
+            super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        finally:
+            self.__class__ = wrapper
 
 
 class SortedLlamaModel(_SavesRemoteCode, LlamaModel):

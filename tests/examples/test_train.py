@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,13 +56,17 @@ def run(folder, *command):
     return result.stdout
 
 
+def make_inputs(folder):
+    """A folder with a model, and data with prompts and completions of different lengths."""
+    save_tiny(folder / "model")
+    rows = [{"prompt": f"count to {n}:", "completion": " " + " ".join(map(str, range(n)))} for n in range(1, 21)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
 @pytest.fixture
 def inputs(tmp_path):
-    """A folder with a model, and data with prompts and completions of different lengths."""
-    save_tiny(tmp_path / "model")
-    rows = [{"prompt": f"count to {n}:", "completion": " " + " ".join(map(str, range(n)))} for n in range(1, 21)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
+    return make_inputs(tmp_path)
 
 
 def write_config(folder, **fields):
@@ -69,8 +75,8 @@ def write_config(folder, **fields):
 
 
 def history(folder):
-    state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
-    return state["log_history"]
+    (checkpoint,) = folder.glob("checkpoint-*")
+    return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
 
 
 @pytest.mark.slow
@@ -118,30 +124,98 @@ def test_flags_with_lora(inputs):
     assert eval(printed, {**names, "inputs": tokens}).shape[1] > tokens["input_ids"].shape[1]
 
 
+# Accelerate knows no FSDP on CPUs: told that they are GPUs, it shards over them just the same
+FSDP_ON_CPUS = """
+import runpy
+import sys
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+init = PartialState.__init__
+
+
+def init_as_gpus(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
+PartialState.__init__ = init_as_gpus
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory):
+    """Folder with a configuration of some options, and in `one` what a single process makes of it."""
+    folders = {}
+
+    def train(options):
+        key = str(options)
+        if key not in folders:
+            folders[key] = make_inputs(tmp_path_factory.mktemp("one_process"))
+            fields = {"train_sampling_strategy": "sequential", "max_steps": 10, "save_steps": 10, **options}
+            write_config(folders[key], **fields)
+            run(folders[key], SCRIPT, "--config", "config.yaml", "--output_dir", "one")
+        return folders[key]
+
+    return train
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"exit_schedule": "random", "self_distillation_weight": 0.5}], ids=str)
-def test_two_processes_equal_one(inputs, options):
-    """The same global batch split over two processes: the losses and weights of a single process."""
-    write_config(inputs, train_sampling_strategy="sequential", **options)
-    run(inputs, SCRIPT, "--config", "config.yaml", "--output_dir", "one")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+@pytest.mark.parametrize(
+    "engine, options",
+    [("ddp", {"exit_schedule": "random", "self_distillation_weight": 0.5}), *((engine, {}) for engine in ENGINES)],
+    ids=str,
+)
+def test_two_processes_equal_one(in_one_process, tmp_path, engine, options):
+    """
+    The same global batches split over two processes, with each engine's configuration: the losses and weights of a
+    single process, and a checkpoint that loads without it.
+    """
+    inputs = shutil.copytree(in_one_process(options), tmp_path, dirs_exist_ok=True)
+    (inputs / "fsdp_on_cpus.py").write_text(FSDP_ON_CPUS)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"examples/accelerate/{engine}.yaml")]
+    script = ["fsdp_on_cpus.py", SCRIPT] if engine == "fsdp2" else [SCRIPT]
+    if engine == "ddp":  # accelerate launches several processes on CPUs with MPI only
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    else:
+        launch += ["--num_processes", "2", "--mixed_precision", "no"]
     flags = ["--config", "config.yaml", "--output_dir", "two", "--per_device_train_batch_size", "2"]
-    output = run(inputs, *launch, SCRIPT, *flags)
+    output = run(inputs, *launch, *script, *flags)
     assert output.count("The model is in two.") == 1
 
     one, two = history(inputs / "one"), history(inputs / "two")
-    assert len(one) == len(two) == 3
+    assert len(one) == len(two) == 10
     for entry, expected in zip(two, one, strict=True):
         assert entry.keys() == expected.keys()
         keys = [k for k in expected if k.endswith(("loss", "accuracy", "num_tokens", "grad_norm", "divergence"))]
         assert len(keys) == 10
         for key in keys:
             assert entry[key] == pytest.approx(expected[key], rel=1e-5), key
-    weights, expected = (load_file(inputs / name / "model.safetensors") for name in ("two", "one"))
-    assert weights.keys() == expected.keys()
-    for name, tensor in weights.items():
-        difference = (tensor - expected[name]).abs().max().item()
-        assert difference <= 1e-4 * expected[name].abs().max().item(), name
+    expected = load_file(inputs / "one" / "model.safetensors")
+    for folder in ("two", "two/checkpoint-10"):
+        weights = load_file(inputs / folder / "model.safetensors")
+        for name, tensor in expected.items():
+            difference = (weights[name] - tensor).abs().max().item()
+            assert difference <= 1e-5 * tensor.abs().max().item(), name
+    assert sorted(path.name for path in (inputs / "two").glob("*.py")) == sorted(
+        path.name for path in (inputs / "one").glob("*.py")
+    )
+    assert json.loads((inputs / "two" / "config.json").read_text()) == json.loads(
+        (inputs / "one" / "config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_accelerate_configs(engine):
+    """Accelerate knows every field of the configurations; several GPUs in all, of one machine."""
+    config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{engine}.yaml"))
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type == kinds.get(engine, "DEEPSPEED")
+    assert config.num_processes > 1 and config.mixed_precision == "bf16"
 
 
 @pytest.mark.slow
