@@ -1119,7 +1119,7 @@ class LearnedDrafts:
     """
 
     MAX_TOKENS = 8
-    MAX_LOSS = 0.05  # of the plain steps for as many tokens as were asked for
+    MAX_LOSS = 0.04  # of the plain steps for as many tokens as were asked for
     WORTHWHILE = 1.02  # gain from which on it drafts
     FIRST_WAIT, LAST_WAIT = 12, 384
     PROMPT_TOKENS = 32  # through the head, of all rows and exits
