@@ -109,7 +109,8 @@ def multi_exit_loss(
     with _gathered(exit_heads):
         heads: dict[int, _Head] = {}  # each once, by identity
         for head in exit_heads:
-            heads.setdefault(id(head), _Head(head, number=len(heads)))
+            if id(head) not in heads:  # a sharded one is gathered here
+                heads[id(head)] = _Head(head, number=len(heads))
         deepest = heads[id(exit_heads[-1])]
         device = deepest.params[0].device if deepest.is_linear else hidden_states[-1].device
         # With the model split across devices the backbone can end on another one than the head's

@@ -1,10 +1,12 @@
 """The fused SoFT loss against a naive sum of `F.cross_entropy` over full logits."""
 
+import contextlib
 import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -352,6 +354,35 @@ def test_dtensor_head(mesh, small_tiles):
     for actual, reference in zip((*states, head.weight), expected, strict=True):
         grad = actual.grad.full_tensor() if actual is head.weight else actual.grad
         assert_near(grad, reference)
+
+
+def test_dtensor_head_is_gathered_once(mesh, monkeypatch):
+    """For all exits and tiles together."""
+    states, head, labels = make_inputs(num_exits=3)
+    head.weight = nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+    gathered, full_tensor = [], DTensor.full_tensor
+    monkeypatch.setattr(DTensor, "full_tensor", lambda self, **kw: gathered.append(self) or full_tensor(self, **kw))
+    multi_exit_loss(states, head, labels).loss.backward()
+    assert len(gathered) == 1
+
+
+def test_zero3_head_is_gathered_once(monkeypatch, small_tiles):
+    """A weight that DeepSpeed has sharded is there for the sweep, and only then; in training with the real one too."""
+    states, head, labels = make_inputs(num_exits=3)
+    loss, *_ = naive_loss(states, head, labels)
+    whole, gathered = head.weight.data, []
+    head.weight.data, head.weight.ds_status = torch.empty(0), "not available"
+
+    @contextlib.contextmanager
+    def gather(params):
+        gathered.append(list(params))
+        head.weight.data = whole
+        yield
+        head.weight.data = torch.empty(0)
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gather)))
+    assert_near(multi_exit_loss(states, head, labels).loss, loss)
+    assert [[param is head.weight for param in params] for params in gathered] == [[True]]
 
 
 FSDP_SCRIPT = """
