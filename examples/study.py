@@ -60,6 +60,7 @@ class Task:
         score (`Callable[[str, str], float]`): From generated text and right answer to a number from 0 to 1.
         metric (`str`): What the score is called.
         max_new_tokens (`int`): Length of a generated answer.
+        num_generated (`int`): Answers to generate and score, at most; losses are of all rows held out.
         steps (`int`): Optimization steps.
         learning_rate (`float`): Peak of the cosine schedule.
     """
@@ -69,6 +70,7 @@ class Task:
     score: Callable[[str, str], float]
     metric: str
     max_new_tokens: int
+    num_generated: int
     steps: int
     learning_rate: float
 
@@ -103,7 +105,7 @@ def load_tasks(data: Path | None, num_held_out: int) -> dict[str, Task]:
 
     train, held_out = build_facts()
     random.Random(0).shuffle(held_out)
-    tasks = {"facts": Task(train, held_out[:num_held_out], exact_match, "exact match", 12, 200, 5e-4)}
+    tasks = {"facts": Task(train, held_out[:num_held_out], exact_match, "exact match", 12, 200, 200, 5e-4)}
     problems = [
         {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
         for row in read("gsm8k_train.jsonl")
@@ -114,9 +116,9 @@ def load_tasks(data: Path | None, num_held_out: int) -> dict[str, Task]:
         if not row["context"] and len(row["response"]) < 400
     ]
     if problems:
-        tasks["gsm8k"] = Task(*split(problems), final_answer, "final answer", 192, 120, 2e-4)
+        tasks["gsm8k"] = Task(*split(problems), final_answer, "final answer", 192, 100, 120, 2e-4)
     if instructions:
-        tasks["instructions"] = Task(*split(instructions), token_f1, "token F1", 96, 120, 2e-4)
+        tasks["instructions"] = Task(*split(instructions), token_f1, "token F1", 96, 100, 120, 2e-4)
     return tasks
 
 
@@ -180,7 +182,8 @@ def run(args: argparse.Namespace, task_name: str, arm: str, seed: int) -> dict:
 
     held_out = as_text(task.held_out, tokenizer)
     losses, agreements = teacher_forced(model, tokenizer, held_out, evaluated)
-    prompts, wanted = [row["prompt"] for row in held_out], [row["answer"] for row in held_out]
+    generated = held_out[: task.num_generated]
+    prompts, wanted = [row["prompt"] for row in generated], [row["answer"] for row in generated]
     scores = []
     for exit_layer in evaluated:
         texts = completions(model, tokenizer, prompts, task.max_new_tokens, exit_layer=exit_layer)

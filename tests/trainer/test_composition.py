@@ -3,10 +3,13 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from tests.tiny import reference_llama, save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
-from tests.trainer.runs import EXITS, logged, make_data, make_trainer, naive_means, text
+from tests.trainer.runs import EXITS, logged, make_args, make_data, make_trainer, naive_means, text
+from trainer import SortedSFTTrainer
 
 
 # Other trainers
@@ -71,6 +74,40 @@ def test_grpo_at_an_exit(tmp_path, exit_layer):
     assert {int(name.split(".")[2]) for name in changed if "layers" in name} == set(range(exit_layer))
 
 
+# Quantized and sharded weights
+
+
+def test_qlora(tmp_path):
+    """Adapters on 4-bit weights: the losses of a plain Llama in 4 bits, and only the adapters are trained."""
+    pytest.importorskip("bitsandbytes")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    folder = save_tiny(tmp_path / "model", tiny_llama(hidden_size=64))
+    trainer = SortedSFTTrainer(
+        folder,
+        args=make_args(tmp_path / "out", exit_layers=EXITS, max_steps=2, seed=1),
+        train_dataset=make_data(),
+        quantization_config=quantization,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    layer = trainer.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert type(layer).__name__ == "Linear4bit"
+    before = layer.weight.clone()
+    batches = watched_batches(trainer)
+    trainer.train()
+    plain = LlamaForCausalLM.from_pretrained(folder, quantization_config=quantization)
+    losses, *_ = naive_means(plain, batches[:1])
+    assert [logged(trainer, f"exit_{k}_loss")[0] for k in EXITS] == pytest.approx(losses, rel=1e-3)
+    assert torch.equal(layer.weight, before)
+    trained = [name for name, param in trainer.model.named_parameters() if param.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_tensor_parallel_plan():
+    """Loading with `tp_plan="auto"` shards a sorted model as it does a Llama."""
+    assert tiny_sorted().tp_plan == tiny_llama().tp_plan != {}
+    assert tiny_sorted().config.base_model_tp_plan == tiny_llama().config.base_model_tp_plan
+
+
 # TRL's dataset formats, at every exit: the logged losses are the naive ones of what the collator makes
 
 TOOLS_TEMPLATE = (
@@ -101,6 +138,18 @@ def tool_row(i):
     return {"messages": messages, "tools": [tool]}
 
 
+def watched_batches(trainer):
+    """Collated batches, as they are trained on."""
+    batches, compute_loss = [], trainer.compute_loss
+
+    def compute_and_keep(model, inputs, *args, **kwargs):
+        batches.append(inputs)
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_and_keep
+    return batches
+
+
 FORMATS = {
     "several turns": ([{"messages": turns(i)} for i in range(4)], {}),
     "several turns, what the assistant says": (
@@ -125,11 +174,7 @@ def test_formats(tmp_path, name, streamed):
     trainer = make_trainer(
         tmp_path, data=data, processing_class=tokenizer, max_length=256, max_steps=1, seed=3, **options
     )
-    batches = []
-    compute_loss = trainer.compute_loss
-    trainer.compute_loss = lambda model, inputs, *a, **kw: (
-        batches.append(inputs) or compute_loss(model, inputs, *a, **kw)
-    )
+    batches = watched_batches(trainer)
     trainer.train()
     losses, *_ = naive_means(tiny_llama(), batches)
     labelled = [(batch["labels"] != -100).float().mean().item() for batch in batches]
