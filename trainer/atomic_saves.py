@@ -2,26 +2,22 @@
 
 import os
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
-
 UNFINISHED = "unfinished"  # folder, in the output folder, of what is being written or deleted
 CONFIGS = ("config.json", "adapter_config.json")  # without one of them, a folder is no model
 
 
-class AtomicSaves(_Trainer):
+class AtomicSaves(Trainer):
     """
-    Mixin of a [`~transformers.Trainer`], which writes a checkpoint straight into the folder that the next run resumes
-    from. Here it is written into a folder beside, and renamed once it is whole. A checkpoint to delete is renamed
-    before. So every `checkpoint-*` is complete, also after a `kill -9`, and `resume_from_checkpoint=True` works.
+    A [`~transformers.Trainer`] writes a checkpoint straight into the folder that the next run resumes from. This one
+    writes it into a folder beside, renamed once it is whole, and renames a checkpoint that is to be deleted before. So
+    every `checkpoint-*` is complete, also after a `kill -9`, and `resume_from_checkpoint=True` works. A base class of
+    other trainers: `class MyTrainer(AtomicSaves, SFTTrainer)`.
     """
 
     _unfinished: str | None = None
@@ -31,14 +27,18 @@ class AtomicSaves(_Trainer):
             super().save_model(output_dir, _internal_call=True)
             return
         output_dir = output_dir or self.args.output_dir
-        unfinished = self._clear_unfinished(output_dir)
+        unfinished = os.path.join(output_dir, UNFINISHED)
+        # Without a barrier: one process alone may call this
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
         super().save_model(unfinished, _internal_call=True)
-        self.accelerator.wait_for_everyone()
-        if self.is_local_process_zero() and os.path.isdir(unfinished):
+        if self.args.should_save:
             for config in CONFIGS:
                 if os.path.exists(os.path.join(output_dir, config)):
                     os.remove(os.path.join(output_dir, config))
             for name in sorted(os.listdir(unfinished), key=lambda name: name in CONFIGS):
+                if os.path.isdir(os.path.join(output_dir, name)):
+                    shutil.rmtree(os.path.join(output_dir, name))
                 os.replace(os.path.join(unfinished, name), os.path.join(output_dir, name))
             os.rmdir(unfinished)
         if self.args.push_to_hub:
@@ -46,11 +46,15 @@ class AtomicSaves(_Trainer):
 
     def _save_checkpoint(self, model, trial: Any) -> None:
         run_dir = super()._get_output_dir(trial)
-        self._unfinished = self._clear_unfinished(run_dir)
+        unfinished = os.path.join(run_dir, UNFINISHED)
+        if self.is_local_process_zero():  # what a killed run may have left
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._unfinished = unfinished
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            unfinished, self._unfinished = self._unfinished, None
+            self._unfinished = None
         self.accelerator.wait_for_everyone()
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         checkpoint = os.path.join(run_dir, name)
@@ -58,15 +62,17 @@ class AtomicSaves(_Trainer):
             best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             if best == checkpoint or os.path.exists(best):
                 self.state.best_model_checkpoint = best
-        if self.is_local_process_zero() and os.path.isdir(os.path.join(unfinished, name)):
-            if self.args.should_save:
-                self.state.save_to_json(os.path.join(unfinished, name, "trainer_state.json"))
-            if os.path.isdir(checkpoint):  # of a former run
-                os.rename(checkpoint, os.path.join(unfinished, "former"))
-            os.rename(os.path.join(unfinished, name), checkpoint)
-            self._delete_oldest(run_dir, unfinished)
-            shutil.rmtree(unfinished)
-        self.accelerator.wait_for_everyone()
+        # The first process, and then those of other nodes, if their disks are their own
+        for renames in (self.is_world_process_zero(), self.is_local_process_zero()):
+            if renames and os.path.isdir(os.path.join(unfinished, name)):
+                if self.args.should_save:
+                    self.state.save_to_json(os.path.join(unfinished, name, "trainer_state.json"))
+                if os.path.isdir(checkpoint):  # of a former run
+                    os.rename(checkpoint, os.path.join(unfinished, "former"))
+                os.rename(os.path.join(unfinished, name), checkpoint)
+                self._delete_oldest(run_dir, unfinished)
+                shutil.rmtree(unfinished)
+            self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(checkpoint)
 
@@ -82,15 +88,6 @@ class AtomicSaves(_Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._unfinished is None:  # else once it is whole
             super()._push_from_checkpoint(checkpoint_folder)
-
-    def _clear_unfinished(self, folder: str) -> str:
-        """What a killed run may have left is deleted."""
-        unfinished = os.path.join(folder, UNFINISHED)
-        if self.is_local_process_zero():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            os.makedirs(unfinished)
-        self.accelerator.wait_for_everyone()
-        return unfinished
 
     def _delete_oldest(self, run_dir: str, unfinished: str) -> None:
         limit = self.args.save_total_limit
