@@ -1,9 +1,5 @@
 """`examples/evaluate.py` on rows of both kinds, against transformers' own Llama."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -21,13 +17,6 @@ ROWS = {
         for i in range(5)
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def evaluate():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    yield importlib.import_module("evaluate")
-    sys.path.pop(0)
 
 
 @pytest.mark.parametrize("kind", ROWS)

@@ -1,10 +1,8 @@
 """`examples/generate.py` as its users run it, against `generate` of every mode."""
 
-import importlib
 import io
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,13 +30,6 @@ FLAGS = ["--exit_threshold", "0.2", "0.1", "--assistant_early_exit", "2", "auto"
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture(scope="module")
-def generate():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    yield importlib.import_module("generate")
-    sys.path.pop(0)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """`examples/merge.py`: adapters and checkpoints become one sorted model."""
 
-import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +9,6 @@ from peft import LoraConfig, PeftModel
 from modeling_sorted_llama import SortedLlamaForCausalLM
 from tests.tiny import prompts, reference_llama, save_tiny, tiny_sorted
 from tests.trainer.runs import EXITS, make_trainer
-
-
-@pytest.fixture(scope="module")
-def merge():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    yield importlib.import_module("merge")
-    sys.path.pop(0)
 
 
 @pytest.fixture(scope="module")

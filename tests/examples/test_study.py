@@ -1,6 +1,5 @@
 """`examples/study.py` on a tiny model: every kind of arm, a second sitting, the scores."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -16,13 +15,6 @@ ROOT = Path(__file__).parents[2]
 GSM8K = [
     {"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(12)
 ]
-
-
-@pytest.fixture(scope="module")
-def study():
-    sys.path.insert(0, str(ROOT / "examples"))
-    yield importlib.import_module("study")
-    sys.path.pop(0)
 
 
 def run(folder, *flags):

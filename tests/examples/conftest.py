@@ -1,0 +1,23 @@
+"""The example scripts as modules: a fixture each."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def _example(name):
+    @pytest.fixture(scope="module", name=name)
+    def module():
+        sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+        yield importlib.import_module(name)
+        sys.path.pop(0)
+
+    return module
+
+
+evaluate = _example("evaluate")
+generate = _example("generate")
+merge = _example("merge")
+study = _example("study")
