@@ -121,7 +121,9 @@ class SortedLlamaConfig(LlamaConfig):
         exit_heads (`str`, *optional*, defaults to `"shared"`):
             `"shared"`: every exit reads through the final norm and the LM head. `"separate"`: each of `exit_layers`
             below full depth has a norm and a head of its own, as the paper's early-exit baseline (SFT+ICT) has; they
-            start as copies of the shared ones, and cost `hidden_size * vocab_size` weights an exit.
+            start as copies of the shared ones, and cost `hidden_size * vocab_size` weights an exit. `"lens"`: each of
+            them has a norm and a square matrix of its own before the shared head (a tuned lens, arXiv 2303.08112);
+            they start as the final norm and the identity, and cost `hidden_size ** 2` weights an exit.
 
     Raises:
         ValueError: At construction, if a value is out of range; the message names the field, the value and the range.
@@ -155,6 +157,11 @@ class SortedLlamaConfig(LlamaConfig):
     def __post_init__(self, **kwargs):
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
+        self._check_exits()
+        if getattr(self, "auto_map", None) is None:  # TRL reads it from the config of every class it does not know
+            self.auto_map = dict(AUTO_MAP)
+
+    def _check_exits(self) -> None:
         if self.exit_layers is not None:
             self.exit_layers = check_exit_layers(self.exit_layers, self.num_hidden_layers)
         if self.exit_layer is not None:
@@ -166,20 +173,18 @@ class SortedLlamaConfig(LlamaConfig):
                     f"{self.exit_loss_weights!r}, set `exit_layers` too."
                 )
             self.exit_loss_weights = check_exit_loss_weights(self.exit_loss_weights, len(self.exit_layers))
-        if self.exit_heads not in ("shared", "separate"):
-            raise ValueError(f"`exit_heads` must be 'shared' or 'separate', got {self.exit_heads!r}.")
-        if self.exit_heads == "separate" and len(self.exit_layers or ()) < 2:
+        if self.exit_heads not in ("shared", "separate", "lens"):
+            raise ValueError(f"`exit_heads` must be 'shared', 'separate' or 'lens', got {self.exit_heads!r}.")
+        if self.exit_heads != "shared" and len(self.exit_layers or ()) < 2:
             raise ValueError(
-                "`exit_heads='separate'` gives each exit below full depth a head of its own: set `exit_layers` too, "
-                f"got {self.exit_layers!r}."
+                f"`exit_heads={self.exit_heads!r}` gives each exit below full depth weights of its own: set "
+                f"`exit_layers` too, got {self.exit_layers!r}."
             )
-        if getattr(self, "auto_map", None) is None:  # TRL reads it from the config of every class it does not know
-            self.auto_map = dict(AUTO_MAP)
 
     @property
-    def separate_exits(self) -> list[int]:
-        """The exits that have a norm and a head of their own."""
-        return self.exit_layers[:-1] if self.exit_heads == "separate" else []
+    def own_exits(self) -> list[int]:
+        """The exits that do not read through the final norm and the LM head as full depth does."""
+        return self.exit_layers[:-1] if self.exit_heads != "shared" else []
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -202,6 +207,23 @@ class SortedLlamaConfig(LlamaConfig):
             config_dict = _cut_exits(config_dict, overrides["num_hidden_layers"])
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """
+        Set fields: see [`~transformers.PreTrainedConfig.update`]. `num_hidden_layers` cuts the exits above it off.
+
+        Args:
+            config_dict (`dict`):
+                Fields and their values.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        if "num_hidden_layers" in config_dict:
+            fields = {name: getattr(self, name) for name in ("num_hidden_layers", *SORTED_FIELDS)}
+            config_dict = {**_cut_exits(fields, config_dict["num_hidden_layers"]), **config_dict}
+        super().update(config_dict)
+        self._check_exits()
+
     def to_llama(self, num_hidden_layers: int | None = None) -> LlamaConfig:
         """
         The plain Llama configuration of a sub-model.
@@ -223,7 +245,7 @@ class SortedLlamaConfig(LlamaConfig):
             fields["num_hidden_layers"] = check_exit_layer(
                 num_hidden_layers, self.num_hidden_layers, "num_hidden_layers"
             )
-            if num_hidden_layers in self.separate_exits:
+            if num_hidden_layers in self.own_exits:
                 fields["tie_word_embeddings"] = False
         return LlamaConfig(**fields, attn_implementation=self._attn_implementation)
 
@@ -253,10 +275,11 @@ class SortedLlamaConfig(LlamaConfig):
 def _cut_exits(config_dict: dict[str, Any], num_hidden_layers: int) -> dict[str, Any]:
     """Drop what a checkpoint says of exits above `num_hidden_layers`, where only so many layers are loaded."""
     config_dict = dict(config_dict)
-    if config_dict.get("exit_heads") == "separate" and num_hidden_layers != config_dict["num_hidden_layers"]:
+    exit_heads = config_dict.get("exit_heads", "shared")
+    if exit_heads != "shared" and num_hidden_layers != config_dict["num_hidden_layers"]:
         raise ValueError(
             f"`num_hidden_layers={num_hidden_layers}` cuts off the layers that the final norm and head belong to, and "
-            "with `exit_heads='separate'` the exits do not share them: load the model whole, then "
+            f"with `exit_heads={exit_heads!r}` the exits do not read as it does: load the model whole, then "
             f"`extract_submodel({num_hidden_layers})`."
         )
     exits, weights = config_dict.get("exit_layers"), config_dict.get("exit_loss_weights")

@@ -56,6 +56,7 @@ def multi_exit_loss(
     label_smoothing: float = 0.0,
     self_distillation_weight: float = 0.0,
     self_distillation_temperature: float = 1.0,
+    trains_head: Sequence[bool] | None = None,
 ) -> MultiExitLossOutput:
     r"""
     Loss of several exits (Sorted LLaMA, section 3: the losses of all sub-models, summed):
@@ -93,6 +94,9 @@ def multi_exit_loss(
             Weight of the divergence of each exit from the last one, of at least 0.
         self_distillation_temperature (`float`, *optional*, defaults to 1.0):
             What both sides' logits are divided by in the divergence, above 0.
+        trains_head (`Sequence[bool]`, *optional*):
+            Whether the loss of an exit has a gradient with respect to its head; without it, the exit takes two
+            matrix products. Defaults to `True` each.
 
     Returns:
         [`MultiExitLossOutput`]
@@ -105,8 +109,9 @@ def multi_exit_loss(
     if reduction == "mean":
         weights = [weight / len(weights) for weight in weights]
     exit_heads = [lm_head] * len(hidden_states) if isinstance(lm_head, nn.Module) else list(lm_head)
+    trains_head = [True] * len(hidden_states) if trains_head is None else list(trains_head)
 
-    with _gathered(exit_heads):
+    with gathered(exit_heads):
         heads: dict[int, _Head] = {}  # each once, by identity
         for head in exit_heads:
             if id(head) not in heads:  # a sharded one is gathered here
@@ -124,6 +129,7 @@ def multi_exit_loss(
             _Objective(weights, loss_type, label_smoothing, self_distillation_weight, self_distillation_temperature),
             list(heads.values()),
             [heads[id(head)].number for head in exit_heads],
+            trains_head,
             labels,
             num_items,
             needs_grad,
@@ -194,7 +200,7 @@ class _MultiExitLoss(torch.autograd.Function):
     """See [`multi_exit_loss`]: `tensors` are the exits' hidden states, then the parameters of the heads."""
 
     @staticmethod
-    def forward(ctx, objective, heads, head_of_exit, labels, num_items, needs_grad, *tensors):
+    def forward(ctx, objective, heads, head_of_exit, trains_head, labels, num_items, needs_grad, *tensors):
         num_exits, device = len(head_of_exit), labels.device
         hidden_states, last = tensors[:num_exits], num_exits - 1
         wants_grad = [needs_grad and tensor.requires_grad for tensor in tensors]
@@ -211,7 +217,7 @@ class _MultiExitLoss(torch.autograd.Function):
             tiles.append(head.tile(tensors[start:end], grads[start:end]))
             start = end
         needs_sweep = [
-            weight != 0 and (grads[e] is not None or tiles[head_of_exit[e]].wants_grad)
+            weight != 0 and (grads[e] is not None or (trains_head[e] and tiles[head_of_exit[e]].wants_grad))
             for e, weight in enumerate(objective.weights)
         ]
         distills, temperature = objective.distillation_weight > 0 and num_exits > 1, objective.temperature
@@ -265,7 +271,7 @@ class _MultiExitLoss(torch.autograd.Function):
                     if distills and e != last:  # d (T^2 KL) / d logits = T * (softmax - the teacher's)
                         soft_scale = weight * objective.distillation_weight * temperature
                         grad_logits.add_(soft_probs.sub_(teacher), alpha=soft_scale)
-                    head.accumulate(grad_logits, grads[e], tile)
+                    head.accumulate(grad_logits, grads[e], tile, trains_head[e])
                 # Free the tiles before the next ones are made
                 logits = grad_logits = soft_probs = None
 
@@ -290,7 +296,7 @@ class _MultiExitLoss(torch.autograd.Function):
             )
         grads, ctx.grads = ctx.grads, None
         scale = grad_loss / ctx.num_items
-        return (None,) * 6 + tuple(grad if grad is None else grad.mul_(scale) for grad in grads)
+        return (None,) * 7 + tuple(grad if grad is None else grad.mul_(scale) for grad in grads)
 
 
 class _LinearTile:
@@ -311,8 +317,10 @@ class _LinearTile:
         with torch.autocast(states.device.type, enabled=False):
             return (self.states @ self.weight.t()).float()
 
-    def accumulate(self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice) -> None:
-        grad_logits, grad_weight = grad_logits.to(self.dtype), self.grad_weight
+    def accumulate(
+        self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice, trains_head: bool
+    ) -> None:
+        grad_logits, grad_weight = grad_logits.to(self.dtype), self.grad_weight if trains_head else None
         with torch.autocast(grad_logits.device.type, enabled=False):
             if grad_states is not None:
                 grad_states[tile] = grad_logits @ self.weight
@@ -340,9 +348,11 @@ class _ModuleTile:
             self.output = self.lm_head(self.states)
         return self.output.detach().to(torch.float32, copy=True)
 
-    def accumulate(self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice) -> None:
-        grad_output = grad_logits.to(self.output.dtype)
-        grads = torch.autograd.grad(self.output, (self.states, *self.params), grad_output, allow_unused=True)
+    def accumulate(
+        self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice, trains_head: bool
+    ) -> None:
+        grad_output, params = grad_logits.to(self.output.dtype), self.params if trains_head else ()
+        grads = torch.autograd.grad(self.output, (self.states, *params), grad_output, allow_unused=True)
         self.output = None
         if grad_states is not None:
             grad_states[tile] = grads[0]
@@ -383,9 +393,34 @@ def _linear_weight(lm_head: nn.Module) -> torch.Tensor | None:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # a DTensor under FSDP
 
 
-def _gathered(heads: Sequence[nn.Module]):
-    """Under DeepSpeed ZeRO-3 a head is sharded until its own forward runs: gather them for the sweep."""
-    params = {id(param): param for head in heads for param in head.parameters()}
+def gather_in_backward(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """
+    Under DeepSpeed ZeRO-3, have parameters made whole for the backward of a model that uses them behind its modules'
+    backs: by the time their gradients arrive, they would have been sharded again.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model whose forward uses them.
+        modules (`Sequence[torch.nn.Module]`):
+            The modules whose parameters it uses without calling them.
+    """
+    params = {id(param): param for module in modules for param in module.parameters() if hasattr(param, "ds_id")}
+    for param in params.values():  # in the same order on every process
+        sys.modules["deepspeed"].zero.register_external_parameter(model, param)
+
+
+def gathered(modules: Sequence[nn.Module]):
+    """
+    Context with whole parameters: under DeepSpeed ZeRO-3 they are sharded until the forward of their own module runs.
+
+    Args:
+        modules (`Sequence[torch.nn.Module]`):
+            The modules whose parameters to gather.
+
+    Returns:
+        A context manager.
+    """
+    params = {id(param): param for module in modules for param in module.parameters()}
     sharded = [p for p in params.values() if getattr(p, "ds_status", None) is not None and p.numel() == 0]
     if not sharded:
         return nullcontext()

@@ -34,12 +34,13 @@ from .generation_sorted_llama import (
     DECODED_MODES,
     SORTED_GENERATION_FIELDS,
     Sequences,
+    check_continuous_batching,
     choose_decoding,
     decode,
     make_plain,
     read_decoding_fields,
 )
-from .loss_sorted_llama import MultiExitLossOutput, check_loss_options, multi_exit_loss
+from .loss_sorted_llama import MultiExitLossOutput, check_loss_options, gather_in_backward, gathered, multi_exit_loss
 
 
 logger = logging.get_logger("transformers.modeling_sorted_llama")  # transformers' verbosity applies to it
@@ -82,6 +83,9 @@ class SortedLlamaKwargs(TransformersKwargs, total=False):  # type: ignore[call-a
             Weight of each exit's divergence from full depth.
         self_distillation_temperature (`float`, *optional*, defaults to 1.0):
             Temperature of both in that divergence.
+        detach_exits (`bool`, *optional*, defaults to `False`):
+            Whether the exits below full depth train nothing but what they own (`config.exit_heads`): no gradient of
+            theirs reaches a layer, the final norm or the shared LM head.
     """
 
     shift_labels: torch.LongTensor | None
@@ -91,6 +95,7 @@ class SortedLlamaKwargs(TransformersKwargs, total=False):  # type: ignore[call-a
     label_smoothing: float
     self_distillation_weight: float
     self_distillation_temperature: float
+    detach_exits: bool
 
 
 @dataclass
@@ -131,6 +136,76 @@ class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
     exit_divergences: torch.Tensor | None = None
 
 
+FOLD_ERROR = (
+    "An exit with `exit_heads='lens'` is a plain Llama once its matrix is folded into the LM head, which takes a "
+    "linear head in floating point, got {}: dequantize or merge it first."
+)
+
+
+class ExitLens(LlamaRMSNorm):
+    """
+    Norm of an exit with `exit_heads="lens"`: `(I + A) RMSNorm(h)`, with a gain and a square matrix `A` of its own.
+
+    This is a tuned lens (arXiv 2303.08112) put behind the norm, where it folds into the head of a plain Llama. At the
+    start `A` is 0: the exit is read as full depth is.
+
+    Args:
+        hidden_size (`int`):
+            Width of the hidden states.
+        eps (`float`, *optional*, defaults to 1e-6):
+            Added to their mean square.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__(hidden_size, eps)
+        # No `nn.Linear`: quantization and adapters for all linear layers are for the layers of the backbone
+        self.matrix = nn.Parameter(torch.zeros(hidden_size, hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = super().forward(hidden_states)
+        return normed + nn.functional.linear(normed, self.matrix)
+
+    @classmethod
+    def from_norm(cls, norm: LlamaRMSNorm) -> "ExitLens":
+        """The lens that does what `norm` does, around copies."""
+        lens = cls(norm.weight.shape[0], norm.variance_epsilon).to(norm.weight)
+        lens.weight.data.copy_(norm.weight)
+        return lens.train(norm.training)
+
+    def fold(self, head: nn.Module) -> tuple[LlamaRMSNorm, nn.Linear]:
+        """A plain norm, around the same gain, and the head that reads it as `head` reads this lens."""
+        if not isinstance(head, nn.Linear):
+            raise ValueError(FOLD_ERROR.format(type(head).__name__))
+        norm = LlamaRMSNorm(len(self.weight), self.variance_epsilon)
+        norm.weight = self.weight
+        folded = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+        folded.weight = nn.Parameter(fold_lens(head.weight, self.matrix))
+        return norm, folded
+
+
+@torch.no_grad()
+def fold_lens(head_weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """
+    Weight of the head that reads a plain norm as the shared head reads an [`ExitLens`].
+
+    Args:
+        head_weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`):
+            Weight of the shared head.
+        matrix (`torch.Tensor` of shape `(hidden_size, hidden_size)`):
+            The lens's.
+
+    Returns:
+        `torch.Tensor` of shape `(vocab_size, hidden_size)`: Of `head_weight`'s dtype; multiplied in float32.
+
+    Raises:
+        ValueError: If the head is quantized.
+    """
+    if not head_weight.is_floating_point():
+        raise ValueError(FOLD_ERROR.format(head_weight.dtype))
+    whole = torch.eye(len(matrix), device=head_weight.device) + matrix.float().to(head_weight.device)
+    return (head_weight.float() @ whole).to(head_weight.dtype)
+
+
 class _SavesRemoteCode:
     """`save_pretrained` writes the code and the whole `auto_map`: `trust_remote_code=True` loads the folder."""
 
@@ -166,12 +241,13 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
 
     def __init__(self, config: LlamaConfig):
         super().__init__(_as_sorted_config(config))
+        norm = ExitLens if self.config.exit_heads == "lens" else LlamaRMSNorm
         self.exit_norms = nn.ModuleDict(
-            {
-                str(k): LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
-                for k in self.config.separate_exits
-            }
+            {str(k): norm(self.config.hidden_size, eps=self.config.rms_norm_eps) for k in self.config.own_exits}
         )
+        # Of a checkpoint that is loaded with fewer layers than it has, the others are left out on purpose
+        there = "|".join(map(str, range(self.config.num_hidden_layers)))
+        self._keys_to_ignore_on_load_unexpected = {rf"(^|\.)layers\.(?!({there})\.)"}
         if self.exit_norms:
             self.post_init()
 
@@ -179,6 +255,8 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         own_norms = getattr(self, "exit_norms", nn.ModuleDict())  # Llama's constructor comes here before it is made
         if module in own_norms.values():  # where a Llama's checkpoint knows none
             init.copy_(module.weight, self.norm.weight)
+            if isinstance(module, ExitLens):
+                init.zeros_(module.matrix)
         else:
             super()._init_weights(module)
 
@@ -191,7 +269,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
                 Number of layers.
 
         Returns:
-            `torch.nn.Module`: The exit's own with `exit_heads="separate"`, else the final norm.
+            `torch.nn.Module`: The exit's own with `exit_heads="separate"` or `"lens"`, else the final norm.
         """
         return next((norm for k, norm in self.exit_norms.items() if int(k) == exit_layer), self.norm)
 
@@ -283,7 +361,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
             del cache.layers[depth:]
-        elif cache is not None and not torch.compiler.is_compiling():
+        elif isinstance(cache, Cache) and not torch.compiler.is_compiling():  # continuous batching has its own kind
             # Not at every decoding step on an accelerator: `generate` has looked before the first
             prefill = inputs_embeds.shape[1] > 1
             check_cache_depth(cache, depth, synchronize=prefill or inputs_embeds.device.type == "cpu")
@@ -412,7 +490,8 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         self.exit_lm_heads = nn.ModuleDict(
             {
                 str(k): nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
-                for k in self.config.separate_exits
+                for k in self.config.own_exits
+                if self.config.exit_heads == "separate"
             }
         )
         self.post_init()
@@ -574,6 +653,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             "label_smoothing",
             "self_distillation_weight",
             "self_distillation_temperature",
+            "detach_exits",
         )
         own = {name: kwargs.pop(name, None) for name in names}
         own = {name: value for name, value in own.items() if value is not None}
@@ -595,7 +675,15 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             "self_distillation_temperature": own.get("self_distillation_temperature", 1.0),
         }
         check_loss_options(**options)
+        detach_exits = own.get("detach_exits", False)
+        if detach_exits and not {*exits[:-1]} <= {*self.config.own_exits}:
+            raise ValueError(
+                "`detach_exits=True` trains only what the exits own: every one of `exit_layers` below full depth must "
+                f"have weights of its own (`exit_heads='lens'` or 'separate'), got exits {exits} where "
+                f"{self.config.own_exits} have."
+            )
         return {
+            "detach_exits": detach_exits,
             "exit_loss_weights": None if weights is None else check_exit_loss_weights(weights, len(exits)),
             "shift_labels": kwargs.pop("shift_labels", None),
             "num_items_in_batch": kwargs.pop("num_items_in_batch", None),
@@ -603,24 +691,30 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         }
 
     def _multi_exit_loss(
-        self, exits, exit_hidden_states, labels, shift_labels=None, **loss_arguments
+        self, exits, exit_hidden_states, labels, shift_labels=None, detach_exits=False, **loss_arguments
     ) -> MultiExitLossOutput:
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
         shift_labels = shift_labels.flatten()
         # Only tokens with a label reach the norm and the head
         labelled = (shift_labels != -100).nonzero().squeeze(-1)
+        if detach_exits:
+            exit_hidden_states = [*(states.detach() for states in exit_hidden_states[:-1]), exit_hidden_states[-1]]
         normed = [
             self.model.exit_norm(k)(states.flatten(0, -2).index_select(0, labelled.to(states.device)))
             for k, states in zip(exits, exit_hidden_states, strict=True)
         ]
         heads = [self.exit_head(k) for k in exits]
-        return multi_exit_loss(normed, heads, shift_labels[labelled], **loss_arguments)
+        gather_in_backward(self, heads)
+        trains_head = [not detach_exits or k == exits[-1] or str(k) in self.exit_lm_heads for k in exits]
+        return multi_exit_loss(normed, heads, shift_labels[labelled], trains_head=trains_head, **loss_arguments)
 
     def extract_submodel(self, exit_layer: int) -> LlamaForCausalLM:
         """
         The sub-model of an exit as a plain Llama that *shares* its tensors with this model: no copy is made, and
-        training either trains both. `save_pretrained` then writes a vanilla Llama checkpoint for any engine.
+        training either trains both. `save_pretrained` then writes a vanilla Llama checkpoint for any engine. The one
+        exception is the head of an exit with `exit_heads="lens"`: a new tensor, the shared head times the exit's
+        matrix.
 
         Args:
             exit_layer (`int`):
@@ -630,7 +724,8 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             [`~transformers.LlamaForCausalLM`]: A model of `exit_layer` layers.
 
         Raises:
-            ValueError: If `exit_layer` is not an integer in that range.
+            ValueError: If `exit_layer` is not an integer in that range, or if a quantized head would have to be
+                multiplied by the matrix of an exit.
         """
         check_exit_layer(exit_layer, len(self.model.layers))
         return _share_modules(self, LlamaForCausalLM, self.config.to_llama(exit_layer))
@@ -650,7 +745,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             [`SortedLlamaForCausalLM`]
 
         Raises:
-            ValueError: If a field is out of range.
+            ValueError: If a field is out of range, or if `exit_heads` would drop what the exits of `model` own.
             TypeError: If `model` is no [`~transformers.LlamaForCausalLM`].
         """
         if not isinstance(model, LlamaForCausalLM):
@@ -724,6 +819,28 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             )
         return decode(Sequences(self, *arguments, streamer, kwargs), decoding)
 
+    def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any):
+        """
+        See [`~transformers.ContinuousMixin`]: all requests run at `config.exit_layer`, or at full depth.
+
+        Raises:
+            ValueError: If `generation_config` asks for another depth.
+        """
+        check_continuous_batching(self, generation_config, {})
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
+
+    def generate_batch(
+        self, inputs: list[list[int]], generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ):
+        """
+        See [`~transformers.ContinuousMixin`]: all requests run at `config.exit_layer`, or at full depth.
+
+        Raises:
+            ValueError: If `generation_config`, or a keyword argument, asks for another depth.
+        """
+        check_continuous_batching(self, generation_config, kwargs)
+        return super().generate_batch(inputs, generation_config, *args, **kwargs)
+
     def _get_candidate_generator(self, *args: Any, **kwargs: Any):
         if kwargs.get("assistant_model") is not None:  # it runs at its own depth
             kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "exit_layer"}
@@ -778,17 +895,17 @@ def _share_modules(source: LlamaForCausalLM, cls: type[LlamaForCausalLM], config
     layers = [copy.deepcopy(layer, memo) for layer in source.model.layers[: config.num_hidden_layers]]
     target.model.layers = nn.ModuleList(layers)
     target.model.rotary_emb = copy.deepcopy(source.model.rotary_emb, memo)
-    own: dict[str, tuple[nn.Module, nn.Module]] = {}  # norm and head of the exits that have their own
-    if isinstance(source, SortedLlamaForCausalLM):
-        own = {k: (source.model.exit_norms[k], source.exit_lm_heads[k]) for k in source.model.exit_norms}
-    shared = source.model.norm, source.lm_head
+    norm, head = source.model.norm, source.lm_head
     if isinstance(target, SortedLlamaForCausalLM):
-        for k in target.model.exit_norms:
-            norm, head = copy.deepcopy(own[k], memo) if k in own else copy.deepcopy(shared)
-            target.model.exit_norms[k], target.exit_lm_heads[k] = norm, head
-    else:
-        shared = own.get(str(config.num_hidden_layers), shared)
-    target.model.norm, target.lm_head = copy.deepcopy(shared, memo)
+        _copy_own(source, target, memo)
+    elif isinstance(source, SortedLlamaForCausalLM):
+        norm = source.model.exit_norm(config.num_hidden_layers)
+        if str(config.num_hidden_layers) in source.exit_lm_heads:
+            head = source.exit_lm_heads[str(config.num_hidden_layers)]
+        if isinstance(norm, ExitLens):
+            norm, head = norm.fold(head)
+            memo[id(head.weight)] = head.weight
+    target.model.norm, target.lm_head = copy.deepcopy((norm, head), memo)
     target.generation_config = copy.deepcopy(source.generation_config)
     for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if hasattr(source, name):
@@ -796,6 +913,35 @@ def _share_modules(source: LlamaForCausalLM, cls: type[LlamaForCausalLM], config
     if not isinstance(target, SortedLlamaForCausalLM):
         make_plain(target.generation_config)
     return target.train(source.training)
+
+
+def _copy_own(source: LlamaForCausalLM, target: SortedLlamaForCausalLM, memo: dict[int, Any]) -> None:
+    """Give the exits of `target` what they own: around the tensors of `source`'s, or new, as full depth reads."""
+    own_norms = getattr(source.model, "exit_norms", nn.ModuleDict())
+    exit_heads = getattr(source.config, "exit_heads", "shared")
+    if exit_heads not in ("shared", target.config.exit_heads):
+        raise ValueError(
+            f"`exit_heads={target.config.exit_heads!r}` would drop what the exits of this model own, which has "
+            f"`exit_heads={exit_heads!r}`: start from `extract_submodel({target.config.num_hidden_layers})`."
+        )
+    norm, head = source.model.norm, source.lm_head
+    with gathered([norm, head]):
+        for k in target.model.exit_norms:
+            if k in own_norms:
+                target.model.exit_norms[k] = copy.deepcopy(own_norms[k], memo)
+            elif target.config.exit_heads == "lens":
+                target.model.exit_norms[k] = ExitLens.from_norm(norm)
+            else:
+                target.model.exit_norms[k] = _whole_copy(norm)
+        for k in target.exit_lm_heads:
+            own = k in own_norms
+            target.exit_lm_heads[k] = copy.deepcopy(source.exit_lm_heads[k], memo) if own else _whole_copy(head)
+
+
+def _whole_copy(module: nn.Module) -> nn.Module:
+    # What ZeRO-3 notes on a parameter, where its shard is for one, is not the copy's
+    sharded = [param for param in module.parameters() if hasattr(param, "ds_id")]
+    return copy.deepcopy(module, {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in sharded})
 
 
 try:

@@ -49,8 +49,15 @@ class SortedSFTConfig(SFTConfig):
             with separate exit heads, the norms and heads of the exits below full depth, which leaves full depth as it
             is. Take it to add exits to a model that must not change.
         exit_heads (`str`, *optional*):
-            `"shared"` or `"separate"`: whether each exit below full depth gets a norm and a head of its own, copies of
-            the shared ones to begin with. Defaults to the model config's.
+            What each exit below full depth owns: with `"shared"` nothing; with `"separate"` a norm and a head, copies
+            of the shared ones to begin with; with `"lens"` a norm and a square matrix before the shared head, the
+            final norm and the identity to begin with. Defaults to the model config's.
+        detach_exits (`bool`, *optional*, defaults to `False`):
+            Whether the exits below full depth train only what they own, `exit_heads="lens"` or `"separate"`: full
+            depth is trained as without them. Take it, with small `exit_loss_weights` (the norm that `max_grad_norm`
+            clips is of all gradients) and a large `exit_learning_rate`, where full depth must not pay.
+        exit_learning_rate (`float`, *optional*):
+            Learning rate of what the exits own, above 0. Defaults to `learning_rate`.
         self_distillation_weight (`float`, *optional*, defaults to `0.0`):
             Weight of each exit's divergence from full depth, `T^2 * KL(full depth || exit)` a token, added to its
             loss; no gradient reaches full depth through it.
@@ -111,9 +118,17 @@ class SortedSFTConfig(SFTConfig):
     exit_heads: str | None = field(
         default=None,
         metadata={
-            "help": "Whether each exit below full depth has a norm and a head of its own. Defaults to the model's.",
-            "choices": ["shared", "separate"],
+            "help": "What each exit below full depth owns: nothing (`shared`), a norm and a head (`separate`), a norm "
+            "and a square matrix before the shared head (`lens`). Defaults to the model's.",
+            "choices": ["shared", "separate", "lens"],
         },
+    )
+    detach_exits: bool = field(
+        default=False,
+        metadata={"help": "Whether the exits below full depth train only what they own, with `lens` or `separate`."},
+    )
+    exit_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of what the exits own. Defaults to `learning_rate`."}
     )
     self_distillation_weight: float = field(
         default=0.0,
@@ -134,7 +149,9 @@ class SortedSFTConfig(SFTConfig):
         _check_choice("exit_loss_reduction", self.exit_loss_reduction, ["sum", "mean"])
         _check_choice("exit_schedule", self.exit_schedule, ["all", "random", "rotate", "grow"])
         _check_choice("trainable", self.trainable, ["all", "exits"])
-        _check_choice("exit_heads", self.exit_heads, ["shared", "separate", None])
+        _check_choice("exit_heads", self.exit_heads, ["shared", "separate", "lens", None])
+        if self.exit_learning_rate is not None:
+            _check_number("exit_learning_rate", self.exit_learning_rate, 0, exclusive=True)
         if self.full_depth_weight is not None:
             _check_number("full_depth_weight", self.full_depth_weight, 0)
         _check_number("self_distillation_weight", self.self_distillation_weight, 0)

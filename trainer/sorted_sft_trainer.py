@@ -1,11 +1,13 @@
 """Sorted Fine-Tuning (SoFT): TRL's `SFTTrainer` with the summed loss of several exits."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import peft.utils.constants
 import torch
 from accelerate.utils import is_peft_model
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoProcessor, LlamaForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.utils import is_rich_available
@@ -13,9 +15,11 @@ from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
+from modeling_sorted_llama.loss_sorted_llama import gathered
 
 from .atomic_saves import AtomicSaves
 from .exit_table import ExitTableCallback
+from .model_card import new_page, set_block, training_block, use_block
 from .sorted_sft_config import SortedSFTConfig
 
 
@@ -56,8 +60,9 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
 
     Raises:
         ValueError: If there are no exits, in `args` or in the model's config, if they or their weights do not fit the
-            model, if `compute_loss_func` is passed, which would replace the objective, or if `trainable="exits"` or
-            other `exit_heads` than the model's are asked for together with PEFT.
+            model, if `compute_loss_func` is passed, which would replace the objective, if `trainable="exits"` or
+            other `exit_heads` than the model's are asked for together with PEFT, or if `detach_exits` or
+            `exit_learning_rate` concern what the exits own and they own nothing, or nothing of it is trained.
         TypeError: If `model` is no Llama.
 
     Example:
@@ -138,7 +143,12 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         self.exit_loss_weights = args.weights_of(self.exit_layers, weights)
         exit_heads = args.exit_heads or config.exit_heads
         peft_config = kwargs.get("peft_config")
-        if exit_heads != config.exit_heads or (exit_heads == "separate" and self.exit_layers != config.exit_layers):
+        if exit_heads == "shared" and (args.detach_exits or args.exit_learning_rate is not None):
+            raise ValueError(
+                f"`detach_exits={args.detach_exits!r}` and `exit_learning_rate={args.exit_learning_rate!r}` concern "
+                "what the exits own, which is nothing with `exit_heads='shared'`: choose 'lens' or 'separate'."
+            )
+        if exit_heads != config.exit_heads or (exit_heads != "shared" and self.exit_layers != config.exit_layers):
             if is_peft_model(model):
                 raise ValueError(
                     f"`exit_heads={exit_heads!r}` changes the heads of the model, which already has adapters: make "
@@ -156,6 +166,8 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             model = _freeze_backbone(model)
             config = model.config
         config.exit_layers, config.exit_loss_weights = self.exit_layers, self.exit_loss_weights  # saved
+        if exit_heads != "shared" and args.exit_schedule != "all" and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # what an exit owns has no gradient in a step without it
 
         # PEFT saves the model's class for an adapter without a task, and refuses to import this one when it loads it
         if peft_config is not None and getattr(peft_config, "task_type", "") is None:
@@ -170,6 +182,12 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             **kwargs,
         )
         args.model_init_kwargs = model_init_kwargs
+        if args.detach_exits and not self._owned_by_exits():
+            owned = ", ".join(repr(f"exit_norms.{k}") for k in self.exit_layers[:-1])
+            raise ValueError(
+                "`detach_exits=True` trains only what the exits own, which PEFT has frozen: name it in "
+                f"`LoraConfig(modules_to_save=[{owned}])`, with separate heads also 'exit_lm_heads.{{exit}}'."
+            )
         if args.log_exit_grad_norms:
             base = self.model.get_base_model() if is_peft_model(self.model) else self.model
             base.model.register_forward_hook(self._watch_gradients, with_kwargs=True)
@@ -191,6 +209,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             label_smoothing=smoothing,
             self_distillation_weight=self.args.self_distillation_weight,
             self_distillation_temperature=self.args.self_distillation_temperature,
+            detach_exits=self.args.detach_exits,
             num_items_in_batch=num_items_in_batch,
             skip_logits=not return_outputs,
         )
@@ -200,6 +219,35 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         self._add_to_sums(exits, inputs, outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        model_name = model_name or Path(self.args.output_dir).resolve().name
+        super().create_model_card(model_name, dataset_name, tags)  # the metadata is TRL's, the page ours
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / "README.md"
+            page = new_page(ModelCard.load(path).data, model_name, self._paper["citation"], dataset_name)
+            base = get_config_model_id(self.model.config) if is_peft_model(self.model) else None
+            use = use_block(self.hub_model_id or self.args.output_dir, self.exit_layers, base)
+            page = set_block(set_block(page, "training", training_block(self)), "use", use)
+            path.write_text(page, encoding="utf-8")
+
+    def _owned_by_exits(self) -> list[torch.nn.Parameter]:
+        """What the exits below full depth own of the weights that are trained."""
+        named = self.model.named_parameters()
+        return [p for name, p in named if p.requires_grad and ("exit_norms." in name or "exit_lm_heads." in name)]
+
+    def create_optimizer(self, *args, **kwargs):
+        learning_rate = self.args.exit_learning_rate if self.optimizer is None else None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if learning_rate is not None:
+            owned = {id(p) for p in self._owned_by_exits()}
+            for group in [*optimizer.param_groups]:
+                of_exits = [p for p in group["params"] if id(p) in owned]
+                if of_exits:
+                    group["params"] = [p for p in group["params"] if id(p) not in owned]
+                    optimizer.add_param_group({**group, "params": of_exits, "lr": learning_rate})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     @torch.no_grad()
     def _add_to_sums(self, exits, inputs, outputs, num_items_in_batch) -> None:
@@ -330,12 +378,13 @@ def _as_sorted(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMode
 def _freeze_backbone(model: SortedLlamaForCausalLM) -> SortedLlamaForCausalLM:
     """The model with gradients only for what reads the exits: shared norm and head, or those of the exits."""
     trained: list[torch.nn.Module]
-    if model.exit_lm_heads:
+    if model.model.exit_norms:
         trained = [model.model.exit_norms, model.exit_lm_heads]
     else:
         if model.config.tie_word_embeddings:  # to train the head would change the embeddings
             model = SortedLlamaForCausalLM.from_llama(model, tie_word_embeddings=False)
-            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            with gathered([model.lm_head]):
+                model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         trained = [model.model.norm, model.lm_head]
     model.requires_grad_(False)
     for module in trained:

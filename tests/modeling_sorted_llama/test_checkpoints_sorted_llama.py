@@ -21,7 +21,7 @@ from transformers import (
 
 import modeling_sorted_llama
 from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
-from tests.tiny import reference_llama, run_as_stranger, save_tiny, tiny_llama, tiny_sorted
+from tests.tiny import reference_llama, run_as_stranger, save_gguf, save_tiny, tiny_llama, tiny_sorted
 
 
 TOKENS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -33,6 +33,7 @@ REMOTE_CODE = [
     "loss_sorted_llama.py",
     "modeling_sorted_llama.py",
 ]
+STAYS_HERE = ["submodel_weights.py", "vllm_plugin.py", "vllm_sorted_llama.py"]  # for the installed package only
 AUTO_MAP = {
     "AutoConfig": "configuration_sorted_llama.SortedLlamaConfig",
     "AutoModel": "modeling_sorted_llama.SortedLlamaModel",
@@ -149,48 +150,8 @@ def test_bitsandbytes(tmp_path, bits):
 
 def test_gguf(tmp_path):
     """A GGUF file of a Llama, which transformers reads itself, becomes a sorted model."""
-    gguf = pytest.importorskip("gguf")
     plain = tiny_llama(num_key_value_heads=4, tie_word_embeddings=False)
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "model.layers": "blk",
-    }
-    writer = gguf.GGUFWriter(str(tmp_path / "tiny.gguf"), "llama")
-    config = plain.config
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
-    for name, tensor in plain.state_dict().items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        array = tensor.detach()
-        if "attn_q" in name or "attn_k" in name:  # llama.cpp interleaves the halves that rotate together
-            heads = config.num_attention_heads
-            array = array.view(heads, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(name, array.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
+    save_gguf(plain, tmp_path / "tiny.gguf")
     expected = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     assert torch.equal(logits(expected), logits(plain))
     model = SortedLlamaForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", exit_layers=[1, 2, 4])
@@ -399,9 +360,9 @@ def test_remote_code_is_one_flat_folder_of_known_imports():
     """Only `from .module import name` travels; any other package would have to be installed by who loads it."""
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
     files = {path.name for path in PACKAGE.glob("*.py")}
-    assert set(REMOTE_CODE) | {"__init__.py"} == files, "update REMOTE_CODE in this test"
+    assert {*REMOTE_CODE, *STAYS_HERE, "__init__.py"} == files, "update REMOTE_CODE in this test"
     assert not [path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]
-    for name in files:
+    for name in {*REMOTE_CODE, "__init__.py"}:
         for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
             if isinstance(node, ast.Import):
                 assert all(alias.name.split(".")[0] in allowed for alias in node.names), f"{name}: {ast.unparse(node)}"
@@ -409,7 +370,16 @@ def test_remote_code_is_one_flat_folder_of_known_imports():
                 assert node.module.split(".")[0] in allowed, f"{name}: {ast.unparse(node)}"
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 1 and node.module and "." not in node.module, f"{name}: {ast.unparse(node)}"
-                assert f"{node.module}.py" in files
+                assert f"{node.module}.py" in REMOTE_CODE
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
+def test_layers_that_are_left_out_are_no_surprise(tmp_path, auto):
+    tiny_sorted().save_pretrained(tmp_path)
+    model, info = auto.from_pretrained(tmp_path, num_hidden_layers=2, output_loading_info=True)
+    assert len(model.base_model.layers) == 2
+    assert auto is AutoModel or not any(info.values())
+    assert not [name for name in info["unexpected_keys"] if "layers" in name]
 
 
 LOAD_AND_SAVE = """

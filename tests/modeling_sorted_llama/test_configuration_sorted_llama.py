@@ -178,3 +178,22 @@ def test_auto_map_is_complete():
     assert auto_map["AutoConfig"] == "configuration_sorted_llama.SortedLlamaConfig"
     assert auto_map["AutoModel"] == "modeling_sorted_llama.SortedLlamaModel"
     assert auto_map["AutoModelForCausalLM"] == "modeling_sorted_llama.SortedLlamaForCausalLM"
+
+
+def test_update_is_checked():
+    """vLLM's overrides come in through it."""
+    config = SortedLlamaConfig(num_hidden_layers=4, exit_layers=[1, 2, 4], exit_loss_weights=[1.0, 2.0, 3.0])
+    for fields, message in (
+        ({"exit_layer": 9}, "`exit_layer` must be an integer from 1 to 4, got 9"),
+        ({"exit_layers": [1, 2]}, "`exit_layers` must be .* 4, got"),
+        ({"exit_heads": "own"}, "`exit_heads` must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            copy.deepcopy(config).update(fields)
+    config.update({"num_hidden_layers": 2})
+    assert (config.num_hidden_layers, config.exit_layers, config.exit_loss_weights) == (2, [1, 2], [1.0, 2.0])
+    own = SortedLlamaConfig(num_hidden_layers=4, exit_layers=[1, 2, 4], exit_heads="lens")
+    own.update({"exit_layer": 2})
+    assert own.exit_layer == 2
+    with pytest.raises(ValueError, match="`num_hidden_layers=2` cuts off"):
+        own.update({"num_hidden_layers": 2})

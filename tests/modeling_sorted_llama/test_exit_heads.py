@@ -1,6 +1,4 @@
-"""Exits with a norm and a head of their own (`exit_heads="separate"`), against transformers' Llama with just those."""
-
-import copy
+"""Exits that own a norm and a head (`exit_heads="separate"`) or a matrix before it (`"lens"`), against plain ones."""
 
 import pytest
 import torch
@@ -11,30 +9,48 @@ from tests.tiny import prompts, reference_llama, run_as_stranger, save_tiny, tin
 
 
 EXITS = [1, 2, 4]
+BOTH = pytest.mark.parametrize("exit_heads", ["separate", "lens"])
+TIED = pytest.mark.parametrize("tied", [True, False])
 
 
-def separate(seed=0, **overrides):
+def sorted_llama(exit_heads, seed=0, **overrides):
     """A model whose exits have drifted from the shared norm and head, and from one another."""
     torch.manual_seed(seed)
-    fields = {"exit_layers": EXITS, "exit_heads": "separate", **overrides}
+    fields = {"exit_layers": EXITS, "exit_heads": exit_heads, **overrides}
     model = SortedLlamaForCausalLM(SortedLlamaConfig(**tiny_fields(**fields))).eval()
-    for module in (*model.model.exit_norms.values(), *model.exit_lm_heads.values()):
-        module.weight.data += 0.3 * torch.randn_like(module.weight)
+    for name, param in model.named_parameters():
+        if "exit_" in name:
+            param.data += (0.1 if "matrix" in name else 0.3) * torch.randn_like(param)
     return model
 
 
 def reference(model, k):
     """transformers' own Llama of `k` layers with the norm and the head of that exit."""
     llama = reference_llama(model, k)
-    if str(k) in model.exit_lm_heads:
-        llama.model.norm.load_state_dict(model.model.exit_norms[str(k)].state_dict())
-        llama.lm_head = copy.deepcopy(model.exit_lm_heads[str(k)])
+    if k != EXITS[-1] and k in EXITS:
+        norm = model.model.exit_norms[str(k)]
+        llama.model.norm.weight.data = norm.weight.data.clone()
+        if model.config.exit_heads == "separate":
+            head = model.exit_lm_heads[str(k)].weight.data.clone()
+        else:
+            head = (model.lm_head.weight.double() @ (torch.eye(32) + norm.matrix).double()).float()
+        llama.lm_head.weight = torch.nn.Parameter(head)
         llama.config.tie_word_embeddings = False
     return llama
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_exits_start_as_copies(tied):
+@BOTH
+@TIED
+def test_exits_start_as_full_depth_reads(exit_heads, tied):
+    fields = tiny_fields(exit_layers=EXITS, exit_heads=exit_heads, tie_word_embeddings=tied)
+    model = SortedLlamaForCausalLM(SortedLlamaConfig(**fields))
+    shared, inputs = SortedLlamaForCausalLM.from_llama(reference_llama(model, 4), exit_layers=EXITS), prompts()
+    for k in EXITS:
+        assert torch.equal(model(**inputs, exit_layer=k).logits, shared(**inputs, exit_layer=k).logits)
+
+
+@TIED
+def test_separate_exits_start_as_copies(tied):
     model = SortedLlamaForCausalLM(
         SortedLlamaConfig(**tiny_fields(exit_layers=EXITS, exit_heads="separate", tie_word_embeddings=tied))
     )
@@ -51,14 +67,15 @@ def test_exits_start_as_copies(tied):
         assert model.exit_head(k) is model.lm_head and model.model.exit_norm(k) is model.model.norm
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@BOTH
+@TIED
 @pytest.mark.parametrize("auto", [True, False])
-def test_loading_a_plain_llama(tmp_path, tied, auto):
+def test_loading_a_plain_llama(tmp_path, exit_heads, tied, auto):
     """What its checkpoint does not have are copies, not random weights; and no warning tells to train them."""
     llama = tiny_llama(tie_word_embeddings=tied)
     llama.model.norm.weight.data.uniform_()
     path = save_tiny(tmp_path, llama)
-    options = {"exit_layers": EXITS, "exit_heads": "separate"}
+    options = {"exit_layers": EXITS, "exit_heads": exit_heads}
     if auto:
         model = AutoModelForCausalLM.from_config(SortedLlamaConfig.from_pretrained(path, **options))
         assert isinstance(model, SortedLlamaForCausalLM)
@@ -66,6 +83,7 @@ def test_loading_a_plain_llama(tmp_path, tied, auto):
     for k in EXITS[:-1]:
         assert torch.equal(model.exit_head(k).weight, llama.lm_head.weight)
         assert torch.equal(model.model.exit_norm(k).weight, llama.model.norm.weight)
+        assert not model.model.exit_norm(k).weight.data_ptr() == model.model.norm.weight.data_ptr()
     inputs = prompts()
     with torch.no_grad():
         shared = SortedLlamaForCausalLM.from_llama(llama, exit_layers=EXITS)
@@ -73,43 +91,80 @@ def test_loading_a_plain_llama(tmp_path, tied, auto):
             assert torch.equal(model(**inputs, exit_layer=k).logits, shared(**inputs, exit_layer=k).logits)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+def close(exit_heads):
+    """A lens is folded into the head, which rounds otherwise; copies are equal to the bit."""
+    return {"rtol": 0, "atol": 0} if exit_heads == "separate" else {"rtol": 1e-4, "atol": 1e-5}
+
+
+@BOTH
+@TIED
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_logits_are_the_sub_models(tied, k):
-    model, inputs = separate(tie_word_embeddings=tied), prompts()
+def test_logits_are_the_sub_models(exit_heads, tied, k):
+    model, inputs = sorted_llama(exit_heads, tie_word_embeddings=tied), prompts()
     with torch.no_grad():
         expected = reference(model, k)(**inputs).logits
-        torch.testing.assert_close(model(**inputs, exit_layer=k).logits, expected, rtol=0, atol=0)
+        torch.testing.assert_close(model(**inputs, exit_layer=k).logits, expected, **close(exit_heads))
         extracted = model.extract_submodel(k)
         assert type(extracted) is LlamaForCausalLM
-        torch.testing.assert_close(extracted(**inputs).logits, expected, rtol=0, atol=0)
+        torch.testing.assert_close(extracted(**inputs).logits, expected, **close(exit_heads))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_extracted_submodel_is_saved_as_a_plain_llama(tmp_path, tied):
-    model, inputs = separate(tie_word_embeddings=tied), prompts()
+@BOTH
+@TIED
+def test_extracted_submodel_is_saved_as_a_plain_llama(tmp_path, exit_heads, tied):
+    model, inputs = sorted_llama(exit_heads, tie_word_embeddings=tied), prompts()
+    own = {param.data_ptr() for param in model.parameters()}
     for k in EXITS:
         extracted = model.extract_submodel(k)
-        assert extracted.lm_head.weight is model.exit_head(k).weight
+        copied = {name for name, param in extracted.named_parameters() if param.data_ptr() not in own}
+        assert copied == ({"lm_head.weight"} if exit_heads == "lens" and k < 4 else set())
         extracted.save_pretrained(tmp_path / str(k))
         loaded, report = LlamaForCausalLM.from_pretrained(tmp_path / str(k), output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         with torch.no_grad():
-            assert torch.equal(loaded(**inputs).logits, model(**inputs, exit_layer=k).logits)
+            logits = model(**inputs, exit_layer=k).logits
+            torch.testing.assert_close(loaded(**inputs).logits, logits, **close(exit_heads))
 
 
-def test_from_llama_shares_the_backbone():
+def test_lens_does_not_fold_into_any_head():
+    model = sorted_llama("lens")
+    model.lm_head.weight.requires_grad_(False)
+    model.lm_head.weight.data = model.lm_head.weight.data.to(torch.int8)
+    with pytest.raises(ValueError, match="`exit_heads='lens'`.*dequantize"):
+        model.extract_submodel(2)
+    model.extract_submodel(4)
+
+
+@BOTH
+def test_from_llama_shares_the_backbone(exit_heads):
     llama = tiny_llama()
-    model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=EXITS, exit_heads="separate")
+    model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=EXITS, exit_heads=exit_heads)
     shared = {param.data_ptr() for param in llama.parameters()}
     own = {name for name, param in model.named_parameters() if param.data_ptr() not in shared}
-    assert own == {f"{kind}.{k}.weight" for kind in ("model.exit_norms", "exit_lm_heads") for k in EXITS[:-1]}
+    added = "exit_lm_heads.{}.weight" if exit_heads == "separate" else "model.exit_norms.{}.matrix"
+    assert own == {name.format(k) for name in ("model.exit_norms.{}.weight", added) for k in EXITS[:-1]}
+    for k in EXITS:
+        inputs = prompts()
+        assert torch.equal(model(**inputs, exit_layer=k).logits, reference_llama(llama, k)(**inputs).logits)
 
 
+@BOTH
+@pytest.mark.parametrize("other", ["shared", "separate", "lens"])
+def test_what_exits_own_is_kept(exit_heads, other):
+    model = sorted_llama(exit_heads)
+    if other == exit_heads:
+        again = SortedLlamaForCausalLM.from_llama(model)
+        assert {p.data_ptr() for p in again.parameters()} == {p.data_ptr() for p in model.parameters()}
+        return
+    with pytest.raises(ValueError, match=f"`exit_heads='{other}'` would drop.*`exit_heads='{exit_heads}'`"):
+        SortedLlamaForCausalLM.from_llama(model, exit_heads=other)
+
+
+@BOTH
 @pytest.mark.parametrize("call", [{"exit_layer": 1}, {"exit_layer": 2}, {"exit_layer": 4}], ids=str)
 @pytest.mark.parametrize("strategy", [{}, {"num_beams": 2}, {"do_sample": True}], ids=str)
-def test_generation_at_an_exit(call, strategy):
-    model, inputs = separate(), prompts()
+def test_generation_at_an_exit(exit_heads, call, strategy):
+    model, inputs = sorted_llama(exit_heads), prompts()
     outputs = []
     for decoded, options in ((model, call), (reference(model, call["exit_layer"]), {})):
         torch.manual_seed(0)
@@ -118,6 +173,7 @@ def test_generation_at_an_exit(call, strategy):
     assert torch.equal(*outputs)
 
 
+@BOTH
 @pytest.mark.parametrize(
     "call",
     [
@@ -129,14 +185,15 @@ def test_generation_at_an_exit(call, strategy):
     ],
     ids=str,
 )
-def test_lossless_modes_give_full_depths_tokens(call):
-    model, inputs = separate(), prompts()
+def test_lossless_modes_give_full_depths_tokens(exit_heads, call):
+    model, inputs = sorted_llama(exit_heads), prompts()
     expected = reference(model, 4).generate(**inputs, do_sample=False, max_new_tokens=20)
     assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=20, **call), expected)
 
 
-def test_confidence_and_row_depths_read_the_exits_own_heads():
-    model, inputs = separate(), prompts()
+@BOTH
+def test_confidence_and_row_depths_read_as_the_exits_do(exit_heads):
+    model, inputs = sorted_llama(exit_heads), prompts()
     options = {"do_sample": False, "max_new_tokens": 12}
     expected = reference(model, 1).generate(**inputs, **options)
     assert torch.equal(model.generate(**inputs, exit_threshold=0.0, **options), expected)
@@ -147,44 +204,45 @@ def test_confidence_and_row_depths_read_the_exits_own_heads():
         assert torch.equal(rows[row, :width], of_exit[:width])
 
 
-def test_agreement_with_the_prompt_reads_the_exits_own_heads():
+@BOTH
+def test_agreement_with_the_prompt_reads_as_the_exits_do(exit_heads):
     """An exit whose head agrees with full depth is taken, one whose head does not is not."""
     model, inputs = tiny_sorted(exit_layers=[3, 4]), prompts()
-    model = SortedLlamaForCausalLM.from_llama(model, exit_layers=[3, 4], exit_heads="separate")
+    model = SortedLlamaForCausalLM.from_llama(model, exit_layers=[3, 4], exit_heads=exit_heads)
     del model.model.layers[3].mlp.down_proj.weight, model.model.layers[3].self_attn.o_proj.weight
     layer = model.model.layers[3]  # it adds nothing: exit 3 is full depth
     layer.mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 64))
     layer.self_attn.o_proj.weight = torch.nn.Parameter(torch.zeros(32, 32))
     options = {"exit_layer": "auto", "max_new_tokens": 2, "return_dict_in_generate": True}
     assert (model.generate(**inputs, **options).exit_layers_used[:, 0] == 3).all()
-    model.exit_lm_heads["3"].weight.data.neg_()
+    model.model.exit_norms["3"].weight.data.neg_()
     assert (model.generate(**inputs, **options).exit_layers_used[:, 0] == 4).all()
 
 
-def test_loss_reads_each_exits_own_head():
-    """Loss and gradients of the SoFT sum, with separate heads and with the full depth's shared ones."""
-    model, inputs = separate(), prompts((6, 6))
+@BOTH
+@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize("weights", [None, [0.25, 0.5, 2.0]], ids=str)
+def test_loss_and_gradients(exit_heads, detached, weights):
+    """Those of the naive sum; with detached exits, full depth's gradients are those of its loss alone."""
+    model, inputs = sorted_llama(exit_heads, tie_word_embeddings=False), prompts((6, 6))
     labels = inputs["input_ids"]
-    outputs = model(**inputs, labels=labels)
+    outputs = model(**inputs, labels=labels, detach_exits=detached, exit_loss_weights=weights)
     outputs.loss.backward()
-    losses, expected = [], {}
-    for k in EXITS:
-        llama = reference(model, k)
-        loss = llama(**inputs, labels=labels).loss
-        loss.backward()
-        losses.append(loss.item())
-        expected |= {
-            f"model.exit_norms.{k}.weight": llama.model.norm.weight.grad,
-            f"exit_lm_heads.{k}.weight": llama.lm_head.weight.grad,
-        }
-    assert outputs.exit_losses.tolist() == pytest.approx(losses, rel=1e-5)
+    found = {name: param.grad for name, param in model.named_parameters()}
+    model.zero_grad()
+    losses = [model(**inputs, labels=labels, exit_layer=k).loss for k in EXITS]
+    for k, loss, weight in zip(EXITS, losses, weights or [1.0] * 3, strict=True):
+        (weight * loss).backward()
+        if detached and k < 4:
+            for name, param in model.named_parameters():
+                param.grad = param.grad if "exit_" in name else None
+    assert outputs.exit_losses.tolist() == pytest.approx([loss.item() for loss in losses], rel=1e-5)
     for name, param in model.named_parameters():
-        if "exit_" in name:
-            torch.testing.assert_close(param.grad, expected[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[name], param.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_resizing_the_vocabulary():
-    model, inputs = separate(), prompts()
+    model, inputs = sorted_llama("separate"), prompts()
     before = {k: model(**inputs, exit_layer=k).logits for k in EXITS}
     model.resize_token_embeddings(300)
     for k in EXITS:
@@ -208,8 +266,9 @@ for k in (1, 2, 4):
 """
 
 
-def test_saved_folder_without_this_project(tmp_path):
-    model = separate()
+@BOTH
+def test_saved_folder_without_this_project(tmp_path, exit_heads):
+    model = sorted_llama(exit_heads)
     path = save_tiny(tmp_path / "model", model)
     inputs = torch.arange(3, 11)[None]
     expected = [model.generate(inputs, do_sample=False, max_new_tokens=8, exit_layer=k).tolist() for k in EXITS]
@@ -221,9 +280,10 @@ def test_saved_folder_without_this_project(tmp_path):
     assert torch.equal(base.exit_norm(2).weight, model.model.exit_norm(2).weight)
 
 
-def test_config():
-    config = SortedLlamaConfig(**tiny_fields(exit_layers=EXITS, exit_heads="separate"))
-    assert SortedLlamaConfig(**config.to_dict()).exit_heads == "separate"
+@BOTH
+def test_config(exit_heads):
+    config = SortedLlamaConfig(**tiny_fields(exit_layers=EXITS, exit_heads=exit_heads))
+    assert SortedLlamaConfig(**config.to_dict()).exit_heads == exit_heads
     assert SortedLlamaConfig(**tiny_fields()).exit_heads == "shared"
     assert not hasattr(config.to_llama(2), "exit_heads")
     assert config.to_llama(2).tie_word_embeddings is False
@@ -233,7 +293,7 @@ def test_config():
 @pytest.mark.parametrize(
     "fields",
     [{"exit_heads": "block"}, {"exit_heads": None}, {"exit_heads": "separate"}]
-    + [{"exit_heads": "separate", "exit_layers": [4]}],
+    + [{"exit_heads": "lens"}, {"exit_heads": "separate", "exit_layers": [4]}],
     ids=str,
 )
 def test_wrong_config(fields):
@@ -241,9 +301,18 @@ def test_wrong_config(fields):
         SortedLlamaConfig(**tiny_fields(**fields))
 
 
-def test_layers_cannot_be_left_out(tmp_path):
+@pytest.mark.parametrize("fields", [{"exit_layers": [2, 3, 4]}, {"exit_heads": "shared"}], ids=str)
+def test_detached_exits_that_own_nothing(fields):
+    model = sorted_llama("lens") if "exit_heads" not in fields else tiny_sorted(exit_layers=EXITS)
+    ids = prompts()["input_ids"]
+    with pytest.raises(ValueError, match="`detach_exits=True`.*`exit_heads='lens'`"):
+        model(input_ids=ids, labels=ids, detach_exits=True, exit_layers=fields.get("exit_layers"))
+
+
+@BOTH
+def test_layers_cannot_be_left_out(tmp_path, exit_heads):
     """The checkpoint's norm and head are full depth's: a shallower model of them would be wrong."""
-    path = save_tiny(tmp_path, separate())
+    path = save_tiny(tmp_path, sorted_llama(exit_heads))
     for load in (SortedLlamaForCausalLM.from_pretrained, AutoConfig.from_pretrained):
         with pytest.raises(ValueError, match="`num_hidden_layers=2`.*extract_submodel"):
             load(path, num_hidden_layers=2)

@@ -322,6 +322,26 @@ def test_other_heads(small_tiles, make_head, options):
         assert_near(actual, expected)
 
 
+@pytest.mark.parametrize("make_head", [lambda head: head, lora_head, biased_head], ids=["linear", "lora", "bias"])
+@pytest.mark.parametrize("trains_head", [[False, False, True], [True, False, False], [False] * 3], ids=str)
+@pytest.mark.parametrize("states_need_grad", [True, False])
+def test_exits_that_do_not_train_their_head(small_tiles, make_head, trains_head, states_need_grad):
+    torch.manual_seed(0)
+    states, head, labels = make_inputs()
+    head = make_head(head)
+    frozen = copy.deepcopy(head).requires_grad_(False)
+    params = [param for param in head.parameters() if param.requires_grad]
+    states = [tensor.requires_grad_(states_need_grad) for tensor in states]
+    naive_heads = [head if trained else frozen for trained in trains_head]
+    loss, losses, *_ = naive_loss(states, naive_heads, labels)
+    fused = multi_exit_loss(states, head, labels, trains_head=trains_head)
+    assert_near(fused.exit_losses, losses)
+    tensors = [*(states if states_need_grad else []), *params]
+    if loss.requires_grad:
+        for actual, expected in zip(gradients(fused.loss, tensors), gradients(loss, tensors), strict=True):
+            assert_near(actual, expected)
+
+
 def test_hooked_head_is_called(small_tiles):
     """A head whose weight some hook brings in (accelerate's offloading) is called, not read."""
     states, head, labels = make_inputs()

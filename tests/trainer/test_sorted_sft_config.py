@@ -21,7 +21,15 @@ def test_defaults_are_the_papers_objective():
 def test_every_default_of_sft_is_kept():
     ours, theirs = make().to_dict(), SFTConfig("unused", bf16=False).to_dict()
     added = {"exit_layers", "exit_loss_weights", "full_depth_weight", "exit_loss_reduction", "exit_schedule"}
-    added |= {"exits_per_step", "trainable", "exit_heads", "self_distillation_weight", "self_distillation_temperature"}
+    added |= {
+        "exits_per_step",
+        "trainable",
+        "exit_heads",
+        "detach_exits",
+        "exit_learning_rate",
+        "self_distillation_weight",
+        "self_distillation_temperature",
+    }
     added |= {"log_exit_grad_norms"}
     assert ours.keys() - theirs.keys() == added
     differing = {name for name in theirs if ours[name] != theirs[name]}

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
@@ -192,6 +192,7 @@ def test_weights_reach_the_loss_and_the_config(tmp_path):
         *(("exits_per_step", value) for value in (0, -1, 1.5, True, None)),
         *(("trainable", value) for value in ("heads", None, True)),
         *(("exit_heads", value) for value in ("block", 1)),
+        *(("exit_learning_rate", value) for value in (0.0, -1e-3, math.inf, "fast")),
         *(("self_distillation_weight", value) for value in (-0.1, math.inf, None)),
         *(("self_distillation_temperature", value) for value in (0, -1.0, math.nan)),
     ],
@@ -212,6 +213,13 @@ def test_all_weights_zero(tmp_path):
 
 def changed(model, before):
     return {name for name, p in model.named_parameters() if name not in before or not torch.equal(p, before[name])}
+
+
+OWN = {"lens": "model.exit_norms.{}.matrix", "separate": "exit_lm_heads.{}.weight"}
+
+
+def owned(exit_heads):
+    return {name.format(k) for name in ("model.exit_norms.{}.weight", OWN[exit_heads]) for k in EXITS[:-1]}
 
 
 def snapshot(model):
@@ -253,7 +261,8 @@ def test_shared_exits_alone_train_as_the_naive_sum(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_sorted])
-def test_separate_exits_alone_leave_full_depth(tmp_path, tied, make):
+@pytest.mark.parametrize("exit_heads", ["separate", "lens"])
+def test_own_exits_alone_leave_full_depth(tmp_path, tied, make, exit_heads):
     """The paper's ICT: a norm and a head an exit are trained, and full depth is to the bit what it was."""
     before_model = make(tie_word_embeddings=tied)
     before = snapshot(before_model)
@@ -264,7 +273,7 @@ def test_separate_exits_alone_leave_full_depth(tmp_path, tied, make):
         tmp_path,
         before_model,
         trainable="exits",
-        exit_heads="separate",
+        exit_heads=exit_heads,
         save_strategy="steps",
         save_steps=2,
         eval_dataset=make_data(),
@@ -272,15 +281,14 @@ def test_separate_exits_alone_leave_full_depth(tmp_path, tied, make):
     untrained = trainer.evaluate()
     trainer.train()
     model = trainer.model.eval()
-    own = {f"model.exit_norms.{k}.weight" for k in EXITS[:-1]} | {f"exit_lm_heads.{k}.weight" for k in EXITS[:-1]}
-    assert changed(model, before) == own
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == own
+    assert changed(model, before) == owned(exit_heads)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == owned(exit_heads)
     assert torch.equal(model(input_ids=inputs).logits, full_depth)
     trained = trainer.evaluate()
     assert trained["eval_exit_4_loss"] == untrained["eval_exit_4_loss"]
     assert trained["eval_exit_1_loss"] < untrained["eval_exit_1_loss"]
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
-    assert reloaded.config.exit_heads == "separate"
+    assert reloaded.config.exit_heads == exit_heads
     assert_equal_weights(reloaded, model, 0.0)
 
 
@@ -292,6 +300,96 @@ def test_separate_heads_follow_the_exits_of_the_trainer(tmp_path):
     assert list(trainer.model.exit_lm_heads) == list(trainer.model.model.exit_norms) == ["2", "3"]
     assert trainer.model.exit_lm_heads["2"].weight is model.exit_lm_heads["2"].weight
     assert torch.equal(trainer.model.exit_lm_heads["3"].weight, model.lm_head.weight)
+
+
+# Exits that leave full depth alone
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("exit_heads", ["lens", "separate"])
+@pytest.mark.parametrize("schedule", ["all", "random"])
+def test_detached_exits_leave_full_depth_to_sft(tmp_path, tied, exit_heads, schedule):
+    """Full depth's weights are those of training without the exits; the exits learn all the same."""
+    llama = tiny_llama(tie_word_embeddings=tied)
+    options = {"max_steps": 6, "max_grad_norm": 0, "learning_rate": 3e-3}
+    alone = make_trainer(tmp_path, copy.deepcopy(llama), exit_layers=[4], **options)
+    alone.train()
+    options |= {"exit_heads": exit_heads, "detach_exits": True, "exit_schedule": schedule}
+    trainer = make_trainer(tmp_path, llama, exit_learning_rate=0.03, eval_dataset=make_data(), **options)
+    untrained = trainer.evaluate()
+    trainer.train()
+    model = trainer.model
+    for name, param in alone.model.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), param, rtol=1e-5, atol=1e-7)
+    assert {name for name, _ in model.named_parameters()} - {n for n, _ in alone.model.named_parameters()} == owned(
+        exit_heads
+    )
+    evaluated = trainer.evaluate()
+    for k in EXITS[:-1]:
+        assert evaluated[f"eval_exit_{k}_loss"] < untrained[f"eval_exit_{k}_loss"]
+    trainer.save_model()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.config.exit_heads == exit_heads
+    assert_equal_weights(reloaded, model, 0.0)
+
+
+def test_learning_rate_of_what_exits_own(tmp_path):
+    """SGD's first step is the learning rate times the gradient."""
+    before = SortedLlamaForCausalLM.from_llama(tiny_llama(), exit_layers=EXITS, exit_heads="lens")
+    trainer = make_trainer(
+        tmp_path, tiny_llama(), exit_heads="lens", exit_learning_rate=0.5, max_steps=1, **{**SGD, "weight_decay": 0.1}
+    )
+    batch = trainer.data_collator(list(trainer.train_dataset)[:2])
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader([batch], batch_size=None)
+    trainer.train()
+    before(**batch, exit_layers=EXITS).loss.backward()
+    decayed = set(trainer.get_decay_parameter_names(before))
+    for name, param in before.named_parameters():
+        rate = 0.5 if name in owned("lens") else 0.05
+        step = param.grad + (0.1 * param if name in decayed else 0)
+        torch.testing.assert_close(trainer.model.get_parameter(name), param - rate * step, rtol=1e-4, atol=1e-6)
+
+
+def test_resumed_with_a_learning_rate_of_the_exits(tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "exit_heads": "lens", "detach_exits": True}
+    options |= {"exit_learning_rate": 0.02, "exit_schedule": "random"}
+    whole = make_trainer(tmp_path, tiny_llama(), **options)
+    whole.train()
+    resumed = make_trainer(tmp_path, tiny_llama(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_equal_weights(resumed.model, whole.model, 1e-6)
+    assert resumed.optimizer.param_groups[-1]["initial_lr"] == 0.02
+
+
+@pytest.mark.parametrize("options", [{"detach_exits": True}, {"exit_learning_rate": 1e-3}], ids=str)
+@pytest.mark.parametrize("exit_heads", [None, "shared"])
+def test_exits_that_own_nothing(tmp_path, options, exit_heads):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}=.*`exit_heads='shared'`"):
+        make_trainer(tmp_path, exit_heads=exit_heads, **options)
+
+
+def test_detached_exits_with_adapters(tmp_path):
+    """PEFT freezes what the exits own, unless it is told to train and save it."""
+    options = {"exit_heads": "lens", "detach_exits": True, "max_steps": 4, "learning_rate": 1e-2}
+    with pytest.raises(ValueError, match=r"modules_to_save=\['exit_norms.1', 'exit_norms.2'\]"):
+        make_trainer(tmp_path, peft_config=LoraConfig(r=2), **options)
+    peft_config = LoraConfig(r=2, modules_to_save=["exit_norms.1", "exit_norms.2"])
+    trainer = make_trainer(tmp_path, peft_config=peft_config, eval_dataset=make_data(), **options)
+    untrained = trainer.evaluate()
+    trainer.train()
+    evaluated = trainer.evaluate()
+    for k in EXITS:
+        assert evaluated[f"eval_exit_{k}_loss"] < untrained[f"eval_exit_{k}_loss"]
+    trainer.save_model()
+    base = SortedLlamaForCausalLM.from_llama(tiny_llama(), exit_layers=EXITS, exit_heads="lens")
+    reloaded = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    inputs = torch.arange(3, 23).view(2, 10)
+    model = trainer.model.eval()
+    with torch.no_grad():
+        for k in EXITS:
+            expected = model(input_ids=inputs, exit_layer=k).logits
+            for merged in (reloaded(input_ids=inputs, exit_layer=k), reloaded.extract_submodel(k)(inputs)):
+                torch.testing.assert_close(merged.logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
