@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.masking_utils import create_causal_mask
 
 from modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM
@@ -49,6 +50,13 @@ def load_sorted(small: bool, dtype: torch.dtype, model: str):
     path = fetch_model(model)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, padding_side="left")
     return SortedLlamaForCausalLM.from_pretrained(path, dtype=dtype).to(DEVICE).eval(), tokenizer
+
+
+def tokenizer_without_words() -> PreTrainedTokenizerFast:
+    """Every word is its unknown token: for a random model, or where the tokens are made otherwise."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
 def synchronize() -> None:

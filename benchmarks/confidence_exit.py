@@ -19,8 +19,10 @@ from functools import partial
 
 import torch
 from _common import DEVICE, Bare, in_turns, load_sorted, step_parts, where
-from evaluate import answers, as_text
 from facts import build_facts
+
+from hub_card.measure import answers
+from hub_card.tasks import as_text, first_line
 
 
 def points(exits: list[int], small: bool) -> dict[str, dict]:
@@ -70,7 +72,10 @@ def main() -> None:
     seconds = in_turns({name: lambda name=name: generate(name) for name in compared}, args.runs)
     quality, agreement = {}, {}
     if not args.small:
-        found = {name: answers(model, tokenizer, texts, **mode) for name, mode in compared.items()}
+        found = {
+            name: [first_line(text) for text in answers(model, tokenizer, texts, **mode)]
+            for name, mode in compared.items()
+        }
         full = found[f"exit {exits[-1]}"]
         for name, given in found.items():
             quality[name] = statistics.mean(a == b for a, b in zip(given, wanted, strict=True))

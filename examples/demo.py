@@ -19,13 +19,16 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from evaluate import ExitResult, answers, as_text, default_exits, evaluate_exits, format_table, load_rows
+from exit_results import ExitResult, default_exits, evaluate_exits, format_table
 from facts import build_facts
 from plot import plot_quality_speed
 from smollm2 import SMOLLM2, fetch_model
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging
 
+from hub_card.evaluation import write_json
+from hub_card.measure import answers
+from hub_card.tasks import as_text, first_line, load_rows
 from modeling_sorted_llama import SortedLlamaForCausalLM
 from trainer import SortedSFTConfig, SortedSFTTrainer
 
@@ -35,7 +38,7 @@ MAX_TEST_ROWS = 400
 # Runs where neither this project's packages nor its folder can be imported
 RELOAD = """
 import sys
-for name in ("modeling_sorted_llama", "trainer"):
+for name in ("modeling_sorted_llama", "trainer", "hub_card"):
     sys.modules[name] = None  # `import name` now raises ImportError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 path, prompt, exit_layer = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -107,7 +110,7 @@ def main() -> None:
         print("\nBefore: what the exits of the untouched model are worth (a minute or so) ...")
         state["before"] = [asdict(r) for r in evaluate_exits(model, tokenizer, test_rows, exits)]
         output_dir.mkdir(parents=True, exist_ok=True)
-        write(state_file, state)
+        write_json(state_file, state)
     before = [ExitResult(**r) for r in state["before"]]
     print(f"\nBefore SoFT\n{format_table(before)}\n")
     del model
@@ -151,7 +154,8 @@ def main() -> None:
         row = as_text([question], tokenizer)[0]
         print(f"{row['prompt']}   [{row['task']}; right: {row['answer']}]")
         for exit_layer in exits:
-            print(f"    exit {exit_layer:2d}: {answers(model, tokenizer, [row['prompt']], exit_layer=exit_layer)[0]}")
+            answer = answers(model, tokenizer, [row["prompt"]], exit_layer=exit_layer)[0]
+            print(f"    exit {exit_layer:2d}: {first_line(answer)}")
     plot_path = output_dir / "quality_speed.png"
     plot_quality_speed(before, after, plot_path)
 
@@ -159,11 +163,11 @@ def main() -> None:
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
     row = as_text(test_rows[:1], tokenizer)[0]
-    here = answers(model, tokenizer, [row["prompt"]], exit_layer=exits[0])[0]
+    here = first_line(answers(model, tokenizer, [row["prompt"]], exit_layer=exits[0])[0])
     there = reload_elsewhere(final, row["prompt"], exits[0])
     if there != here:
         raise RuntimeError(f"The reloaded checkpoint answers {there!r} at exit {exits[0]}, this process {here!r}.")
-    write(state_file, {**state, "after": [asdict(r) for r in after]})  # finished
+    write_json(state_file, {**state, "after": [asdict(r) for r in after]})  # finished
     print(
         f"\nReloaded in a process without this project, `AutoModelForCausalLM.from_pretrained('{final}', "
         f"trust_remote_code=True)`, `generate(exit_layer={exits[0]})` answers the same: {there!r}"
@@ -171,7 +175,8 @@ def main() -> None:
     print(
         f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.\n"
         f"  checkpoint  {final}\n  plot        {plot_path}\n  numbers     {state_file}\n\nNext:\n"
-        f"  .venv/bin/python examples/evaluate.py {final}\n"
+        f"  .venv/bin/python -m hub_card evaluate {final} --data completions=my_held_out.jsonl\n"
+        f"  .venv/bin/python -m hub_card card {final}\n"
         f"  .venv/bin/python examples/train.py --model_name_or_path {final} --dataset_name my.jsonl\n"
         f'  .venv/bin/python -c "from transformers import pipeline; '
         f"print(pipeline('text-generation', '{final}', trust_remote_code=True, exit_layer={exits[1]})"
@@ -223,13 +228,6 @@ def last_checkpoint(output_dir: Path) -> str | None:
     """The newest checkpoint that was written to its end: `trainer_state.json` comes last."""
     complete = [state.parent for state in output_dir.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-
-
-def write(path: Path, content: dict) -> None:
-    """Write JSON so that an interruption leaves the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2))
-    temporary.replace(path)
 
 
 def remove(output_dir: Path) -> None:

@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from evaluate import ExitResult  # noqa: E402
+from exit_results import ExitResult  # noqa: E402
 
 
 # Okabe-Ito: told apart by colour-blind readers, on white and on dark

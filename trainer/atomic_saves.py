@@ -2,13 +2,15 @@
 
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_checkpoints
 
 
-UNFINISHED = "unfinished"  # folder, in the output folder, of what is being written or deleted
+# Folder, in the output folder, of what is being written or deleted; Trainer pushes nothing that begins with `_`
+UNFINISHED = "_unfinished"
 CONFIGS = ("config.json", "adapter_config.json")  # without one of them, a folder is no model
 
 
@@ -86,8 +88,13 @@ class AtomicSaves(Trainer):
         return self._unfinished or super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._unfinished is None:  # else once it is whole
-            super()._push_from_checkpoint(checkpoint_folder)
+        if self._unfinished is not None:  # once it is whole
+            return
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            # Trainer takes along the files that it knows, and remote code is none of them
+            for code in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(code, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _delete_oldest(self, run_dir: str, unfinished: str) -> None:
         limit = self.args.save_total_limit

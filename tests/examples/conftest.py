@@ -17,7 +17,6 @@ def _example(name):
     return module
 
 
-evaluate = _example("evaluate")
 generate = _example("generate")
 merge = _example("merge")
 study = _example("study")

@@ -89,7 +89,7 @@ def assert_as_undisturbed(folder, undisturbed):
     assert weights.keys() == undisturbed[0].keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in undisturbed[0].items())
     assert {"checkpoint-5", "checkpoint-6"} <= {p.name for p in folder.glob("checkpoint-*")}
-    assert not (folder / "unfinished").exists()
+    assert not (folder / "_unfinished").exists()
 
 
 @pytest.mark.slow

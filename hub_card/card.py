@@ -1,0 +1,346 @@
+"""The page of a checkpoint: what an evaluation found, in the blocks of the template that training left there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from modeling_sorted_llama import SortedLlamaConfig
+from trainer.model_card import get_block, has_blocks, new_page, set_block, use_block
+from trainer.sorted_sft_trainer import SortedSFTTrainer
+
+from .evaluation import FILE_NAME, load_evaluation
+from .plot import plot_quality_speed
+
+
+PLOT_NAME = "quality_speed.png"
+TAGS = ["sorted-llama", "soft", "early-exit", "self-speculation"]
+ARGUMENTS = {"exit": "exit_layer", "threshold": "exit_threshold", "draft": "assistant_early_exit"}
+GOOD_ENOUGH = 0.95  # of full depth's score: the depth that the page suggests
+
+
+def write_card(
+    path: str | Path,
+    evaluation: str | Path | None = None,
+    name: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    peers: Sequence[tuple[str, str | Path]] = (),
+) -> ModelCard:
+    """
+    Write the page of a checkpoint, `README.md` in its folder, and the plot beside it. What the evaluation does not
+    hold is said not to be evaluated. Of a page that is there already, only our blocks and our metadata are replaced.
+
+    Args:
+        path (`str` or `Path`):
+            Folder of the checkpoint.
+        evaluation (`str` or `Path`, *optional*):
+            JSON file of [`evaluate`]. Defaults to the folder's `evaluation.json`, if there is one.
+        name (`str`, *optional*):
+            Id on the Hub, for the calls to paste. Defaults to the one that the page's calls name, then to the folder.
+        base_model (`str`, *optional*):
+            Id of the model that it was made from. Defaults to what the page says.
+        license (`str`, *optional*):
+            Licence, as the Hub names it. Defaults to what the page says.
+        peers (`Sequence[tuple[str, str | Path]]`, *optional*):
+            Names and evaluations (folder or JSON file) of other models to show beside this one, at their full depth:
+            of the same rows, on the same machine.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]
+
+    Raises:
+        ValueError: If `path` is no folder of a sorted Llama, if the evaluation is of other exits, or if a peer was
+            not measured as the checkpoint was.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"`path` must be the folder of a checkpoint, with a config.json, got {str(path)!r}.")
+    config = SortedLlamaConfig.from_pretrained(folder)
+    exits = config.exit_layers or [config.num_hidden_layers]
+    record = None
+    if evaluation is not None or (folder / FILE_NAME).is_file():
+        record = load_evaluation(evaluation if evaluation is not None else folder)
+        if record["request"]["exit_layers"][-1] != config.num_hidden_layers:
+            raise ValueError(
+                f"`evaluation` is of a model of {record['request']['exit_layers'][-1]} layers, the checkpoint in "
+                f"{str(path)!r} has {config.num_hidden_layers}."
+            )
+    compared = {peer: load_evaluation(file) for peer, file in peers}
+    for peer, other in compared.items():
+        _check_peer(record, peer, other)
+    page_file = folder / "README.md"
+    card = _open_page(page_file, folder.resolve().name, base_model)
+    content = card.content
+    if name is not None or get_block(content, "use") == "":
+        content = set_block(content, "use", use_block(name or str(folder), exits))
+    if get_block(content, "training") == "Not recorded.":
+        content = set_block(content, "training", _training_from_config(config))
+    if record is not None:
+        pictured = plot_quality_speed(record, folder / PLOT_NAME, compared)
+        content = set_block(content, "exits", exits_block(record, exits, pictured, compared))
+    card = ModelCard(content)
+    data: Any = card.data
+    data.tags = list(dict.fromkeys([*(data.tags or []), *TAGS]))
+    data.library_name = data.library_name or "transformers"
+    data.pipeline_tag = data.pipeline_tag or "text-generation"
+    data.base_model = base_model or data.base_model
+    data.license = license or data.license
+    if getattr(data, "licence", None) == "license":  # TRL's place holder
+        del data.licence
+    if record is not None:
+        data.model_name = getattr(data, "model_name", None) or folder.resolve().name
+        data.eval_results = eval_results(record) or None
+    temporary = folder / "README.md.tmp"
+    card.save(temporary)
+    temporary.replace(page_file)
+    return card
+
+
+def _check_peer(record: dict[str, Any] | None, name: str, peer: dict[str, Any]) -> None:
+    """Other rows, lengths or machines are no comparison."""
+    if record is None:
+        raise ValueError("`peers` are shown beside an evaluation, and the checkpoint has none.")
+    if "speed" not in peer:
+        raise ValueError(f"`peers`: the evaluation of {name!r} is not finished.")
+
+    def conditions(of: dict[str, Any]) -> dict[str, Any]:
+        request = of["request"]
+        timed = {key: value for key, value in request["timed"].items() if key != "prompt_tokens"}  # by the tokenizer
+        rows = {task: what["sha256"] for task, what in request["tasks"].items()}
+        machine = of["made_by"]["machine"]
+        return {"rows": rows, "timed": timed, "dtype": request["dtype"], "chat": request["chat"], "machine": machine}
+
+    ours, theirs = conditions(record), conditions(peer)
+    different = [f"{key} ({theirs[key]}, not {value})" for key, value in ours.items() if theirs[key] != value]
+    if different:
+        raise ValueError(f"`peers`: {name!r} was measured with other {'; '.join(different)}.")
+
+
+def _open_page(page_file: Path, model_name: str, base_model: str | None) -> ModelCard:
+    """The page that is there, with our blocks; or a new one."""
+    data = ModelCardData(model_name=model_name, base_model=base_model, tags=TAGS)
+    new = ModelCard(new_page(data, model_name, SortedSFTTrainer._paper["citation"]))
+    if not page_file.is_file():
+        return new
+    card = ModelCard(page_file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    if not has_blocks(card.content):  # somebody else's page: it stays, below ours
+        old = card.text.strip()
+        for name, value in card.data.to_dict().items():
+            new.data[name] = value
+        new.text = f"{new.text.rstrip()}\n\n{old}\n"
+        return new
+    return card
+
+
+def _training_from_config(config: SortedLlamaConfig) -> str:
+    exits = config.exit_layers or [config.num_hidden_layers]
+    weights = config.exit_loss_weights or [1.0] * len(exits)
+    return (
+        f"Exits {', '.join(map(str, exits))} with weights {', '.join(f'{w:g}' for w in weights)}; exit heads: "
+        f"{config.exit_heads}. Data and steps are not recorded."
+    )
+
+
+def exits_block(
+    record: dict[str, Any], exits: list[int], pictured: bool, peers: dict[str, dict[str, Any]] | None = None
+) -> str:
+    """
+    Tables of the calls and of the exits, the plot, and which exit to take.
+
+    Args:
+        record (`dict`):
+            An evaluation.
+        exits (`list[int]`):
+            The checkpoint's exits; those that the evaluation lacks are said not to be evaluated.
+        pictured (`bool`):
+            Whether there is a plot.
+        peers (`dict[str, dict]`, *optional*):
+            Evaluations of other models, by the names to show.
+
+    Returns:
+        `str`: Markdown.
+    """
+    request, made, full = record["request"], record["made_by"], exits[-1]
+    blocks = [_table_of_calls(record, exits, peers or {})]
+    notes = f"Scores: greedy answers{_rows(request)}."
+    if "speed" in record:
+        timed, task = request["timed"], next(iter(record["tasks"]))
+        notes += (
+            f" Speed: {made['machine']}, {request['dtype']}, torch {made['versions']['torch']}; one row, answers of "
+            f"at most {timed['max_new_tokens']} tokens to {timed['prompts']} prompts of {task}, "
+            f"{timed['prompt_tokens'] / timed['prompts']:.0f} tokens each on average; {timed['runs']} runs in turns, "
+            "median (best)."
+        )
+    blocks.append(notes)
+    if pictured:
+        blocks.append(f"![Score of every exit and mode against its speed-up over full depth]({PLOT_NAME})")
+    choices = _choices(record, [k for k in exits if str(k) in record["exits"]])
+    if choices:
+        blocks.append("\n".join(choices))
+    blocks += [
+        "More of each exit; agreement: how often its greedy token is full depth's; calibration error: how far its "
+        "confidence is from that, on average:",
+        _table_of_exits(record, exits, full),
+        f"Measured {made['date'][:10]} by `{made['command']}`; all numbers are in `{FILE_NAME}`.",
+    ]
+    return "\n\n".join(blocks)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---:"] * len(header), *rows))
+
+
+def _table_of_calls(record: dict[str, Any], exits: list[int], peers: dict[str, dict[str, Any]]) -> str:
+    """What each way to call the model scores, and how fast it is; below, what other models do at full depth."""
+    tasks, harness, speed = record["tasks"], _of_harness(record), record.get("speed", {})
+    full = f"exit {exits[-1]}"
+    header = [
+        "`generate(...)`",
+        *(f"{task}: {results['metric'].replace('_', ' ')}" for task, results in tasks.items()),
+    ]
+    header += [f"{task}: {_first_metric(results)}" for task, results in harness.items()]
+    header += ["tokens/s (best)", "speed-up"] if speed else []
+    rows = []
+    for name in dict.fromkeys([*(f"exit {k}" for k in exits), *record["request"]["settings"]]):
+        kind, value = name.split(" ")
+        if kind == "exit" and value not in record["exits"]:
+            rows.append([f"`exit_layer={value}`", "not evaluated", *[""] * (len(header) - 2)])
+            continue
+        row = [f"`{ARGUMENTS[kind]}={value}`" + (" (full)" if name == full else "")]
+        for results in tasks.values():
+            scored = results["settings"].get(full if kind == "draft" else name)
+            row.append(f"{100 * scored[results['metric']]:.1f} %" if scored else "not evaluated")
+        for results in harness.values():
+            of_exit = results.get(str(exits[-1]) if kind == "draft" else value) if kind != "threshold" else None
+            row.append(f"{of_exit[_first_metric(results)]:.4g}" if of_exit else "")
+        if speed:
+            row += _speed_cells(speed[name], speed[full])
+        rows.append(row)
+    for peer, other in peers.items():
+        theirs = f"exit {other['request']['exit_layers'][-1]}"
+        row = [peer]
+        for task, results in tasks.items():
+            row.append(f"{100 * other['tasks'][task]['settings'][theirs][results['metric']]:.1f} %")
+        row += [""] * len(harness)
+        if speed:
+            row += _speed_cells(other["speed"][theirs], speed[full])
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _speed_cells(speed: dict[str, float], full: dict[str, float]) -> list[str]:
+    return [f"{speed['median']:.1f} ({speed['best']:.1f})", f"{speed['median'] / full['median']:.2f}x"]
+
+
+def _table_of_exits(record: dict[str, Any], exits: list[int], full: int) -> str:
+    header = ["exit", "parameters run", "GFLOP a token", "KV bytes a token"]
+    for task in record["tasks"]:
+        header += [f"{task}: loss", "agreement", "calibration error"]
+    rows = []
+    for k in exits:
+        cost = record["exits"].get(str(k))
+        if cost is None:
+            continue
+        row = [str(k), f"{cost['parameters'] / 1e6:,.1f} M", f"{cost['flops'] / 1e9:.3g}", f"{cost['kv_bytes']:,}"]
+        for results in record["tasks"].values():
+            read = results["exits"][str(k)]
+            row += [f"{read['loss']:.3f}", f"{100 * read['agreement']:.1f} %"]
+            row.append(f"{read['reliability']['expected_calibration_error']:.3f}" if k != full else "")
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _rows(request: dict) -> str:
+    return "".join(f", {task['rows']} rows of {name}" for name, task in request["tasks"].items())
+
+
+def _choices(record: dict[str, Any], exits: list[int]) -> list[str]:
+    """Which exit or mode to take for what, from the numbers alone."""
+    lines = []
+    speed = record.get("speed", {})
+    full = f"exit {exits[-1]}"
+    for task, results in record["tasks"].items():
+        of_full = results["settings"].get(full, {}).get(results["metric"])
+        if not of_full:
+            continue
+        scores = {k: results["settings"].get(f"exit {k}", {}).get(results["metric"], 0.0) for k in exits}
+        enough = next(k for k in exits if scores[k] >= GOOD_ENOUGH * of_full)
+        share = f"at least {GOOD_ENOUGH:.0%} of full depth's score"
+        lines.append(
+            f"- {task}: `exit_layer={enough}` is the shallowest exit with {share}."
+            if enough != exits[-1]
+            else f"- {task}: no shallower exit has {share}."
+        )
+        suggestions = {s["wanted_agreement"]: s for s in results.get("suggested_thresholds", [])}
+        shown = [
+            f"{s['exit_threshold']:g} for {wanted:.0%} ({s['mean_layers']:.1f} layers a token)"
+            for wanted, s in suggestions.items()
+            if s["exit_threshold"] <= 1
+        ]
+        if shown and len(exits) > 1:
+            lines.append(f"- {task}: `exit_threshold` by the agreement with full depth to keep: {', '.join(shown)}.")
+    drafts = {name: s["median"] / speed[full]["median"] for name, s in speed.items() if name.startswith("draft ")}
+    if drafts:
+        best = max(drafts, key=lambda name: drafts[name])
+        k = best.removeprefix("draft ")
+        lines.append(
+            f"- Full depth's answers: `assistant_early_exit={k}` was {drafts[best]:.2f}x as fast as plain decoding"
+            + ("." if drafts[best] > 1.02 else ": drafting does not pay there.")
+        )
+    return lines
+
+
+def _of_harness(record: dict[str, Any]) -> dict[str, dict[str, dict]]:
+    """Of each task of the harness that was asked for, the metrics by exit; of a group its own, not its members'."""
+    found = {}
+    for asked, results in record["harness"].items():
+        name = asked if asked in results else next(iter(results))
+        found[name] = results[name]
+    return found
+
+
+def _first_metric(results: dict[str, dict]) -> str:
+    """The first metric of a task of the harness that is no standard error."""
+    return next(name for name in next(iter(results.values())) if "stderr" not in name)
+
+
+def eval_results(record: dict[str, Any]) -> list[EvalResult]:
+    """
+    The scores as the Hub's metadata has them.
+
+    Args:
+        record (`dict`):
+            An evaluation.
+
+    Returns:
+        `list[EvalResult]`: One for each exit, task and metric.
+    """
+    found = []
+    depth = record["request"]["exit_layers"][-1]
+    for task, results in record["tasks"].items():
+        for setting, scores in results["settings"].items():
+            if setting.startswith("exit "):
+                found += [_eval_result(task, setting, depth, name, value) for name, value in scores.items()]
+    for task, by_exit in _of_harness(record).items():
+        for k, metrics in by_exit.items():
+            for name, value in metrics.items():
+                if "stderr" not in name:
+                    found.append(_eval_result(task, f"exit {k}", depth, name.split(",")[0], value))
+    return found
+
+
+def _eval_result(task: str, setting: str, depth: int, metric: str, value: float) -> EvalResult:
+    name = f"{metric.replace('_', ' ')}, {setting.removeprefix('exit ')} of {depth} layers"
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=task,
+        dataset_name=task,
+        metric_type=metric,
+        metric_value=round(value, 6),
+        metric_name=name,
+    )
+
+
+__all__ = ["eval_results", "exits_block", "write_card"]

@@ -1,0 +1,193 @@
+"""The sub-model of an exit as a plain Llama checkpoint, for every engine that knows Llama."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from modeling_sorted_llama import SortedLlamaConfig
+from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
+from modeling_sorted_llama.generation_sorted_llama import make_plain
+from modeling_sorted_llama.modeling_sorted_llama import fold_lens
+from modeling_sorted_llama.submodel_weights import EMBEDDINGS, HEAD, lens_matrix, submodel_name
+
+from .evaluation import FILE_NAME
+
+
+def extract(
+    path: str | Path,
+    exit_layer: int,
+    output: str | Path,
+    revision: str | None = None,
+    name: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """
+    Write the sub-model of an exit as a plain Llama: weights, configuration, tokenizer, chat template, generation
+    configuration and a page. What is above the exit is neither downloaded, where whole files hold nothing else, nor
+    read; no more than one file of the result is in memory at a time. The folder appears when it is whole.
+
+    Args:
+        path (`str` or `Path`):
+            Model id or path of a sorted Llama, or of a Llama, in safetensors.
+        exit_layer (`int`):
+            Number of layers, from 1 to all.
+        output (`str` or `Path`):
+            Folder to make.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub. Defaults to the main branch.
+        name (`str`, *optional*):
+            What the page calls it: its id on the Hub. Defaults to the folder.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`):
+            Size of a file, at most.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: If `exit_layer` is out of range, if `output` is there already, if there are no safetensors in
+            `path`, or if a quantized head would have to be multiplied by the matrix of an exit.
+    """
+    output = Path(output)
+    if output.exists():
+        raise ValueError(f"`output` must be a folder that is not there yet, got {str(output)!r}.")
+    source = _Source(path, revision)
+    config = SortedLlamaConfig.from_pretrained(path, revision=revision)
+    check_exit_layer(exit_layer, config.num_hidden_layers, "exit_layer")
+
+    unfinished = output.with_name(output.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    _write_weights(source, config, exit_layer, unfinished, max_shard_size)
+    llama_config = config.to_llama(exit_layer)
+    llama_config.architectures = ["LlamaForCausalLM"]
+    llama_config.save_pretrained(unfinished)
+    if source.file("generation_config.json") is not None:
+        generation_config = GenerationConfig.from_pretrained(path, revision=revision)
+        make_plain(generation_config)
+        generation_config.save_pretrained(unfinished)
+    if source.file("tokenizer_config.json") is not None:
+        AutoTokenizer.from_pretrained(path, revision=revision).save_pretrained(unfinished)
+    _write_page(source, config, exit_layer, name or str(output), unfinished / "README.md")
+    unfinished.replace(output)
+    return output
+
+
+class _Source:
+    """The files of a checkpoint, in a folder or on the Hub."""
+
+    def __init__(self, path: str | Path, revision: str | None):
+        self.path, self.revision = str(path), revision
+        self.is_local = Path(path).is_dir()
+
+    def file(self, name: str) -> Path | None:
+        """Where a file is, downloaded if need be; `None` if the checkpoint has no such file."""
+        if self.is_local:
+            file = Path(self.path) / name
+            return file if file.is_file() else None
+        try:
+            return Path(hf_hub_download(self.path, name, revision=self.revision))
+        except EntryNotFoundError:
+            return None
+
+    def weight_map(self) -> dict[str, str]:
+        """Name of each tensor, and of the file that holds it."""
+        index = self.file(SAFE_WEIGHTS_INDEX_NAME)
+        if index is not None:
+            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        single = self.file(SAFE_WEIGHTS_NAME)
+        if single is None:
+            raise ValueError(f"`path` must hold its weights as safetensors, got {self.path!r}.")
+        with safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+
+
+def _write_weights(
+    source: _Source, config: SortedLlamaConfig, exit_layer: int, folder: Path, max_shard_size: int | str
+) -> None:
+    weight_map = source.weight_map()
+    targets_of = {name: submodel_name(name, config, exit_layer) for name in weight_map}
+    names = {target: name for name, target in targets_of.items() if target is not None}
+    matrix = lens_matrix(config, exit_layer)
+    if matrix is not None:
+        names.setdefault(HEAD, EMBEDDINGS)
+    elif config.tie_word_embeddings and exit_layer not in config.own_exits:
+        names.pop(HEAD, None)
+
+    def opened(stack: ExitStack, needed: Iterable[str]) -> dict[str, Any]:
+        files = {weight_map[name] for name in needed}
+        return {name: stack.enter_context(safe_open(source.file(name), "pt")) for name in files}
+
+    with ExitStack() as stack:
+        files = opened(stack, names.values())
+        shapes = {}
+        for target, name in names.items():
+            tensor = files[weight_map[name]].get_slice(name)
+            shape = tensor.get_shape()
+            dtype = (tensor[:0] if shape else files[weight_map[name]].get_tensor(name)).dtype
+            shapes[target] = torch.empty(shape, dtype=dtype, device="meta")
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    for file_name, targets in plan.filename_to_tensors.items():
+        with ExitStack() as stack:
+            needed = [names[target] for target in targets]
+            if matrix is not None and HEAD in targets:
+                needed.append(matrix)
+            files = opened(stack, needed)
+            tensors = {name: files[weight_map[name]].get_tensor(name) for name in needed}
+            state = {target: tensors[names[target]] for target in targets}
+            if matrix in tensors:
+                state[HEAD] = fold_lens(state[HEAD], tensors[matrix])
+            save_file(state, folder / file_name, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_page(source: _Source, config: SortedLlamaConfig, exit_layer: int, name: str, file: Path) -> None:
+    page = source.file("README.md")
+    theirs: Any = ModelCard.load(page, ignore_metadata_errors=True).data if page is not None else ModelCardData()
+    data = ModelCardData(
+        base_model=theirs.base_model if source.is_local else source.path,
+        license=theirs.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["llama", "soft", "early-exit"],
+        datasets=theirs.datasets,
+        language=theirs.language,
+    )
+    made_from = (
+        Path(source.path).resolve().name if source.is_local else f"[{source.path}](https://hf.co/{source.path})"
+    )
+    blocks = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {Path(name).name}",
+        f"The first {exit_layer} of {config.num_hidden_layers} layers of {made_from} as a plain Llama, which runs "
+        "wherever Llamas run. The whole checkpoint holds this model too, beside the deeper ones.",
+        f'```python\nfrom transformers import pipeline\n\npipe = pipeline("text-generation", "{name}")\n```',
+    ]
+    evaluation = source.file(FILE_NAME)
+    scores = [] if evaluation is None else _scores(json.loads(evaluation.read_text(encoding="utf-8")), exit_layer)
+    blocks += ["\n".join(scores)] if scores else ["It was not evaluated at this depth."]
+    file.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+
+
+def _scores(record: dict[str, Any], exit_layer: int) -> list[str]:
+    """Rows of a table: what the evaluation of the whole checkpoint found of this exit."""
+    rows = []
+    for task, results in record["tasks"].items():
+        for metric, value in results["settings"].get(f"exit {exit_layer}", {}).items():
+            rows.append(f"| {task} | {metric.replace('_', ' ')} | {100 * value:.1f} % |")
+    return ["| task | metric | score |", "|---|---|---:|", *rows] if rows else []
+
+
+__all__ = ["extract"]

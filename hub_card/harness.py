@@ -1,0 +1,157 @@
+"""
+Every exit in EleutherAI's lm-evaluation-harness, log-likelihoods of all of them from one backbone pass.
+
+```shell
+lm_eval --model hf --model_args pretrained=PATH,trust_remote_code=True,exit_layer=10 --tasks ...   # one exit, as it is
+python -m hub_card.harness --model sorted-llama --model_args pretrained=PATH,exit_layer=10 --tasks ...
+python -m hub_card evaluate PATH --tasks ...                                                       # all exits
+```
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from tqdm.auto import tqdm
+
+import modeling_sorted_llama  # noqa: F401  (registers the model with the Auto classes)
+
+from .measure import read_at_exit
+
+
+MODES = ("exit_layer", "exit_threshold", "assistant_early_exit")
+
+# Of a request, context and continuation, to its score: log-probability, and whether it is the greedy continuation
+Key = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@register_model("sorted-llama")
+class SortedLlamaLM(HFLM):
+    """
+    The harness's Hugging Face model at an exit. A log-likelihood is asked for once: the scores of all `exit_layers`
+    come from the same pass and are kept, so that a second run at another `exit_layer` finds them.
+
+    Args:
+        pretrained (`str` or [`SortedLlamaForCausalLM`]):
+            Model id, path or model.
+        exit_layer (`int`, *optional*):
+            Exit whose results are returned, and that generates unless `gen_kwargs` choose a mode. Can be assigned.
+            Defaults to the model's full depth.
+        exit_layers (`list[int]`, *optional*):
+            Exits to score, `exit_layer` among them. Defaults to `exit_layer` alone.
+        kwargs (`Any`, *optional*):
+            Arguments of the harness's `hf` model.
+
+    Raises:
+        ValueError: If `exit_layer` is not among `exit_layers`, or is not a depth of the model.
+    """
+
+    def __init__(
+        self, pretrained: Any, exit_layer: int | None = None, exit_layers: Sequence[int] | None = None, **kwargs: Any
+    ):
+        super().__init__(pretrained, **kwargs)
+        depth = self.model.config.num_hidden_layers
+        self.exit_layers = sorted(exit_layers or [depth if exit_layer is None else exit_layer])
+        self.exit_layer = self.exit_layers[-1] if exit_layer is None else exit_layer
+        if self.exit_layer not in self.exit_layers or not 1 <= self.exit_layers[0] <= self.exit_layers[-1] <= depth:
+            raise ValueError(
+                f"`exit_layer={exit_layer!r}` must be one of `exit_layers={exit_layers!r}`, from 1 to {depth}."
+            )
+        self._scores: dict[Key, dict[int, tuple[float, bool]]] = {}
+
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        asked = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        # By the tokens that the model reads: answers of one token share a pass over their question
+        by_input: dict[tuple[int, ...], list[Key]] = {}
+        for key in dict.fromkeys(asked):
+            if key not in self._scores:
+                by_input.setdefault((*key[0], *key[1])[-(self.max_length + 1) :][:-1], []).append(key)
+        inputs = sorted(by_input, key=lambda tokens: (-len(tokens), tokens))
+        batch_size = override_bs or (1 if self.batch_size == "auto" else int(self.batch_size))
+        bar = tqdm(total=len(inputs), desc="log-likelihoods of all exits", disable=disable_tqdm or self.rank != 0)
+        for start in range(0, len(inputs), batch_size):
+            batch = inputs[start : start + batch_size]
+            self._score(batch, [by_input[tokens] for tokens in batch])
+            bar.update(len(batch))
+        bar.close()
+        scores = [self._scores[key][self.exit_layer] for key in asked]
+        for (request, *_), score in zip(requests, scores, strict=True):
+            if request is not None:
+                self.cache_hook.add_partial("loglikelihood", request, score)
+        return scores
+
+    @torch.inference_mode()
+    def _score(self, inputs: list[tuple[int, ...]], keys: list[list[Key]]) -> None:
+        """Score the continuations of a batch of inputs at every exit."""
+        width = len(inputs[0])  # the longest comes first; what pads a row on the right, nothing before it sees
+        padded = torch.tensor([tokens + (0,) * (width - len(tokens)) for tokens in inputs], device=self.device)
+        with torch.autocast(
+            self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+        ):
+            outputs = self.model.model(
+                padded, exit_layer=self.exit_layers[-1], exit_layers=self.exit_layers, use_cache=False
+            )
+            # Only the places that predict a continuation reach a head
+            spans: list[tuple[Key, int]] = []
+            places: list[tuple[int, int]] = []
+            targets: list[int] = []
+            for row, (tokens, of_input) in enumerate(zip(inputs, keys, strict=True)):
+                for key in of_input:
+                    continuation = key[1][-len(tokens) :]
+                    spans.append((key, len(continuation)))
+                    places += [(row, len(tokens) - len(continuation) + i) for i in range(len(continuation))]
+                    targets += continuation
+            at = torch.tensor(places, device=self.device).unbind(1)
+            wanted = torch.tensor(targets, device=self.device)
+            for k, states in zip(self.exit_layers, outputs.exit_hidden_states, strict=True):
+                log_probs, greedy, _ = read_at_exit(self.model, k, states[at], wanted, self.softmax_dtype)
+                lengths = [length for _, length in spans]
+                by_key = zip(log_probs.cpu().split(lengths), (greedy == wanted).cpu().split(lengths), strict=True)
+                for (key, _), (of_key, right) in zip(spans, by_key, strict=True):
+                    self._scores.setdefault(key, {})[k] = (float(of_key.sum()), bool(right.all()))
+
+    def _model_generate(self, context, max_length, stop, **generation_kwargs):
+        if not any(generation_kwargs.get(name) is not None for name in MODES):
+            generation_kwargs["exit_layer"] = self.exit_layer
+        return super()._model_generate(context, max_length, stop, **generation_kwargs)
+
+
+def evaluate_harness(
+    model: SortedLlamaLM, exit_layers: Sequence[int], task: str, **kwargs: Any
+) -> dict[str, dict[str, dict]]:
+    """
+    Run a task of the harness at every exit.
+
+    Args:
+        model ([`SortedLlamaLM`]):
+            The model, made with these `exit_layers`: the first run scores them all.
+        exit_layers (`Sequence[int]`):
+            Exits.
+        task (`str`):
+            Name of a task or of a group, or path of a YAML file.
+        kwargs (`Any`, *optional*):
+            Arguments of `lm_eval.simple_evaluate`: `num_fewshot`, `limit`, ...
+
+    Returns:
+        `dict[str, dict[str, dict]]`: By task (a group has several) and exit, the metrics as the harness names them
+        (`"acc,none"`).
+    """
+    found: dict[str, dict[str, dict]] = {}
+    for exit_layer in exit_layers:
+        model.exit_layer = exit_layer
+        results: Any = simple_evaluate(model=model, tasks=[task], **kwargs)
+        for name, metrics in results["results"].items():
+            numbers = {metric: value for metric, value in metrics.items() if isinstance(value, float)}
+            found.setdefault(name, {})[str(exit_layer)] = numbers
+    return found
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

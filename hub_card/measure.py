@@ -1,0 +1,240 @@
+"""What is measured at the exits of a model: answers, losses and confidences from one pass, speed."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from modeling_sorted_llama import SortedLlamaForCausalLM
+
+
+_LOGITS = 2**26  # entries of one float32 tile of logits
+
+
+@dataclass
+class TeacherForced:
+    """
+    What the exits say at each token of the right answers, full depth last.
+
+    Args:
+        losses (`torch.FloatTensor` of shape `(num_exits, num_tokens)`):
+            Negative log-probability of the right token, in nats.
+        confidences (`torch.FloatTensor` of shape `(num_exits, num_tokens)`):
+            Probability of the greedy token: what `exit_threshold` is compared with.
+        agrees (`torch.BoolTensor` of shape `(num_exits, num_tokens)`):
+            Whether the greedy token is full depth's.
+    """
+
+    losses: torch.Tensor
+    confidences: torch.Tensor
+    agrees: torch.Tensor
+
+
+@torch.inference_mode()
+def teacher_forced(
+    model: SortedLlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    exits: list[int],
+    batch_size: int = 32,
+    progress: bool = False,
+) -> TeacherForced:
+    """
+    Read the right answers at every exit, from one backbone pass.
+
+    Args:
+        model ([`SortedLlamaForCausalLM`]):
+            The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        rows (`Sequence[dict]`):
+            Text of `prompt` and `completion`.
+        exits (`list[int]`):
+            Exits, ascending, ending in full depth.
+        batch_size (`int`, *optional*, defaults to 32):
+            Rows a forward.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a bar.
+
+    Returns:
+        [`TeacherForced`]
+    """
+    rows = sorted(rows, key=lambda row: len(row["prompt"]) + len(row["completion"]))  # alike lengths: little padding
+    found: list[list[torch.Tensor]] = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="reading answers", disable=not progress):
+        batch = rows[start : start + batch_size]
+        whole = [tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in batch]
+        starts = [len(tokenizer(row["prompt"])["input_ids"]) for row in batch]
+        padded = tokenizer.pad({"input_ids": whole}, padding_side="right", return_tensors="pt").to(model.device)
+        states = model.model(**padded, exit_layers=exits, use_cache=False).exit_hidden_states
+        # The state before a token of the answer predicts it
+        places = [(r, t - 1) for r, tokens in enumerate(whole) for t in range(max(starts[r], 1), len(tokens))]
+        at = torch.tensor(places, device=model.device).reshape(-1, 2).unbind(1)
+        labels = padded["input_ids"][at[0], at[1] + 1]
+        said = [read_at_exit(model, k, state[at], labels) for k, state in zip(exits, states, strict=True)]
+        found.append([torch.stack(values).cpu() for values in zip(*said, strict=True)])
+    log_probs, greedy, most = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return TeacherForced(losses=-log_probs, confidences=most.exp(), agrees=greedy == greedy[-1])
+
+
+def read_at_exit(
+    model: SortedLlamaForCausalLM,
+    exit_layer: int,
+    states: torch.Tensor,
+    wanted: torch.Tensor,
+    dtype: torch.dtype | None = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    What an exit says of the tokens behind some states, a tile of logits at a time.
+
+    Args:
+        model ([`SortedLlamaForCausalLM`]):
+            The model.
+        exit_layer (`int`):
+            The exit.
+        states (`torch.Tensor` of shape `(num_tokens, hidden_size)`):
+            Its hidden states, before the norm.
+        wanted (`torch.LongTensor` of shape `(num_tokens,)`):
+            Token behind each.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Type of the softmax. `None` is that of the logits.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Log-probability of the wanted tokens, the greedy tokens, and
+        their log-probability, each of shape `(num_tokens,)`.
+    """
+    head, norm = model.exit_head(exit_layer), model.model.exit_norm(exit_layer)
+    rows = max(1, _LOGITS // model.config.vocab_size)
+    found = []
+    for start in range(0, len(wanted), rows):
+        tile = slice(start, start + rows)
+        log_probs = head(norm(states[tile])).log_softmax(-1, dtype=dtype)
+        most, greedy = log_probs.max(-1)
+        found.append((log_probs.gather(-1, wanted[tile, None])[:, 0], greedy, most))
+    of_wanted, greedy, most = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return of_wanted, greedy, most
+
+
+@torch.inference_mode()
+def answers(
+    model: SortedLlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 12,
+    batch_size: int = 64,
+    progress: str | None = None,
+    **decoding: Any,
+) -> list[str]:
+    """
+    Greedy answers.
+
+    Args:
+        model ([`SortedLlamaForCausalLM`]):
+            The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompts (`Sequence[str]`):
+            Text to continue.
+        max_new_tokens (`int`, *optional*, defaults to 12):
+            Length of an answer.
+        batch_size (`int`, *optional*, defaults to 64):
+            Rows a call.
+        progress (`str`, *optional*):
+            Name of a bar to show.
+        decoding (`Any`, *optional*):
+            `exit_layer=k`, or another mode of `generate`.
+
+    Returns:
+        `list[str]`: Generated text without special tokens.
+    """
+    found = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
+    for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None):
+        batch = order[start : start + batch_size]
+        inputs = tokenizer([prompts[i] for i in batch], return_tensors="pt", padding=True, padding_side="left")
+        tokens = _generate(model, tokenizer, inputs.to(model.device), max_new_tokens, **decoding)
+        texts = tokenizer.batch_decode(tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(batch, texts, strict=True):
+            found[i] = text
+    return found
+
+
+def _generate(model, tokenizer, inputs, max_new_tokens: int, **decoding: Any) -> torch.Tensor:
+    return model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **decoding,
+    )
+
+
+@dataclass
+class Speed:
+    """
+    Tokens per second of one way to decode, one row at a time, the time for the prompt included.
+
+    Args:
+        median (`float`):
+            What was seen.
+        best (`float`):
+            The fastest run: the estimate that other work on the machine disturbs least.
+    """
+
+    median: float
+    best: float
+
+
+@torch.inference_mode()
+def decoding_speeds(
+    model: SortedLlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    settings: dict[str, dict],
+    max_new_tokens: int = 24,
+    runs: int = 3,
+    ends: bool = True,
+    progress: bool = False,
+) -> dict[str, Speed]:
+    """
+    Speed of several ways to decode, which take turns, so that a machine that gets slower is fair to all.
+
+    Args:
+        model ([`SortedLlamaForCausalLM`]):
+            The model, in the dtype and on the device that its speed is measured in.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompts (`Sequence[str]`):
+            Text to continue, each alone.
+        settings (`dict[str, dict]`):
+            Arguments of `generate`, by name.
+        max_new_tokens (`int`, *optional*, defaults to 24):
+            Tokens to generate after each prompt, at most.
+        runs (`int`, *optional*, defaults to 3):
+            Turns, after one to warm up.
+        ends (`bool`, *optional*, defaults to `True`):
+            Whether a text may end. It should where modes are compared that depend on what the model has to say.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a bar.
+
+    Returns:
+        `dict[str, Speed]`: By name.
+    """
+    inputs = [tokenizer(prompt, return_tensors="pt").to(model.device) for prompt in prompts]
+    least = None if ends else max_new_tokens
+    seen: dict[str, list[float]] = {name: [] for name in settings}
+    for run in tqdm(range(runs + 1), desc="decoding speed", disable=not progress):
+        for name, decoding in settings.items():
+            start, new_tokens = time.perf_counter(), 0
+            for one in inputs:
+                tokens = _generate(model, tokenizer, one, max_new_tokens, min_new_tokens=least, **decoding).cpu()
+                new_tokens += tokens.shape[1] - one["input_ids"].shape[1]
+            if run > 0:
+                seen[name].append(new_tokens / (time.perf_counter() - start))
+    return {name: Speed(statistics.median(speeds), max(speeds)) for name, speeds in seen.items()}

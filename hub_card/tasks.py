@@ -1,0 +1,239 @@
+"""What exits are asked: rows of questions and right answers, and how a generated answer is scored."""
+
+import hashlib
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import load_dataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import maybe_apply_chat_template
+
+
+QUESTION = "Question: {question}\nAnswer:"
+
+
+@dataclass
+class Task:
+    """
+    Rows to answer, and how the answers are scored.
+
+    Args:
+        name (`str`):
+            What the task is called.
+        kind (`str`):
+            One of [`KINDS`].
+        rows (`list[dict]`):
+            Of each question the `prompt` and its `completion`, both text as the model reads it, and the `answers`
+            (`list[str]`) that count as right.
+        max_new_tokens (`int`):
+            Length of a generated answer.
+        source (`str`):
+            File or dataset.
+        digest (`str`):
+            Of the rows, to know them again.
+    """
+
+    name: str
+    kind: str
+    rows: list[dict]
+    max_new_tokens: int
+    source: str
+    digest: str
+
+    @property
+    def metric(self) -> str:
+        """The first of the scores, which the page shows."""
+        return next(iter(KINDS[self.kind].score("", [""])))
+
+    def score(self, texts: Sequence[str]) -> dict[str, float]:
+        """
+        Mean scores of generated answers.
+
+        Args:
+            texts (`Sequence[str]`):
+                One answer for each of `rows`, as generated.
+
+        Returns:
+            `dict[str, float]`: Each score's mean over the rows, from 0 to 1.
+        """
+        scores = [KINDS[self.kind].score(text, row["answers"]) for text, row in zip(texts, self.rows, strict=True)]
+        return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+
+
+def load_task(
+    kind: str, source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, chat: bool = False
+) -> Task:
+    """
+    A task from a file or dataset.
+
+    Args:
+        kind (`str`):
+            `"qa"`: rows of `question` and `answers` (or `answer`); `"gsm8k"`: of `question` and `answer`, whose number
+            stands behind `####`; `"completions"`: of `prompt` and `completion`, text or chat messages.
+        source (`str`):
+            A .json, .jsonl, .csv or .parquet file, or a dataset of the Hub (its `test` split, else `train`).
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's.
+        limit (`int`, *optional*):
+            Number of rows, from the first. Defaults to all.
+        chat (`bool`, *optional*, defaults to `False`):
+            Whether questions are asked through the chat template.
+
+    Returns:
+        [`Task`]
+
+    Raises:
+        ValueError: If `kind` is unknown, if there are no rows, or if a row lacks a field.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
+    rows = load_rows(source)[:limit]
+    if not rows:
+        raise ValueError(f"{source!r} has no rows.")
+    fields = KINDS[kind].fields
+    for number, row in enumerate(rows):
+        missing = [names for names in fields if not any(row.get(name) is not None for name in names.split(" or "))]
+        if missing:
+            raise ValueError(f"Row {number} of {source!r} lacks {', '.join(missing)}, which `{kind}` reads.")
+    texts = []
+    for row in map(KINDS[kind].read, rows):
+        if chat and isinstance(row["prompt"], str):
+            question, completion = row["prompt"].strip(), row["completion"].strip()
+            row["prompt"] = [{"role": "user", "content": question}]
+            row["completion"] = [{"role": "assistant", "content": completion}]
+        text = as_text([row], tokenizer)[0]
+        texts.append({**text, "answers": row.get("answers") or [text["answer"]]})
+    longest = max(len(tokenizer(row["answer"])["input_ids"]) for row in texts) + 2
+    return Task(
+        name=Path(source).stem if Path(source).is_file() else source,
+        kind=kind,
+        rows=texts,
+        max_new_tokens=min(longest, KINDS[kind].max_new_tokens),
+        source=source,
+        digest=hashlib.sha256(
+            repr([(r["prompt"], r["completion"], r["answers"]) for r in texts]).encode()
+        ).hexdigest(),
+    )
+
+
+def load_rows(source: str) -> list[dict]:
+    """
+    Rows of a file or dataset.
+
+    Args:
+        source (`str`):
+            A .json, .jsonl, .csv or .parquet file, or a dataset of the Hub (its `test` split, else `train`).
+
+    Returns:
+        `list[dict]`
+    """
+    if Path(source).is_file():
+        suffix = Path(source).suffix.lstrip(".").replace("jsonl", "json")
+        return list(load_dataset(suffix, data_files=source, split="train"))
+    splits = load_dataset(source)
+    return list(splits["test" if "test" in splits else "train"])
+
+
+def as_text(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """
+    Rows as TRL trains them: `prompt` and `completion` as text, chat messages through the template, plain text with the
+    end-of-text token behind it.
+
+    Args:
+        rows (`Sequence[dict]`):
+            Rows of `prompt` and `completion`, and optionally `task`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's.
+
+    Returns:
+        `list[dict]`: `prompt`, `completion`, the `answer` without special tokens, and the `task` (`"all"`).
+    """
+    texts = []
+    for row in rows:
+        text = maybe_apply_chat_template({"prompt": row["prompt"], "completion": row["completion"]}, tokenizer)
+        if isinstance(row["completion"], str):
+            text["completion"] += tokenizer.eos_token
+        elif tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+            text["prompt"] = text["prompt"].removeprefix(tokenizer.bos_token)  # the tokenizer adds it itself
+        answer = tokenizer(text["completion"], add_special_tokens=False)["input_ids"]
+        answer = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        texts.append({**text, "answer": answer, "task": row.get("task", "all")})
+    return texts
+
+
+# Scores
+
+
+def first_line(text: str) -> str:
+    """The first line that says something, stripped."""
+    return (text.strip().splitlines() or [""])[0].strip()
+
+
+def exact_match(text: str, answers: Sequence[str]) -> dict[str, float]:
+    """Whether the first line is one of the answers."""
+    return {"exact_match": float(any(first_line(text) == answer.strip() for answer in answers))}
+
+
+def normalize_answer(text: str) -> str:
+    """TriviaQA's normalisation: lower case, no punctuation, no articles, single spaces."""
+    punctuation = string.punctuation + "‘’´`"
+    text = "".join(" " if character in punctuation else character for character in text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def closed_book(text: str, answers: Sequence[str]) -> dict[str, float]:
+    """TriviaQA's exact match and F1 of the first line, the best over the aliases."""
+    said = normalize_answer(first_line(text))
+    right = [normalize_answer(answer) for answer in answers]
+    return {"exact_match": float(said in right), "f1": max(token_f1(said, answer) for answer in right)}
+
+
+def token_f1(text: str, answer: str) -> float:
+    """Harmonic mean of precision and recall of the answer's words."""
+    said, right = text.split(), answer.split()
+    common = sum((Counter(said) & Counter(right)).values())
+    return 2 * common / (len(said) + len(right)) if common else 0.0
+
+
+def final_number(text: str) -> str | None:
+    """The number behind GSM8K's `####`."""
+    found = re.search(r"####\s*(-?[\d,]*\.?\d+)", text)
+    return found and found[1].replace(",", "")
+
+
+def final_answer(text: str, answers: Sequence[str]) -> dict[str, float]:
+    """GSM8K: whether the number behind `####` is the right one."""
+    said = final_number(text)
+    right = [final_number(answer) for answer in answers]
+    return {"final_answer": float(said is not None and any(r is not None and float(said) == float(r) for r in right))}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How rows of a kind are read and scored."""
+
+    fields: Sequence[str]
+    read: Callable[[dict], dict]
+    score: Callable[[str, Sequence[str]], dict[str, float]]
+    max_new_tokens: int
+
+
+def _read_question(row: dict) -> dict:
+    answers = row.get("answers") or row["answer"]
+    answers = [answers] if isinstance(answers, str) else list(answers)
+    return {
+        "prompt": QUESTION.format(question=row["question"]),
+        "completion": f" {answers[0]}",
+        "answers": answers,
+    }
+
+
+KINDS = {
+    "qa": Kind(["question", "answers or answer"], _read_question, closed_book, 24),
+    "gsm8k": Kind(["question", "answer"], _read_question, final_answer, 256),
+    "completions": Kind(["prompt", "completion"], dict, exact_match, 128),
+}

@@ -1,0 +1,86 @@
+"""Tasks: what is asked, and what counts as right."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hub_card.tasks import closed_book, exact_match, final_answer, first_line, load_task, normalize_answer, token_f1
+from tests.tiny import tiny_tokenizer
+
+
+@pytest.mark.parametrize(
+    "score, text, answers, expected",
+    [
+        (exact_match, "\n Paris\nQuestion:", ["Lyon", "Paris"], {"exact_match": 1.0}),
+        (exact_match, "paris", ["Paris"], {"exact_match": 0.0}),
+        (exact_match, "", ["Paris"], {"exact_match": 0.0}),
+        (closed_book, "The  Beatles!", ["beatles"], {"exact_match": 1.0, "f1": 1.0}),
+        (closed_book, "the cat sat\nParis", ["a cat"], {"exact_match": 0.0, "f1": 2 / 3}),
+        (closed_book, "New York", ["NYC", "new-york"], {"exact_match": 1.0, "f1": 1.0}),
+        (closed_book, "cat cat cat", ["cat dog"], {"exact_match": 0.0, "f1": 0.4}),
+        (closed_book, "", ["x"], {"exact_match": 0.0, "f1": 0.0}),
+        (final_answer, "2+2=4\n#### 4\nQuestion", ["so\n#### 4"], {"final_answer": 1.0}),
+        (final_answer, "#### 1,004.", ["#### 1004"], {"final_answer": 1.0}),
+        (final_answer, "#### 4.50", ["#### 4.5"], {"final_answer": 1.0}),
+        (final_answer, "#### -3", ["#### 3"], {"final_answer": 0.0}),
+        (final_answer, "#### 40", ["#### 4"], {"final_answer": 0.0}),
+        (final_answer, "the answer is 4", ["#### 4"], {"final_answer": 0.0}),
+        (final_answer, "####", ["####"], {"final_answer": 0.0}),
+    ],
+)
+def test_scores(score, text, answers, expected):
+    assert score(text, answers) == pytest.approx(expected)
+
+
+@given(st.text(), st.text())
+def test_properties_of_the_normalisation(text, other):
+    once = normalize_answer(text)
+    assert normalize_answer(once) == once == once.strip()
+    assert token_f1(once, normalize_answer(other)) == token_f1(normalize_answer(other), once)
+    line = first_line(text)
+    assert closed_book(text, [line]) == {"exact_match": 1.0, "f1": float(bool(normalize_answer(line)))}
+
+
+def write(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_questions_and_their_aliases(tmp_path):
+    rows = [{"question": "Capital?", "answers": ["Paris", "City of Paris"]}, {"question": "Two?", "answer": "2"}]
+    task = load_task("qa", write(tmp_path / "trivia.jsonl", rows), tiny_tokenizer())
+    assert (task.name, task.metric) == ("trivia", "exact_match")
+    assert [row["prompt"] for row in task.rows] == ["Question: Capital?\nAnswer:", "Question: Two?\nAnswer:"]
+    assert task.rows[0]["completion"] == " Paris</s>"
+    assert task.score(["city of Paris.", "three"]) == pytest.approx({"exact_match": 0.5, "f1": 0.5})
+    assert task.max_new_tokens == 7  # of the longest first answer, and two more
+    chat = load_task("qa", task.source, tiny_tokenizer(), limit=1, chat=True)
+    assert len(chat.rows) == 1 and chat.rows[0]["prompt"].endswith("<s>assistant\n")
+    assert chat.digest != task.digest
+
+
+def test_problems(tmp_path):
+    rows = [{"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}]
+    task = load_task("gsm8k", write(tmp_path / "test.jsonl", rows), tiny_tokenizer())
+    assert task.score(["It is\n#### 2"]) == {"final_answer": 1.0}
+
+
+@pytest.mark.parametrize(
+    "kind, rows, message",
+    [
+        ("poems", [{"question": "a", "answer": "b"}], "`kind` must be one of qa, gsm8k, completions, got 'poems'"),
+        ("qa", [{"question": "a", "answer": "b"}, {"question": "a"}], "Row 1 .* lacks answers or answer"),
+        ("completions", [{"question": "a"}], "Row 0 .* lacks prompt, completion"),
+    ],
+    ids=str,
+)
+def test_wrong_data(tmp_path, kind, rows, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(kind, write(tmp_path / "rows.jsonl", rows), tiny_tokenizer())
+
+
+def test_no_rows(tmp_path):
+    with pytest.raises(ValueError, match="has no rows"):
+        load_task("qa", write(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}]), tiny_tokenizer(), limit=0)

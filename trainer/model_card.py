@@ -1,0 +1,178 @@
+"""The page of a checkpoint, as training knows it: a template of named blocks, which the evaluation fills up later."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+
+def new_page(data: Any, model_name: str, citation: str, dataset_name: str | None = None) -> str:
+    """
+    The template, filled in.
+
+    Args:
+        data ([`~huggingface_hub.CardData`]):
+            Metadata.
+        model_name (`str`):
+            Title.
+        citation (`str`):
+            BibTeX of the method.
+        dataset_name (`str`, *optional*):
+            Dataset that it was trained on.
+
+    Returns:
+        `str`: The page, metadata included.
+    """
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_suffix(".md")),
+        model_name=model_name,
+        base_model=data.get("base_model"),
+        dataset_name=dataset_name,
+        citation=citation,
+    )
+    return card.content
+
+
+def get_block(page: str, name: str) -> str | None:
+    """
+    What stands between the marks of a block.
+
+    Args:
+        page (`str`):
+            Markdown.
+        name (`str`):
+            Of the block.
+
+    Returns:
+        `str`, or `None` where the page has no such block.
+    """
+    block = _block(name).search(page)
+    return block and block[2].strip()
+
+
+def set_block(page: str, name: str, content: str) -> str:
+    """
+    Replace what stands between the marks of a block. Text outside of blocks, and a block whose marks the owner of the
+    page took away, stay as they are.
+
+    Args:
+        page (`str`):
+            Markdown.
+        name (`str`):
+            Of the block.
+        content (`str`):
+            New content, without the marks.
+
+    Returns:
+        `str`: The page.
+    """
+    return _block(name).sub(lambda block: f"{block[1]}{content.strip()}\n{block[3]}", page, count=1)
+
+
+def _block(name: str) -> re.Pattern:
+    """A block: the mark at its begin, its content, the mark at its end."""
+    begin, end = f"<!-- sorted-llama: {name} -->", f"<!-- /sorted-llama: {name} -->"
+    return re.compile(f"({re.escape(begin)}\n)(.*?)({re.escape(end)})", re.DOTALL)
+
+
+def has_blocks(page: str) -> bool:
+    """Whether any block of ours is in the page."""
+    return re.search(r"<!-- sorted-llama: \w+ -->", page) is not None
+
+
+def use_block(name: str, exits: list[int], base: str | None = None) -> str:
+    """
+    The calls to paste, with the exits of this model.
+
+    Args:
+        name (`str`):
+            Model id or path.
+        exits (`list[int]`):
+            Its exits, full depth last.
+        base (`str`, *optional*):
+            Of an adapter, the model that it is for.
+
+    Returns:
+        `str`: Markdown.
+    """
+    lines = [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'name = "{name}"',
+        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
+        "model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)",
+    ]
+    if base is not None:  # an adapter's folder holds no code
+        lines = [
+            "```python",
+            "from modeling_sorted_llama import SortedLlamaForCausalLM",
+            "from peft import PeftModel",
+            "from transformers import AutoTokenizer",
+            "",
+            f'name = "{name}"',
+            "tokenizer = AutoTokenizer.from_pretrained(name)",
+            f'base = SortedLlamaForCausalLM.from_pretrained("{base}", exit_layers={exits})',
+            "model = PeftModel.from_pretrained(base, name)",
+        ]
+    lines += ['inputs = tokenizer("The capital of France is", return_tensors="pt")', ""]
+    if len(exits) > 1:
+        low = exits[0]
+        lines += [
+            f"model.generate(**inputs, exit_layer={low}, max_new_tokens=32)  # {low} layers run, and no more",
+            "model.generate(**inputs, exit_threshold=0.9, max_new_tokens=32)  # each token at the exit that is sure",
+            f"model.generate(**inputs, assistant_early_exit={low}, max_new_tokens=32)  # full depth's tokens, drafted",
+            'model.generate(**inputs, exit_layer="auto", max_new_tokens=32)  # a depth for each row, from its prompt',
+        ]
+    else:
+        lines += ["model.generate(**inputs, max_new_tokens=32)"]
+    lines += ["```"]
+    if base is None:
+        lines += [
+            "",
+            "`trust_remote_code=True` runs the Python files of this repository. Read them, then pin what you have "
+            'read, `code_revision="<commit>"`, so that a later change does not run unseen on your machine.',
+        ]
+    return "\n".join(lines)
+
+
+def training_block(trainer: Any) -> str:
+    """
+    What the trainer did, from its own arguments and state.
+
+    Args:
+        trainer ([`SortedSFTTrainer`]):
+            The trainer.
+
+    Returns:
+        `str`: Markdown.
+    """
+    args, state, config = trainer.args, trainer.state, trainer.model.config
+    weights = trainer.exit_loss_weights or [1.0] * len(trainer.exit_layers)
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    facts = {
+        "exits": ", ".join(map(str, trainer.exit_layers)),
+        "weights of their losses": ", ".join(f"{w:g}" for w in weights) + f"; {args.exit_loss_reduction}",
+        "exits a step": args.exit_schedule
+        + (f", {args.exits_per_step} beside full depth" if args.exit_schedule in ("random", "rotate") else ""),
+        "exit heads": config.exit_heads + (", detached" if args.detach_exits else ""),
+        "trained": f"{args.trainable}, {trained / 1e6:,.1f} M parameters",
+        "self-distillation": f"{args.self_distillation_weight:g}, temperature {args.self_distillation_temperature:g}",
+        "optimization": f"{state.global_step} steps of {batch} rows, {args.optim.value}, learning rate "
+        f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}",
+    }
+    if not args.self_distillation_weight:
+        del facts["self-distillation"]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
+    evaluations = [entry for entry in state.log_history if f"eval_exit_{trainer.exit_layers[0]}_loss" in entry]
+    if evaluations:
+        last = evaluations[-1]
+        lines += ["", f"Evaluation during training, after {last['step']} steps:", ""]
+        lines += ["| exit | loss | token accuracy | agreement with full depth |", "|---:|---:|---:|---:|"]
+        for k in trainer.exit_layers:
+            values = [last[f"eval_exit_{k}_{name}"] for name in ("loss", "mean_token_accuracy", "agreement")]
+            lines.append(f"| {k} | {values[0]:.3f} | {100 * values[1]:.1f} % | {100 * values[2]:.1f} % |")
+    return "\n".join(lines)
