@@ -62,6 +62,7 @@ _MODE_OF = {
     "exit_layer": "exit_layer",
     "exit_agreement": "auto",
 }
+_MODES = ("exit_threshold", "assistant_early_exit", "exit_layer")
 _SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 
 
@@ -178,6 +179,30 @@ def read_decoding_fields(model, generation_config: GenerationConfig | None, kwar
     return fields
 
 
+def check_continuous_batching(model, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+    """
+    Refuse a depth that continuous batching would pass over: it runs all requests at the depth of the model's config.
+
+    Args:
+        model ([`SortedLlamaForCausalLM`]):
+            The model.
+        generation_config ([`~transformers.GenerationConfig`], *optional*):
+            Of the requests.
+        kwargs (`dict`):
+            Keyword arguments beside it.
+
+    Raises:
+        ValueError: If another depth than the config's, or a mode of decoding at moving depth, is asked for.
+    """
+    fields = read_decoding_fields(model, generation_config, kwargs)
+    asked = {name: fields[name] for name in _MODES if fields[name] is not None}
+    if asked and asked != {"exit_layer": model.model.depth()}:
+        raise ValueError(
+            f"Continuous batching runs all requests at the depth of the model's config, {model.model.depth()} layers "
+            f"now, and cannot honour {asked}: load the model with `exit_layer=k`, or generate without it."
+        )
+
+
 def make_plain(generation_config: GenerationConfig) -> None:
     """Take out what a plain Llama does not know."""
     for name in SORTED_GENERATION_FIELDS:
@@ -189,7 +214,7 @@ def make_plain(generation_config: GenerationConfig) -> None:
 
 
 def _mode(fields: dict[str, Any]) -> str | None:
-    for name in ("exit_threshold", "assistant_early_exit"):
+    for name in _MODES[:2]:
         if fields[name] is not None:
             return name
     if fields["exit_layer"] is None:

@@ -1,0 +1,89 @@
+"""
+Several depths of one checkpoint at once: a vLLM server for each, and a configuration of LiteLLM that makes them models
+of one address, `name@10`, `name@20`, `name@full`.
+
+```shell
+python examples/serve_depths.py out/demo/final --depths 10 20 full
+litellm --config out/demo/final.litellm.yaml      # in another terminal, after pip install "litellm[proxy]"
+```
+
+Each server holds the weights of its own layers, and its own keys and values. What follows `--` goes to all of them.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import yaml
+
+
+def start_server(path: str, depth: str, port: int, *flags: str, name: str | None = None) -> subprocess.Popen:
+    """vLLM's OpenAI server at a depth, a number of layers or "full"; what it prints goes where this process prints."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "--port", str(port)]
+    if depth != "full":
+        command += ["--hf-overrides", json.dumps({"exit_layer": int(depth)})]
+    if name is not None:
+        command += ["--served-model-name", name]
+    return subprocess.Popen([*command, *flags])
+
+
+def wait_until_up(server: subprocess.Popen, port: int) -> None:
+    """Wait for a server's first sign of health; `RuntimeError` if it ends before."""
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://localhost:{port}/health")
+            return
+        except urllib.error.URLError:
+            time.sleep(0.2)
+    raise RuntimeError(f"The server on port {port} ended with status {server.returncode}: see what it printed.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="of the checkpoint")
+    parser.add_argument("--depths", nargs="+", default=["full"], help='numbers of layers, or "full"')
+    parser.add_argument("--port", type=int, default=8001, help="of the first; the others count on")
+    parser.add_argument("flags", nargs="*", help="of vLLM, after --")
+    args = parser.parse_args()
+
+    name = Path(args.path).resolve().name
+    ports = {f"{name}@{depth}": args.port + i for i, depth in enumerate(args.depths)}
+    servers = []
+    try:
+        for depth, (model, port) in zip(args.depths, ports.items(), strict=True):
+            servers.append(start_server(args.path, depth, port, *args.flags, name=model))
+            wait_until_up(servers[-1], port)  # one after the other: each looks at how much memory is free
+        routes = [
+            {
+                "model_name": model,
+                "litellm_params": {
+                    "model": f"openai/{model}",
+                    "api_base": f"http://localhost:{port}/v1",
+                    "api_key": "none",
+                },
+            }
+            for model, port in ports.items()
+        ]
+        config = Path(args.path).with_name(f"{name}.litellm.yaml")
+        config.write_text(yaml.safe_dump({"model_list": routes}, sort_keys=False))
+        print(f"Up: {', '.join(f'{model} (port {port})' for model, port in ports.items())}")
+        print(f"One address for all: litellm --config {config}", flush=True)
+        while all(server.poll() is None for server in servers):
+            time.sleep(1)
+        raise RuntimeError("A server has ended: see what it printed. The others are stopped.")
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.wait()
+
+
+if __name__ == "__main__":
+    main()
