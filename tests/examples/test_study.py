@@ -32,12 +32,12 @@ def test_two_sittings(tmp_path):
     (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, GSM8K)))
     flags = ["--data", ".", "--tasks", "gsm8k"]
     first = run(tmp_path, *flags, "--arms", "SFT", "alone 2")
-    second = run(tmp_path, *flags, "--arms", "SFT", "SFT+ICT", "alone 2", "SoFT")
+    second = run(tmp_path, *flags, "--arms", "SFT", "SFT+ICT", "alone 2", "SoFT", "lenses")
     assert "gsm8k, SFT, seed 0 ..." in first and "gsm8k, SFT, seed 0 ..." not in second
 
     results = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
     by_arm = {r["arm"]: r for r in results}
-    assert list(by_arm) == ["SFT", "alone 2", "SFT+ICT", "SoFT"] and len(results) == 4
+    assert list(by_arm) == ["SFT", "alone 2", "SFT+ICT", "SoFT", "lenses"] and len(results) == 5
     for arm, result in by_arm.items():
         assert list(result["exits"]) == (["2"] if arm == "alone 2" else ["1", "2", "4"])
         assert result["steps"] == 2 and result["seconds"] > 0 and result["peak_memory_mb"] > 0
@@ -50,6 +50,10 @@ def test_two_sittings(tmp_path):
     own = 2 * (hidden + hidden * vocabulary)
     assert by_arm["SFT+ICT"]["trained_parameters"] == own
     assert by_arm["SFT+ICT"]["stored_parameters"] == by_arm["SFT"]["stored_parameters"] + own
+    own = 2 * (hidden + hidden * hidden)  # a lens for each exit below full depth
+    assert by_arm["lenses"]["stored_parameters"] == by_arm["SFT"]["stored_parameters"] + own
+    # Full depth as after SFT, but for the clipping and for 2 steps' rounding
+    assert by_arm["lenses"]["exits"]["4"]["loss"] == pytest.approx(by_arm["SFT"]["exits"]["4"]["loss"], rel=1e-3)
     assert by_arm["alone 2"]["trained_parameters"] < by_arm["SFT"]["trained_parameters"]
 
     table = (tmp_path / "study.md").read_text()
@@ -65,26 +69,26 @@ def test_spread_over_seeds(study):
         values = {"loss": loss, "score": 0.5, "agreement": 1.0}
         return {
             "task": "t", "arm": "SFT", "seed": seed, "metric": "exact match", "exits": {"4": values}, "seconds": 60.0,
-            "peak_memory_mb": 10.0, "trained_parameters": 10**6, "stored_parameters": 10**6,
+            "cpu_seconds": 120.0, "peak_memory_mb": 10.0, "trained_parameters": 10**6, "stored_parameters": 10**6,
         }  # fmt: skip
 
     table = study.report([result(0, 1.0), result(1, 2.0)])
-    assert "| SFT | 4 | 1.500 ± 0.707 | 0.500 ± 0.000 | 1.000 ± 0.000 | 1.0 ± 0.0 | 10 ± 0 | 1.0 | 1.0 |" in table
+    assert (
+        "| SFT | 4 | 1.500 ± 0.707 | 0.500 ± 0.000 | 1.000 ± 0.000 | 1.0 ± 0.0 | 2.0 ± 0.0 | 10 ± 0 | 1.0 | 1.0 |"
+        in table
+    )
 
 
 @pytest.mark.parametrize(
     "score, text, answer, value",
     [
-        ("exact_match", " Paris\nQuestion", "Paris", 1.0),
-        ("exact_match", "Paris is", "Paris", 0.0),
-        ("exact_match", "", "Paris", 0.0),
-        ("final_answer", "so 2+2=4\n#### 4\nQuestion", "#### 4", 1.0),
-        ("final_answer", "#### 1,004.", "#### 1,004", 1.0),
-        ("final_answer", "#### 40", "#### 4", 0.0),
-        ("final_answer", "the answer is 4", "#### 4", 0.0),
-        ("token_f1", "The cat sat", "the cat", 0.8),
-        ("token_f1", "", "the cat", 0.0),
-        ("token_f1", "the the the", "the cat", 0.4),
+        ("score_fact", " Paris\nQuestion", "Paris", 1.0),
+        ("score_fact", "Paris is", "Paris", 0.0),
+        ("score_fact", "", "Paris", 0.0),
+        ("score_problem", "so 2+2=4\n#### 4\nQuestion", "#### 4", 1.0),
+        ("score_problem", "#### 40", "#### 4", 0.0),
+        ("score_response", "The cat sat", "the cat", 2 / 3),
+        ("score_response", "", "the cat", 0.0),
     ],
 )
 def test_scores(study, score, text, answer, value):
@@ -96,7 +100,10 @@ def test_tasks(study, tmp_path):
     (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, GSM8K)))
     (tmp_path / "dolly_15k.jsonl").write_text(
         "\n".join(
-            json.dumps({"instruction": f"do {i}", "context": "" if i % 2 else "given", "response": f"done {i}"})
+            json.dumps(
+                {"instruction": f"do\u2028 {i}", "context": "" if i % 2 else "given", "response": f"done {i}"},
+                ensure_ascii=False,
+            )
             for i in range(20)
         )
     )
