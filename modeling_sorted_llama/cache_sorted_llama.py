@@ -1,7 +1,7 @@
 """SortedCache: a key-value cache that knows how deep each token has been run."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,8 +37,8 @@ class Block:
         """Rows, `(num_rows, 1)`, and slots, `(num_rows, width)`, of the cells."""
         if device not in self._index:
             rows = range(len(self.starts)) if self.rows is None else self.rows
-            slots = torch.tensor(self.starts, device=device)[:, None] + torch.arange(self.width, device=device)
-            self._index[device] = torch.tensor(list(rows), device=device)[:, None], slots
+            slots = index_tensor(self.starts, device)[:, None] + torch.arange(self.width, device=device)
+            self._index[device] = index_tensor(rows, device)[:, None], slots
         return self._index[device]
 
     def write(self, storage: torch.Tensor, values: torch.Tensor) -> None:
@@ -69,7 +69,7 @@ class Block:
         if min(self.counts) == self.width:
             return hidden_states
         device = hidden_states.device
-        shift = self.width - torch.tensor(self.counts, device=device)
+        shift = self.width - index_tensor(self.counts, device)
         columns = (torch.arange(self.width, device=device) - shift[:, None]).clamp(min=0)
         return hidden_states.gather(1, columns[..., None].expand_as(hidden_states))
 
@@ -88,7 +88,7 @@ class SortedCacheLayer(DynamicLayer):
         self.lengths: tuple[int, ...] = ()
         self.block: Block | None = None
 
-    # What transformers sees (and offloads, reorders, repeats) is the storage in use
+    # What transformers sees (and reorders, repeats) is the storage in use
     @property
     def keys(self) -> torch.Tensor | None:
         return None if self._keys is None else self._keys[..., : self.get_seq_length(), :]
@@ -113,6 +113,7 @@ class SortedCacheLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.prefetch()  # where the pass before ended at an exit, this layer was not the next one
         block, appended = self.block, self.block is None
         if block is None:  # a model that is not ours: the rows grow alike
             block = _block_of_all_rows(self.lengths, key_states)
@@ -130,6 +131,17 @@ class SortedCacheLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
+
+    # The whole storage moves: tokens on their way up are in it before `lengths` counts them
+    def offload(self) -> None:
+        if self._keys is not None:
+            self._keys = self._keys.to("cpu", non_blocking=True)
+            self._values = self._values.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        if self._keys is not None and self._keys.device != self.device:
+            self._keys = self._keys.to(self.device, non_blocking=True)
+            self._values = self._values.to(self.device, non_blocking=True)
 
     def crop(self, tokens_to_remove: int) -> None:
         self.lengths = tuple(max(length - abs(tokens_to_remove), 0) for length in self.lengths)
@@ -198,6 +210,10 @@ class SortedCache(Cache):
             self.lengths = self.layers[0].lengths
         return keys_and_values
 
+    def prefetch(self, layer_idx: int, *args: Any, **kwargs: Any) -> None:
+        if len(self.layers) > 1:  # a lone layer would be its own successor, fetched while it is in use
+            super().prefetch(layer_idx, *args, **kwargs)
+
     def _begin_plain_update(self, key_states: torch.Tensor, layer_idx: int) -> None:
         """A plain Llama goes on with this cache: all rows alike, and nothing may be pending in its layers."""
         if layer_idx == 0:
@@ -250,7 +266,7 @@ class SortedCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, in that order."""
-        rows = torch.arange(len(self.lengths))[torch.as_tensor(indices).cpu()]
+        rows = torch.arange(len(self.lengths), device="cpu")[torch.as_tensor(indices).cpu()]
         self._apply_to_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)), rows.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -361,7 +377,7 @@ class SortedCache(Cache):
     def _next_positions(self, block: Block, device: torch.device) -> torch.Tensor:
         new = torch.arange(block.width, device=device)
         if self._positions is None:
-            return new + torch.tensor(block.starts, device=device)[:, None]
+            return new + index_tensor(block.starts, device)[:, None]
         if block.even and block.rows is None:
             start = block.starts[0]
             return new + (self._positions[:, start - 1 : start] + 1 if start > 0 else 0)
@@ -512,6 +528,12 @@ class SortedCache(Cache):
             below = self.lengths if depth == 0 else self.lengths_in(depth - 1)
             if below == self.lengths_in(depth):
                 del self.pending[depth]
+
+
+def index_tensor(values: Iterable[int], device: torch.device) -> torch.Tensor:
+    """`values` as an int64 tensor on `device`, by way of pinned memory: from pageable memory, the host would wait."""
+    index = torch.tensor(list(values), dtype=torch.long, device="cpu")
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 def is_sorted_cache(cache: Any) -> bool:

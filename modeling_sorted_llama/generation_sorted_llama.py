@@ -24,7 +24,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, PromptLookupCandi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
-from .cache_sorted_llama import CACHE_NAME, STORAGE_BLOCK, Block, as_sorted_cache, reserve
+from .cache_sorted_llama import CACHE_NAME, STORAGE_BLOCK, Block, as_sorted_cache, index_tensor, reserve
 from .configuration_sorted_llama import check_exit_layer
 
 
@@ -524,7 +524,7 @@ class Sequences:
         return self.model.exit_head(depth)(hidden_states).to(self.device)
 
     def rows_index(self, rows: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(rows, device=self.device)
+        return index_tensor(rows, self.device)
 
     def prefixes(self, rows: Sequence[int], length: int) -> torch.Tensor:
         """The first `length` tokens of `rows`."""
@@ -668,7 +668,7 @@ class Sequences:
                 sure: Any = self.confidences and [c[step] if step < len(c) else 0.0 for c in self.confidences]
                 self.streamer.put_exits(depths, sure)
             token = self.ids[:, column].cpu()
-            behind = torch.tensor([length <= column for length in self.lengths])
+            behind = torch.tensor([length <= column for length in self.lengths], device="cpu")
             self.streamer.put(torch.where(behind, self.pad_token_id, token))
         self._streamed = max(self._streamed, reached)
 
@@ -688,7 +688,7 @@ class Sequences:
         lengths = [min(n, length) for n in self.lengths]
         columns = torch.arange(length, device=self.device)
         sequences = torch.where(
-            columns < torch.tensor(lengths, device=self.device)[:, None], self.ids[:, :length], self.pad_token_id
+            columns < index_tensor(lengths, self.device)[:, None], self.ids[:, :length], self.pad_token_id
         )
         if self.streamer is not None:
             self.streamer.end()
@@ -726,7 +726,7 @@ class Sequences:
         counts = [target - length for length in self.cache.lengths]
         if max(counts) == 0:
             return
-        columns = torch.tensor(self.cache.lengths, device=self.device)[:, None] - before
+        columns = index_tensor(self.cache.lengths, self.device)[:, None] - before
         columns = (columns + torch.arange(max(counts), device=self.device)).clamp(max=sequences.shape[1] - 1)
         embeds = self.model.model.embed_tokens(sequences.gather(1, columns))
         block = self.cache.append(embeds, counts=counts)

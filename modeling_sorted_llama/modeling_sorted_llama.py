@@ -797,6 +797,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             check_cache_depth(given, depth, synchronize=True)
         elif isinstance(cache, Cache):
             del cache.layers[depth:]  # keys and values of the layers that run, and no more
+            cache.offloading = cache.offloading and depth > 1  # a lone layer would be fetched while it is in use
 
     def _sample(
         self,
