@@ -134,12 +134,12 @@ class SortedCacheLayer(DynamicLayer):
 
     # The whole storage moves: tokens on their way up are in it before `lengths` counts them
     def offload(self) -> None:
-        if self._keys is not None:
+        if self._keys is not None and self._values is not None:
             self._keys = self._keys.to("cpu", non_blocking=True)
             self._values = self._values.to("cpu", non_blocking=True)
 
     def prefetch(self) -> None:
-        if self._keys is not None and self._keys.device != self.device:
+        if self._keys is not None and self._values is not None and self._keys.device != self.device:
             self._keys = self._keys.to(self.device, non_blocking=True)
             self._values = self._values.to(self.device, non_blocking=True)
 

@@ -223,7 +223,8 @@ class _MultiExitLoss(torch.autograd.Function):
         distills, temperature = objective.distillation_weight > 0 and num_exits > 1, objective.temperature
 
         losses, correct, agreeing, divergences = (torch.zeros(num_exits, device=device) for _ in range(4))
-        rows = _rows_per_tile(device, tiles[-1].vocab_size, live_tiles=3 if distills else 1)
+        softens = distills and temperature != 1  # else one softmax serves both losses of an exit
+        rows = _rows_per_tile(device, tiles[-1].vocab_size, live_tiles=1 + distills + softens)
         for start in range(0, labels.numel(), rows):
             tile = slice(start, start + rows)
             target = labels[tile].unsqueeze(-1)
@@ -241,39 +242,47 @@ class _MultiExitLoss(torch.autograd.Function):
                 target_logit = logits.gather(-1, target) - top_logit
                 logits.sub_(top_logit)
                 mean_logit = logits.mean(-1, keepdim=True) if objective.label_smoothing else None
-                if distills:
+                if softens or (distills and e == last):
                     soft_probs, soft_log_sum = _soften(logits, temperature)
                     if e == last:
                         teacher = soft_probs
-                    cross_entropy = soft_log_sum - _dot(teacher, logits) / temperature
-                    if e == last:
-                        entropy = cross_entropy
-                    divergences[e] += (cross_entropy - entropy).sum()
+                if distills:
+                    expected_logit = _dot(teacher, logits) / temperature
 
                 # Softmax in place: `logits` becomes exp(logits - max), then, scaled, the gradient
                 exp_sum = logits.exp_().sum(-1, keepdim=True)
-                log_prob = target_logit - exp_sum.log()
+                log_sum = exp_sum.log()
+                log_prob = target_logit - log_sum
+                if distills:
+                    cross_entropy = (soft_log_sum if softens else log_sum) - expected_logit
+                    if e == last:
+                        entropy = cross_entropy
+                    divergences[e] += (cross_entropy - entropy).sum()
                 token_loss, scale = -log_prob, torch.full_like(log_prob, weight)
                 if objective.loss_type == "dft":
                     scale = scale * log_prob.exp()
                     token_loss = token_loss * log_prob.exp()
                 elif objective.label_smoothing:
-                    uniform_loss = exp_sum.log() - mean_logit
+                    uniform_loss = log_sum - mean_logit
                     token_loss = torch.lerp(token_loss, uniform_loss, objective.label_smoothing)
                 losses[e] += token_loss.sum()
 
                 if needs_sweep[e]:
+                    # d (T^2 KL) / d logits = T * (softmax of logits / T - the teacher's)
+                    soft_scale = weight * objective.distillation_weight * temperature if distills and e != last else 0
                     # d loss / d logits = scale * (softmax - target distribution)
-                    grad_logits = logits.mul_(scale / exp_sum)
+                    grad_logits = logits.mul_((scale if softens else scale + soft_scale) / exp_sum)
                     if objective.label_smoothing:
                         grad_logits.sub_(scale * objective.label_smoothing / head.vocab_size)
                     grad_logits.scatter_add_(-1, target, -scale * (1 - objective.label_smoothing))
-                    if distills and e != last:  # d (T^2 KL) / d logits = T * (softmax - the teacher's)
-                        soft_scale = weight * objective.distillation_weight * temperature
-                        grad_logits.add_(soft_probs.sub_(teacher), alpha=soft_scale)
+                    if distills and e != last:
+                        grad_logits.sub_(teacher, alpha=soft_scale)
+                        if softens:
+                            grad_logits.add_(soft_probs, alpha=soft_scale)
                     head.accumulate(grad_logits, grads[e], tile, trains_head[e])
                 # Free the tiles before the next ones are made
                 logits = grad_logits = soft_probs = None
+            teacher = None
 
         ctx.grads = [grad if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors)]
         ctx.num_items = num_items

@@ -38,7 +38,7 @@ def test_offloading_changes_no_token(mode):
 
 
 class SideStream:
-    """A stream beside the default one: what is asked of it has happened only once the default one has waited for it."""
+    """A stream beside the default one: what is asked of it is done once the default one has waited for it."""
 
     queue: list = []
     entered = False
