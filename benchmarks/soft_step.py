@@ -45,10 +45,18 @@ warnings.filterwarnings("ignore")
 logging.set_verbosity_error()
 
 
-class NaiveSoFTTrainer(SortedSFTTrainer):
-    """The sum written down: the logits of every exit, all alive at once, and a cross-entropy each."""
+class PeerTrainer(SortedSFTTrainer):
+    """Another loss, in the same autocast: Trainer's is around the forward of the model, which a peer goes past."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with self.accelerator.autocast():
+            return self.peer_loss(inputs, num_items_in_batch)
+
+
+class NaiveSoFTTrainer(PeerTrainer):
+    """The sum written down: the logits of every exit, all alive at once, and a cross-entropy each."""
+
+    def peer_loss(self, inputs, num_items_in_batch):
         base = self.model.model
         inputs = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
         labels = self.labels[:, 1:].flatten()
@@ -57,10 +65,10 @@ class NaiveSoFTTrainer(SortedSFTTrainer):
         return sum(nn.functional.cross_entropy(each, labels, reduction="sum") for each in logits) / num_items_in_batch
 
 
-class TRLHeadTrainer(SortedSFTTrainer):
+class TRLHeadTrainer(PeerTrainer):
     """TRL's fused head once an exit."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def peer_loss(self, inputs, num_items_in_batch):
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
         base, weight = self.model.model, self.model.lm_head.weight
@@ -104,6 +112,7 @@ def build(name: str, llama: LlamaForCausalLM, args: argparse.Namespace, tokens: 
     config = config_cls(
         output_dir=output_dir,
         bf16=args.dtype == "bfloat16",
+        torch_compile=args.torch_compile,
         use_cpu=DEVICE == "cpu",
         per_device_train_batch_size=tokens.shape[0],
         max_steps=2,
@@ -137,6 +146,8 @@ def peak_memory(name: str, args: argparse.Namespace) -> float:
     command = [sys.executable, __file__, "--only", name, "--dtype", args.dtype, "--tokens", str(args.tokens)]
     command += ["--model", args.model] + (["--small"] if args.small else [])
     command += ["--vocab_size", str(args.vocab_size)] if args.vocab_size else []
+    command += ["--num_layers", str(args.num_layers)] if args.num_layers else []
+    command += ["--torch_compile"] if args.torch_compile else []
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -160,6 +171,9 @@ def only(name: str, args: argparse.Namespace) -> None:
 
 def make(args: argparse.Namespace) -> tuple[LlamaForCausalLM, torch.Tensor]:
     llama = load_llama(args.small, torch.float32, args.model, args.vocab_size)
+    if args.num_layers:
+        llama.config.num_hidden_layers = args.num_layers
+        del llama.model.layers[args.num_layers :]
     torch.manual_seed(0)
     length = min(args.tokens, 512)
     return llama, torch.randint(3, llama.config.vocab_size, (args.tokens // length, length))
@@ -169,6 +183,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--vocab_size", type=int, help="replace the head by a random one of so many entries")
+    parser.add_argument("--num_layers", type=int, help="only the first so many layers")
+    parser.add_argument("--torch_compile", action="store_true", help="compile the model of every row")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast")
     parser.add_argument("--runs", type=int, default=5)

@@ -4,10 +4,12 @@ of one address, `name@10`, `name@20`, `name@full`.
 
 ```shell
 python examples/serve_depths.py out/demo/final --depths 10 20 full
-litellm --config out/demo/final.litellm.yaml      # in another terminal, after pip install "litellm[proxy]"
+pip install "litellm[proxy]"                     # in another terminal; it wants a key, which clients then send
+LITELLM_MASTER_KEY=sk-1234 litellm --config out/demo/final.litellm.yaml
 ```
 
-Each server holds the weights of its own layers, and its own keys and values. What follows `--` goes to all of them.
+Each server holds the weights of its own layers, and its own keys and values. Other flags, `--max-model-len 4096` say,
+go to all of them.
 """
 
 import argparse
@@ -44,19 +46,20 @@ def wait_until_up(server: subprocess.Popen, port: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("path", help="of the checkpoint")
     parser.add_argument("--depths", nargs="+", default=["full"], help='numbers of layers, or "full"')
     parser.add_argument("--port", type=int, default=8001, help="of the first; the others count on")
-    parser.add_argument("flags", nargs="*", help="of vLLM, after --")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
 
     name = Path(args.path).resolve().name
     ports = {f"{name}@{depth}": args.port + i for i, depth in enumerate(args.depths)}
     servers = []
     try:
         for depth, (model, port) in zip(args.depths, ports.items(), strict=True):
-            servers.append(start_server(args.path, depth, port, *args.flags, name=model))
+            servers.append(start_server(args.path, depth, port, *flags, name=model))
             wait_until_up(servers[-1], port)  # one after the other: each looks at how much memory is free
         routes = [
             {
@@ -72,7 +75,7 @@ def main() -> None:
         config = Path(args.path).with_name(f"{name}.litellm.yaml")
         config.write_text(yaml.safe_dump({"model_list": routes}, sort_keys=False))
         print(f"Up: {', '.join(f'{model} (port {port})' for model, port in ports.items())}")
-        print(f"One address for all: litellm --config {config}", flush=True)
+        print(f"One address for all: LITELLM_MASTER_KEY=sk-1234 litellm --config {config}", flush=True)
         while all(server.poll() is None for server in servers):
             time.sleep(1)
         raise RuntimeError("A server has ended: see what it printed. The others are stopped.")

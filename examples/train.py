@@ -79,6 +79,7 @@ def main(script_args: ScriptArguments, training_args: SortedSFTConfig, model_arg
     accelerator = trainer.accelerator
     del trainer
     accelerator.free_memory()
+    accelerator.wait_for_everyone()  # a process that leaves its group early can take the others down
     accelerator.end_training()
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from openai import APIError, BadRequestError, OpenAI, UnprocessableEntityError
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
@@ -93,3 +94,47 @@ def test_continuous_batching_refuses_another_depth(path):
             with pytest.raises(BadRequestError, match="Continuous batching runs all requests .* cannot honour"):
                 ask(client, path, **call)
         assert ask(client, path, exit_layer=4) == expected(path)
+
+
+def test_servers_of_several_depths(tmp_path, monkeypatch, capsys):
+    """`examples/serve_depths.py`, without vLLM: what it starts, and where LiteLLM is told to look."""
+    started = []
+
+    class Server:
+        def poll(self):
+            return None
+
+        def terminate(self):
+            started.append("stopped")
+
+        def wait(self):
+            pass
+
+    def start_server(*arguments, **options):
+        started.append((arguments, options))
+        return Server()
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import serve_depths
+
+    monkeypatch.setattr(serve_depths, "start_server", start_server)
+    monkeypatch.setattr(serve_depths, "wait_until_up", lambda server, port: None)
+    monkeypatch.setattr(serve_depths.time, "sleep", interrupt)
+    path = str(tmp_path / "final")
+    flags = ["--max-model-len", "512", "--enforce-eager"]
+    monkeypatch.setattr(sys, "argv", ["serve_depths.py", path, "--depths", "10", "full", "--port", "9000", *flags])
+    serve_depths.main()
+    assert started == [
+        ((path, "10", 9000, *flags), {"name": "final@10"}),
+        ((path, "full", 9001, *flags), {"name": "final@full"}),
+        "stopped",
+        "stopped",
+    ]
+    routes = yaml.safe_load((tmp_path / "final.litellm.yaml").read_text())["model_list"]
+    assert [route["model_name"] for route in routes] == ["final@10", "final@full"]
+    assert routes[1]["litellm_params"]["model"] == "openai/final@full"
+    assert routes[1]["litellm_params"]["api_base"] == "http://localhost:9001/v1"
+    assert "LITELLM_MASTER_KEY=" in capsys.readouterr().out

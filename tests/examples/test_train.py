@@ -54,7 +54,7 @@ def run(folder, *command):
     result = subprocess.run(
         [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr[-20_000:]  # pytest would cut the end
     return result.stdout
 
 
