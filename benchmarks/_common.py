@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.masking_utils import create_causal_mask
 
 from modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM
@@ -31,11 +38,24 @@ SMALL = {
 }
 
 
-def load_llama(small: bool, dtype: torch.dtype, model: str = SMOLLM2, vocab_size: int | None = None):
-    """The plain Llama that everything is measured on: a real one, or a tiny random one with `small`."""
+def load_llama(
+    small: bool,
+    dtype: torch.dtype,
+    model: str = SMOLLM2,
+    vocab_size: int | None = None,
+    random_weights: bool = False,
+):
+    """
+    The plain Llama that everything is measured on: a real one, or with `random_weights` only its shape, for which its
+    `config.json` is enough; or a tiny random one with `small`.
+    """
     if small:
         return LlamaForCausalLM(LlamaConfig(**SMALL)).to(DEVICE, dtype).eval()
-    llama = LlamaForCausalLM.from_pretrained(fetch_model(model), dtype=dtype)
+    if random_weights:
+        with torch.device(DEVICE):
+            llama = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(model), dtype=dtype)
+    else:
+        llama = LlamaForCausalLM.from_pretrained(fetch_model(model), dtype=dtype)
     if vocab_size is not None:
         torch.manual_seed(0)
         llama.resize_token_embeddings(vocab_size, mean_resizing=False)

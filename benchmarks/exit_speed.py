@@ -8,6 +8,7 @@ depth at least 0.95 of the prediction.
 
 ```shell
 python benchmarks/exit_speed.py
+python benchmarks/exit_speed.py --model meta-llama/Llama-2-7b-hf --random_weights --exit_layers 12 16 20 32
 ```
 """
 
@@ -24,6 +25,7 @@ from modeling_sorted_llama import SortedLlamaForCausalLM
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2)
+    parser.add_argument("--random_weights", action="store_true", help="of the shape in the model's config.json")
     parser.add_argument("--exit_layers", type=int, nargs="+", default=[10, 15, 20, 30])
     parser.add_argument("--prompt_tokens", type=int, default=32)
     parser.add_argument("--new_tokens", type=int, default=48)
@@ -37,7 +39,7 @@ def main() -> None:
     print("| dtype | layers | plain Llama, tokens/s | exit, tokens/s | ratio | speed-up | predicted | of predicted |")
     print("|---|---|---|---|---|---|---|---|")
     for dtype in (torch.bfloat16, torch.float32):
-        llama = load_llama(args.small, dtype, args.model)
+        llama = load_llama(args.small, dtype, args.model, random_weights=args.random_weights)
         model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=exits)
         torch.manual_seed(0)
         prompt = torch.randint(3, llama.config.vocab_size, (1, args.prompt_tokens), device=DEVICE)

@@ -147,6 +147,7 @@ def peak_memory(name: str, args: argparse.Namespace) -> float:
     command += ["--model", args.model] + (["--small"] if args.small else [])
     command += ["--vocab_size", str(args.vocab_size)] if args.vocab_size else []
     command += ["--num_layers", str(args.num_layers)] if args.num_layers else []
+    command += ["--random_weights"] if args.random_weights else []
     command += ["--torch_compile"] if args.torch_compile else []
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
@@ -170,7 +171,7 @@ def only(name: str, args: argparse.Namespace) -> None:
 
 
 def make(args: argparse.Namespace) -> tuple[LlamaForCausalLM, torch.Tensor]:
-    llama = load_llama(args.small, torch.float32, args.model, args.vocab_size)
+    llama = load_llama(args.small, torch.float32, args.model, args.vocab_size, args.random_weights)
     if args.num_layers:
         llama.config.num_hidden_layers = args.num_layers
         del llama.model.layers[args.num_layers :]
@@ -182,6 +183,7 @@ def make(args: argparse.Namespace) -> tuple[LlamaForCausalLM, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2)
+    parser.add_argument("--random_weights", action="store_true", help="of the shape in the model's config.json")
     parser.add_argument("--vocab_size", type=int, help="replace the head by a random one of so many entries")
     parser.add_argument("--num_layers", type=int, help="only the first so many layers")
     parser.add_argument("--torch_compile", action="store_true", help="compile the model of every row")

@@ -144,7 +144,10 @@ def main() -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ExitProgressCallback())
     trainer.train(resume_from_checkpoint=checkpoint)
-    model = trainer.model.to(dtype)
+    trainer.model.to(dtype).save_pretrained(final)
+    tokenizer.save_pretrained(final)
+    # What is measured is what was saved: `.to` rounds the rotary frequencies too, and loading does not
+    model = SortedLlamaForCausalLM.from_pretrained(final, dtype=dtype).to(device).eval()
 
     # 5. Every exit after
     print("\nAfter: the same questions ...")
@@ -160,8 +163,6 @@ def main() -> None:
     plot_quality_speed(before, after, plot_path)
 
     # 6. The checkpoint, and a process that has only transformers
-    model.save_pretrained(final)
-    tokenizer.save_pretrained(final)
     row = as_text(test_rows[:1], tokenizer)[0]
     here = first_line(answers(model, tokenizer, [row["prompt"]], exit_layer=exits[0])[0])
     there = reload_elsewhere(final, row["prompt"], exits[0])
