@@ -64,7 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
     four.add_argument("--exits", type=int, nargs=2, required=True, help="of the model, and of what it is against")
     four.add_argument("--data", required=True, metavar="KIND=FILE", help="what to answer")
     four.add_argument("--judge", required=True, help="name of the judge at the endpoint")
-    four.add_argument("--base_url", help="OpenAI-compatible endpoint; default: OPENAI_BASE_URL")
+    four.add_argument(
+        "--base_url", help="OpenAI-compatible endpoint; default: OPENAI_BASE_URL (its key: OPENAI_API_KEY)"
+    )
     four.add_argument("--limit", type=int, help="rows")
     four.add_argument("--max_new_tokens", type=int, default=256)
     four.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
@@ -125,10 +127,11 @@ def _judge(
     output: str,
 ) -> None:
     from .evaluation import load_model
-    from .judge import judge_pairs
+    from .judge import connect, judge_pairs
     from .measure import answers
     from .tasks import load_task
 
+    connect(base_url).close()  # fails before anything is generated
     said = []
     for name, exit_layer in zip((path, against or path), exits, strict=True):
         model, tokenizer = load_model(name, dtype)
@@ -137,7 +140,10 @@ def _judge(
         bar = f"{name}, exit {exit_layer}"
         said.append(answers(model, tokenizer, prompts, max_new_tokens, progress=bar, exit_layer=exit_layer))
     cache = Path(output).with_suffix(".replies.jsonl")
-    result = judge_pairs(prompts, *said, model=judge, base_url=base_url, cache=cache)
+    try:
+        result = judge_pairs(prompts, *said, model=judge, base_url=base_url, cache=cache)
+    except RuntimeError as error:  # of the endpoint; it says how to go on
+        sys.exit(f"{error}")
     Path(output).write_text(json.dumps({"exits": exits, "path": path, "against": against, **asdict(result)}, indent=2))
     print(f"{result.wins} wins, {result.ties} ties, {result.losses} losses, {result.malformed} malformed")
     if result.interval is not None:

@@ -10,7 +10,7 @@ from modeling_sorted_llama import SortedLlamaConfig
 from trainer.model_card import get_block, has_blocks, new_page, set_block, use_block
 from trainer.sorted_sft_trainer import SortedSFTTrainer
 
-from .evaluation import FILE_NAME, load_evaluation
+from .evaluation import FILE_NAME, load_evaluation, write_json
 from .plot import plot_quality_speed
 
 
@@ -36,7 +36,7 @@ def write_card(
         path (`str` or `Path`):
             Folder of the checkpoint.
         evaluation (`str` or `Path`, *optional*):
-            JSON file of [`evaluate`]. Defaults to the folder's `evaluation.json`, if there is one.
+            JSON file of [`evaluate`], which becomes the folder's `evaluation.json`. Defaults to what is there.
         name (`str`, *optional*):
             Id on the Hub, for the calls to paste. Defaults to the one that the page's calls name, then to the folder.
         base_model (`str`, *optional*):
@@ -45,7 +45,7 @@ def write_card(
             Licence, as the Hub names it. Defaults to what the page says.
         peers (`Sequence[tuple[str, str | Path]]`, *optional*):
             Names and evaluations (folder or JSON file) of other models to show beside this one, at their full depth:
-            of the same rows, on the same machine.
+            of the same rows, on the same machine. They are kept in `evaluation.json`, and shown again later on.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -70,6 +70,12 @@ def write_card(
     compared = {peer: load_evaluation(file) for peer, file in peers}
     for peer, other in compared.items():
         _check_peer(record, peer, other)
+    if record is not None:
+        if compared:
+            record["peers"] = compared
+        compared = record.get("peers", {})
+        if peers or evaluation is not None:
+            write_json(folder / FILE_NAME, record)
     page_file = folder / "README.md"
     card = _open_page(page_file, folder.resolve().name, base_model)
     content = card.content
@@ -194,7 +200,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _table_of_calls(record: dict[str, Any], exits: list[int], peers: dict[str, dict[str, Any]]) -> str:
     """What each way to call the model scores, and how fast it is; below, what other models do at full depth."""
-    tasks, harness, speed = record["tasks"], _of_harness(record), record.get("speed", {})
+    tasks, harness, speed = record["tasks"], harness_results(record), record.get("speed", {})
     full = f"exit {exits[-1]}"
     header = [
         "`generate(...)`",
@@ -292,12 +298,12 @@ def _choices(record: dict[str, Any], exits: list[int]) -> list[str]:
     return lines
 
 
-def _of_harness(record: dict[str, Any]) -> dict[str, dict[str, dict]]:
-    """Of each task of the harness that was asked for, the metrics by exit; of a group its own, not its members'."""
+def harness_results(record: dict[str, Any]) -> dict[str, dict[str, dict]]:
+    """Of each task of the harness that was asked for, the metrics by exit; of a group its members' if it has none."""
     found = {}
     for asked, results in record["harness"].items():
-        name = asked if asked in results else next(iter(results))
-        found[name] = results[name]
+        measured = {name: by_exit for name, by_exit in results.items() if all(by_exit.values())}
+        found.update({asked: measured[asked]} if asked in measured else measured)
     return found
 
 
@@ -323,7 +329,7 @@ def eval_results(record: dict[str, Any]) -> list[EvalResult]:
         for setting, scores in results["settings"].items():
             if setting.startswith("exit "):
                 found += [_eval_result(task, setting, depth, name, value) for name, value in scores.items()]
-    for task, by_exit in _of_harness(record).items():
+    for task, by_exit in harness_results(record).items():
         for k, metrics in by_exit.items():
             for name, value in metrics.items():
                 if "stderr" not in name:

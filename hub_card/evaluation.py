@@ -1,5 +1,6 @@
 """The evaluation of a checkpoint: every exit, every mode, one JSON file that a stopped run goes on from."""
 
+import hashlib
 import json
 import platform
 import shlex
@@ -16,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
-from modeling_sorted_llama.configuration_sorted_llama import check_exit_layers
+from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_exit_layers
 
 from .calibration import draft_gain, reliability, suggest_thresholds
 from .cost import cost_of_exit
@@ -89,26 +90,50 @@ def evaluate(
 
     Raises:
         ValueError: If an argument is out of range, if a row of the data lacks a field, or if `output` holds the
-            results of other settings.
+            results of other settings or weights; before anything is evaluated.
     """
     if not data and not harness_tasks:
         raise ValueError("There is nothing to evaluate: pass `data` or `harness_tasks`.")
+    numbers = {"num_timed": num_timed, "max_new_tokens": max_new_tokens, "runs": runs, "batch_size": batch_size}
+    for name, value in {**numbers, "limit": 1 if limit is None else limit}.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
     output = Path(output) if output is not None else Path(path) / FILE_NAME
     if not output.parent.is_dir():
         raise ValueError(f"`output` must be a file in a folder that exists, got {str(output)!r}.")
     model, tokenizer = load_model(path, dtype, device)
     depth = model.config.num_hidden_layers
     exits = check_exit_layers(exit_layers or model.config.exit_layers or [depth], depth)
+    if exits != model.config.exit_layers and model.config.exit_heads != "shared":
+        raise ValueError(
+            f"`exit_layers` must be those that the checkpoint has weights for, {model.config.exit_layers}, got "
+            f"{exits}."
+        )
+    model.config.exit_layers = exits  # where thresholds leave
+    drafts = exits[:-1] if drafts is None else [check_exit_layer(k, depth - 1, "drafts") for k in drafts]
     tasks = [load_task(kind, source, tokenizer, limit, chat) for kind, source in data]
+    sources: dict[str, str] = {}
+    for task in tasks:
+        if task.name in sources:
+            raise ValueError(
+                f"`data` has two tasks named {task.name!r}, {sources[task.name]!r} and {task.source!r}: a file is "
+                "called by its name without the folder, rename one."
+            )
+        sources[task.name] = task.source
+    if harness_tasks:
+        from .harness import SortedLlamaLM, evaluate_harness, find_tasks
+
+        manager = find_tasks(harness_tasks)
 
     timed = [row["prompt"] for row in tasks[0].rows[:num_timed]] if tasks else []
     longest = min(max_new_tokens, tasks[0].max_new_tokens) if tasks else 0
     settings: dict[str, dict] = {f"exit {k}": {"exit_layer": k} for k in exits}
     if len(exits) > 1:
         settings |= {f"threshold {t}": {"exit_threshold": t} for t in exit_thresholds}
-    drafting = {f"draft {k}": {"assistant_early_exit": k} for k in (exits[:-1] if drafts is None else drafts)}
+    drafting = {f"draft {k}": {"assistant_early_exit": k} for k in drafts}
     request = {
         "path": path,
+        "weights": _fingerprint(model),
         "exit_layers": exits,
         "settings": settings | drafting,
         "tasks": {
@@ -127,7 +152,7 @@ def evaluate(
         "device": model.device.type,
         "chat": chat,
     }
-    record = _open(output, request, overwrite)
+    record = _open(output, request, overwrite, _machine(model.device))
     record["exits"] = {str(k): asdict(cost_of_exit(model, k)) for k in exits}
 
     for task in tasks:
@@ -145,14 +170,15 @@ def evaluate(
     if tasks and "speed" not in record:
         speeds = decoding_speeds(model, tokenizer, timed, settings | drafting, longest, runs, progress=True)
         record["speed"] = {name: asdict(speed) for name, speed in speeds.items()}
+        record["made_by"]["machine"] = _machine(model.device)  # a run may go on elsewhere
         write_json(output, record)
     missing = [name for name in harness_tasks if name not in record["harness"]]
     if missing:
-        from .harness import SortedLlamaLM, evaluate_harness
-
         lm = SortedLlamaLM(model, exit_layers=exits, tokenizer=tokenizer, batch_size=batch_size)
         for name in missing:
-            record["harness"][name] = evaluate_harness(lm, exits, name, limit=limit, bootstrap_iters=0)
+            record["harness"][name] = evaluate_harness(
+                lm, exits, name, limit=limit, bootstrap_iters=0, task_manager=manager, apply_chat_template=chat
+            )
             write_json(output, record)
     return record
 
@@ -198,7 +224,7 @@ def _read_exits(model, tokenizer, task: Task, exits: list[int], batch_size: int)
     return {"exits": found, "suggested_thresholds": [asdict(s) for s in suggest_thresholds(read, exits)]}
 
 
-def _open(output: Path, request: dict, overwrite: bool) -> dict[str, Any]:
+def _open(output: Path, request: dict, overwrite: bool, machine: str) -> dict[str, Any]:
     """The record to go on with, or a new one."""
     request = json.loads(json.dumps(request))
     if output.exists() and not overwrite:
@@ -218,7 +244,7 @@ def _open(output: Path, request: dict, overwrite: bool) -> dict[str, Any]:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "git_revision": _git_revision(),
             "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-            "machine": _machine(request["device"]),
+            "machine": machine,
         },
         "tasks": {},
         "harness": {},
@@ -283,7 +309,17 @@ def _git_revision() -> str | None:
         return None
 
 
-def _machine(device: str) -> str:
-    if device.startswith("cuda"):
+def _fingerprint(model) -> str:
+    """Of some of every tensor's values: another training has another one."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        some = tensor.flatten()[:: max(tensor.numel() // 64, 1)]
+        digest.update(f"{name} {tuple(tensor.shape)} {some.float().tolist()}".encode())
+    return digest.hexdigest()
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return cpu if device.type == "cpu" else f"{device.type} of {platform.node()}"

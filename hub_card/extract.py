@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    hf_hub_download,
+    split_torch_state_dict_into_shards,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig
@@ -21,7 +27,8 @@ from modeling_sorted_llama.generation_sorted_llama import make_plain
 from modeling_sorted_llama.modeling_sorted_llama import fold_lens
 from modeling_sorted_llama.submodel_weights import EMBEDDINGS, HEAD, lens_matrix, submodel_name
 
-from .evaluation import FILE_NAME
+from .card import harness_results
+from .evaluation import FILE_NAME, load_evaluation
 
 
 def extract(
@@ -97,12 +104,15 @@ class _Source:
             return file if file.is_file() else None
         try:
             return Path(hf_hub_download(self.path, name, revision=self.revision))
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             return None
+        except LocalEntryNotFoundError as error:  # nobody knows whether it is there
+            raise ValueError(f"`path`: the Hub could not be asked for {name} of {self.path!r}: {error}") from error
 
     def weight_map(self) -> dict[str, str]:
         """Name of each tensor, and of the file that holds it."""
-        index = self.file(SAFE_WEIGHTS_INDEX_NAME)
+        cached = self.is_local or try_to_load_from_cache(self.path, SAFE_WEIGHTS_NAME, revision=self.revision)
+        index = None if isinstance(cached, str) else self.file(SAFE_WEIGHTS_INDEX_NAME)  # offline it need not be known
         if index is not None:
             return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         single = self.file(SAFE_WEIGHTS_NAME)
@@ -176,7 +186,7 @@ def _write_page(source: _Source, config: SortedLlamaConfig, exit_layer: int, nam
         f'```python\nfrom transformers import pipeline\n\npipe = pipeline("text-generation", "{name}")\n```',
     ]
     evaluation = source.file(FILE_NAME)
-    scores = [] if evaluation is None else _scores(json.loads(evaluation.read_text(encoding="utf-8")), exit_layer)
+    scores = [] if evaluation is None else _scores(load_evaluation(evaluation), exit_layer)
     blocks += ["\n".join(scores)] if scores else ["It was not evaluated at this depth."]
     file.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
 
@@ -187,6 +197,10 @@ def _scores(record: dict[str, Any], exit_layer: int) -> list[str]:
     for task, results in record["tasks"].items():
         for metric, value in results["settings"].get(f"exit {exit_layer}", {}).items():
             rows.append(f"| {task} | {metric.replace('_', ' ')} | {100 * value:.1f} % |")
+    for task, by_exit in harness_results(record).items():
+        for metric, value in by_exit.get(str(exit_layer), {}).items():
+            if "stderr" not in metric:
+                rows.append(f"| {task} | {metric.split(',')[0].replace('_', ' ')} | {value:.4g} |")
     return ["| task | metric | score |", "|---|---|---:|", *rows] if rows else []
 
 

@@ -9,12 +9,14 @@ python -m hub_card evaluate PATH --tasks ...                                    
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tqdm.auto import tqdm
 
 import modeling_sorted_llama  # noqa: F401  (registers the model with the Auto classes)
@@ -119,6 +121,30 @@ class SortedLlamaLM(HFLM):
         if not any(generation_kwargs.get(name) is not None for name in MODES):
             generation_kwargs["exit_layer"] = self.exit_layer
         return super()._model_generate(context, max_length, stop, **generation_kwargs)
+
+
+def find_tasks(names: Sequence[str]) -> TaskManager:
+    """
+    Find tasks before any of them is run.
+
+    Args:
+        names (`Sequence[str]`):
+            Names of tasks or groups, or paths of YAML files.
+
+    Returns:
+        `lm_eval.tasks.TaskManager`: What knows them.
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+    manager = TaskManager()
+    unknown = [name for name in names if not Path(name).is_file() and not manager.match_tasks([name])]
+    if unknown:
+        raise ValueError(
+            f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}: `lm_eval ls tasks` lists them; or "
+            "pass a YAML file."
+        )
+    return manager
 
 
 def evaluate_harness(

@@ -189,9 +189,7 @@ def judge_pairs(
     replies = {} if cache is None else _load_cache(Path(cache))
     missing = {key: request for key, request in requests.items() if key not in replies}
     if missing:
-        import openai
-
-        client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=max_retries, timeout=timeout)
+        client = connect(base_url, api_key, max_retries, timeout)
         try:
             with client:
                 _ask_all(client, missing, replies, cache, concurrency, disable_tqdm)
@@ -211,6 +209,23 @@ def judge_pairs(
     a_first = [_named(verdict, "a", "b") for verdict in read[::2]]
     b_first = [_named(verdict, "b", "a") for verdict in read[1::2]]
     return _summarize(model, list(zip(a_first, b_first, strict=True)), confidence, resamples, bootstrap_seed)
+
+
+def connect(base_url: str | None = None, api_key: str | None = None, max_retries: int = 5, timeout: float = 60.0):
+    """
+    A client of an endpoint: see [`judge_pairs`].
+
+    Raises:
+        ValueError: If OpenAI itself is asked for, and there is no key.
+    """
+    import openai
+
+    api_key = api_key or os.environ.get("OPENAI_API_KEY")
+    if api_key is None and (base_url or os.environ.get("OPENAI_BASE_URL")):
+        api_key = "none"  # a server of one's own
+    if api_key is None:
+        raise ValueError("The judge needs an `api_key` or OPENAI_API_KEY, or with `base_url` a server of your own.")
+    return openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=max_retries, timeout=timeout)
 
 
 def parse_verdict(reply: str, nonce: str) -> str | None:

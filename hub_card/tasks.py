@@ -72,8 +72,9 @@ def load_task(
 
     Args:
         kind (`str`):
-            `"qa"`: rows of `question` and `answers` (or `answer`); `"gsm8k"`: of `question` and `answer`, whose number
-            stands behind `####`; `"completions"`: of `prompt` and `completion`, text or chat messages.
+            `"qa"`: rows of `question` and `answers` (or `answer`): text, a number, a list of them, or TriviaQA's and
+            SQuAD's own form; `"gsm8k"`: of `question` and `answer`, whose number stands behind `####`;
+            `"completions"`: of `prompt` and `completion`, text or chat messages.
         source (`str`):
             A .json, .jsonl, .csv or .parquet file, or a dataset of the Hub (its `test` split, else `train`).
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -87,10 +88,13 @@ def load_task(
         [`Task`]
 
     Raises:
-        ValueError: If `kind` is unknown, if there are no rows, or if a row lacks a field.
+        ValueError: If `kind` is unknown, if `limit` is below 1, if there are no rows, or if a row lacks a field or has
+            answers that are no text.
     """
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` must be at least 1, got {limit}.")
     rows = load_rows(source)[:limit]
     if not rows:
         raise ValueError(f"{source!r} has no rows.")
@@ -100,7 +104,11 @@ def load_task(
         if missing:
             raise ValueError(f"Row {number} of {source!r} lacks {', '.join(missing)}, which `{kind}` reads.")
     texts = []
-    for row in map(KINDS[kind].read, rows):
+    for number, fields_of_row in enumerate(rows):
+        try:
+            row = KINDS[kind].read(fields_of_row)
+        except ValueError as error:
+            raise ValueError(f"Row {number} of {source!r}: {error}") from error
         if chat and isinstance(row["prompt"], str):
             question, completion = row["prompt"].strip(), row["completion"].strip()
             row["prompt"] = [{"role": "user", "content": question}]
@@ -130,10 +138,16 @@ def load_rows(source: str) -> list[dict]:
 
     Returns:
         `list[dict]`
+
+    Raises:
+        ValueError: If a file has no rows.
     """
     if Path(source).is_file():
         suffix = Path(source).suffix.lstrip(".").replace("jsonl", "json")
-        return list(load_dataset(suffix, data_files=source, split="train"))
+        try:
+            return list(load_dataset(suffix, data_files=source, split="train"))
+        except ValueError as error:  # also of a file without rows
+            raise ValueError(f"{source!r} could not be read: {error}") from error
     splits = load_dataset(source)
     return list(splits["test" if "test" in splits else "train"])
 
@@ -174,8 +188,8 @@ def first_line(text: str) -> str:
 
 
 def exact_match(text: str, answers: Sequence[str]) -> dict[str, float]:
-    """Whether the first line is one of the answers."""
-    return {"exact_match": float(any(first_line(text) == answer.strip() for answer in answers))}
+    """Whether the first line is that of one of the answers."""
+    return {"exact_match": float(any(first_line(text) == first_line(answer) for answer in answers))}
 
 
 def normalize_answer(text: str) -> str:
@@ -223,8 +237,15 @@ class Kind:
 
 
 def _read_question(row: dict) -> dict:
-    answers = row.get("answers") or row["answer"]
-    answers = [answers] if isinstance(answers, str) else list(answers)
+    name = "answer" if row.get("answers") is None else "answers"
+    value = row[name]
+    if isinstance(value, dict) and "value" in value:  # TriviaQA
+        value = [value["value"], *value.get("aliases", ())]
+    elif isinstance(value, dict) and "text" in value:  # SQuAD
+        value = value["text"]
+    answers = [str(v) if isinstance(v, int | float) else v for v in (value if isinstance(value, list) else [value])]
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"`{name}` must be text, a number, or a list of at least one of them, got {row[name]!r}.")
     return {
         "prompt": QUESTION.format(question=row["question"]),
         "completion": f" {answers[0]}",

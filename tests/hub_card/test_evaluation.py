@@ -16,7 +16,7 @@ from hub_card.cost import cost_of_exit
 from hub_card.measure import answers, teacher_forced
 from hub_card.tasks import load_task
 from modeling_sorted_llama import SortedLlamaForCausalLM
-from tests.tiny import reference_llama, save_tiny, tiny_sorted, tiny_tokenizer
+from tests.tiny import reference_llama, save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
 
 
 EXITS = [1, 2, 4]
@@ -123,6 +123,24 @@ def test_results_of_other_settings_are_kept(folder):
         evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
     record = evaluate(str(folder / "model"), data(folder)[:1], overwrite=True, **QUICK)
     assert record["request"]["tasks"]["trivia"]["rows"] == 1
+    model = SortedLlamaForCausalLM.from_pretrained(folder / "model")
+    model.model.layers[0].mlp.down_proj.weight.data *= 1.5  # trained on
+    model.save_pretrained(folder / "model")
+    with pytest.raises(ValueError, match="holds results of another weights"):
+        evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
+
+
+def test_other_exits_than_the_config_names(folder):
+    """What is evaluated at a threshold leaves at the exits that are evaluated."""
+    save_tiny(folder / "plain", tiny_llama(initializer_range=0.2))
+    record = evaluate(str(folder / "plain"), data(folder)[:1], exit_layers=[2, 4], **QUICK)
+    model, tokenizer = tiny_sorted(initializer_range=0.2, exit_layers=[2, 4]), tiny_tokenizer()
+    task = load_task(*data(folder)[0], tokenizer)
+    said = answers(model, tokenizer, [r["prompt"] for r in task.rows], task.max_new_tokens, exit_threshold=0.5)
+    assert record["tasks"]["trivia"]["settings"]["threshold 0.5"] == task.score(said)
+    save_tiny(folder / "lens", tiny_sorted(exit_layers=EXITS, exit_heads="lens"))
+    with pytest.raises(ValueError, match=r"those that the checkpoint has weights for, \[1, 2, 4\], got \[2, 4\]"):
+        evaluate(str(folder / "lens"), data(folder)[:1], exit_layers=[2, 4], **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +151,27 @@ def test_results_of_other_settings_are_kept(folder):
         ({"exit_layers": [1, 2]}, "`exit_layers` must be .* 4, got"),
         ({"exit_layers": [2, 1, 4]}, "`exit_layers` must be"),
         ({"exit_layers": [0, 4]}, "`exit_layers` must be"),
+        ({"drafts": [4]}, "`drafts` must be an integer from 1 to 3, got 4"),
+        ({"runs": 0}, "`runs` must be at least 1, got 0"),
+        ({"num_timed": 0}, "`num_timed` must be at least 1, got 0"),
+        ({"limit": 0}, "`limit` must be at least 1, got 0"),
+        ({"harness_tasks": ["no_such_task"]}, "lm-evaluation-harness has no task 'no_such_task'"),
     ],
     ids=str,
 )
 def test_wrong_arguments(folder, options, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(str(folder / "model"), data(folder) if options else (), **QUICK, **options)
+        evaluate(str(folder / "model"), data(folder) if options else (), **QUICK | options)
+    assert not (folder / "model" / "evaluation.json").exists()
+
+
+def test_two_files_of_one_name(folder):
+    (folder / "other").mkdir()
+    (folder / "other" / "trivia.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    with pytest.raises(ValueError, match="`data` has two tasks named 'trivia'"):
+        evaluate(
+            str(folder / "model"), [data(folder)[0], ("completions", str(folder / "other" / "trivia.jsonl"))], **QUICK
+        )
 
 
 def test_later_schema(folder):
@@ -283,6 +316,8 @@ def test_peers_are_shown_where_they_were_measured_alike(folder, capsys):
     assert row[1] == f"{100 * score:.1f} %"
     assert row[3] == f"{speed / record['speed']['exit 4']['median']:.2f}x"
     assert (path / "quality_speed.png").read_bytes() != alone
+    write_card(path, name="user/name")  # as pushing does: what was shown stays
+    assert row in cells((path / "README.md").read_text())
 
     (folder / "trivia.jsonl").write_text('{"question": "another?", "answer": "no"}')
     write_results(folder, "small", overwrite=True, **QUICK | {"max_new_tokens": 3})

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+import hub_card.extract as extract_module
 from hub_card import evaluate
 from hub_card.__main__ import main
 from hub_card.extract import extract
@@ -96,6 +98,19 @@ def test_page(tmp_path):
     score = record["tasks"]["held_out"]["settings"]["exit 2"]["exact_match"]
     assert f"| held_out | exact match | {100 * score:.1f} % |" in page
     assert "The first 2 of 4 layers of model" in page and "base_model: base/llama" in page
+
+
+def test_the_hub_out_of_reach(monkeypatch):
+    """What could not be looked up is not taken for missing: a folder would lack its tokenizer, say."""
+
+    def download(path, name, revision=None):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(extract_module, "hf_hub_download", download)
+    with pytest.raises(
+        ValueError, match="the Hub could not be asked for tokenizer_config.json of 'user/name': offline"
+    ):
+        extract_module._Source("user/name", None).file("tokenizer_config.json")
 
 
 def test_wrong_arguments(tmp_path):

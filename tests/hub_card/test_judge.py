@@ -538,7 +538,10 @@ def test_command(tmp_path, monkeypatch, capsys):
     model = tiny_sorted(initializer_range=0.2, exit_layers=[1, 2, 4])
     path = str(save_tiny(tmp_path / "model", model))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "go on", "completion": " and on"}')
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(SystemExit, match="OPENAI_API_KEY"):
+        main(["judge", "no model", "--exits", "1", "4", "--data", "completions=no file", "--judge", "m"])
     with endpoint() as server:
         url = f"http://127.0.0.1:{server.server_port}/v1"
         arguments = ["--data", f"completions={tmp_path / 'rows.jsonl'}", "--judge", "m", "--base_url", url]

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hub_card.tasks import closed_book, exact_match, final_answer, first_line, load_task, normalize_answer, token_f1
+from hub_card.tasks import (
+    KINDS,
+    closed_book,
+    exact_match,
+    final_answer,
+    first_line,
+    load_task,
+    normalize_answer,
+    token_f1,
+)
 from tests.tiny import tiny_tokenizer
 
 
@@ -61,6 +70,32 @@ def test_questions_and_their_aliases(tmp_path):
     assert chat.digest != task.digest
 
 
+@pytest.mark.parametrize(
+    "row, answers",
+    [
+        ({"answer": {"value": "Paris", "aliases": ["Lutetia"]}}, ["Paris", "Lutetia"]),
+        ({"answers": {"text": ["Paris", "Lutetia"], "answer_start": [3, 9]}}, ["Paris", "Lutetia"]),
+        ({"answers": [4, "four"]}, ["4", "four"]),
+        ({"answer": 4}, ["4"]),
+    ],
+    ids=str,
+)
+def test_forms_of_answers(tmp_path, row, answers):
+    (tmp_path / "rows.json").write_text(json.dumps(row | {"question": "a"}))
+    if answers == ["4", "four"]:  # of two types, which no table of a file has
+        assert KINDS["qa"].read(row | {"question": "a"})["answers"] == answers
+        return
+    task = load_task("qa", str(tmp_path / "rows.json"), tiny_tokenizer())
+    assert task.rows[0]["answers"] == answers and task.rows[0]["completion"] == f" {answers[0]}</s>"
+
+
+def test_a_completion_of_several_lines(tmp_path):
+    rows = [{"prompt": "Sing:", "completion": "\n La la\nla"}]
+    task = load_task("completions", write(tmp_path / "songs.jsonl", rows), tiny_tokenizer())
+    assert task.score(["\n La la\nla"]) == task.score(["La la"]) == {"exact_match": 1.0}
+    assert task.score(["la"]) == {"exact_match": 0.0}
+
+
 def test_problems(tmp_path):
     rows = [{"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}]
     task = load_task("gsm8k", write(tmp_path / "test.jsonl", rows), tiny_tokenizer())
@@ -73,6 +108,8 @@ def test_problems(tmp_path):
         ("poems", [{"question": "a", "answer": "b"}], "`kind` must be one of qa, gsm8k, completions, got 'poems'"),
         ("qa", [{"question": "a", "answer": "b"}, {"question": "a"}], "Row 1 .* lacks answers or answer"),
         ("completions", [{"question": "a"}], "Row 0 .* lacks prompt, completion"),
+        ("qa", [{"question": "a", "answers": []}], r"Row 0 .*`answers` must be text, a number, .* got \[\]"),
+        ("qa", [{"question": "a", "answer": {"said": "b"}}], "Row 0 .*`answer` must be text, a number"),
     ],
     ids=str,
 )
@@ -82,5 +119,10 @@ def test_wrong_data(tmp_path, kind, rows, message):
 
 
 def test_no_rows(tmp_path):
-    with pytest.raises(ValueError, match="has no rows"):
-        load_task("qa", write(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}]), tiny_tokenizer(), limit=0)
+    (tmp_path / "rows.csv").write_text("question,answer\n")
+    with pytest.raises(ValueError, match="rows.csv' could not be read: .*no data"):
+        load_task("qa", str(tmp_path / "rows.csv"), tiny_tokenizer())
+    (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"`limit` must be at least 1, got {limit}"):
+            load_task("qa", str(tmp_path / "rows.csv"), tiny_tokenizer(), limit=limit)
