@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 from _common import SMALL
@@ -140,9 +141,10 @@ def main() -> None:
         if args.soak:
             # A cache that is soon used whole: memory that is touched for the first time is no leak
             flags += ["--num-gpu-blocks-override", "128"]
-            server = Server(args.model, str(args.exits[0]), args.port, *arguments)
-            soak(server, args.soak, args.clients[-1])
-            server.stop()
+            with ExitStack() as stack:
+                server = Server(args.model, str(args.exits[0]), args.port, *arguments)
+                stack.callback(server.stop)
+                soak(server, args.soak, args.clients[-1])
             return
         print(
             f"{args.runs} runs in turns in either order, after a warm-up; medians; answers of {args.max_tokens} tokens"
@@ -155,15 +157,17 @@ def main() -> None:
             paths = {"sorted": (args.model, str(k)), "plain": (f"{folder}/plain{k}", "full")}
             found: dict[int, list] = {clients: [] for clients in args.clients}  # runs, for each order
             for order in (["sorted", "plain"], ["plain", "sorted"]):
-                servers = {name: Server(*paths[name], args.port + i, *arguments) for i, name in enumerate(order)}
-                rooms[k] = servers["sorted"].cached_tokens()
-                for clients in args.clients:
-                    runs = []
-                    for _ in range(args.runs + 1):
-                        runs.append({name: server.run(clients, args.requests) for name, server in servers.items()})
-                    found[clients].append(runs[1:])  # the first is a warm-up
-                for server in servers.values():
-                    server.stop()
+                with ExitStack() as stack:
+                    servers = {}
+                    for i, name in enumerate(order):
+                        servers[name] = Server(*paths[name], args.port + i, *arguments)
+                        stack.callback(servers[name].stop)
+                    rooms[k] = servers["sorted"].cached_tokens()
+                    for clients in args.clients:
+                        runs = []
+                        for _ in range(args.runs + 1):
+                            runs.append({name: server.run(clients, args.requests) for name, server in servers.items()})
+                        found[clients].append(runs[1:])  # the first is a warm-up
             for clients, orders in found.items():
                 every = [run for runs in orders for run in runs]
                 ours, plain = (statistics.median(run[name][0] for run in every) for name in ("sorted", "plain"))

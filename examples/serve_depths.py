@@ -14,6 +14,7 @@ go to all of them.
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -45,35 +46,46 @@ def wait_until_up(server: subprocess.Popen, port: int) -> None:
     raise RuntimeError(f"The server on port {port} ended with status {server.returncode}: see what it printed.")
 
 
+def depth_of_flag(text: str) -> str:
+    if text != "full" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f'must be a number of layers or "full", got {text!r}')
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("path", help="of the checkpoint")
-    parser.add_argument("--depths", nargs="+", default=["full"], help='numbers of layers, or "full"')
+    parser.add_argument(
+        "--depths", nargs="+", type=depth_of_flag, default=["full"], help='numbers of layers, or "full"'
+    )
     parser.add_argument("--port", type=int, default=8001, help="of the first; the others count on")
     args, flags = parser.parse_known_args()
+    if sys.argv[1:2] != [args.path]:
+        parser.error("the path of the checkpoint comes first: before it, a flag's value would be taken for it")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the servers, too
 
     name = Path(args.path).resolve().name
     ports = {f"{name}@{depth}": args.port + i for i, depth in enumerate(args.depths)}
+    routes = [
+        {
+            "model_name": model,
+            "litellm_params": {
+                "model": f"openai/{model}",
+                "api_base": f"http://localhost:{port}/v1",
+                "api_key": "none",
+            },
+        }
+        for model, port in ports.items()
+    ]
+    config = (Path(args.path).resolve().parent if Path(args.path).is_dir() else Path()) / f"{name}.litellm.yaml"
+    config.write_text(yaml.safe_dump({"model_list": routes}, sort_keys=False))
     servers = []
     try:
         for depth, (model, port) in zip(args.depths, ports.items(), strict=True):
             servers.append(start_server(args.path, depth, port, *flags, name=model))
             wait_until_up(servers[-1], port)  # one after the other: each looks at how much memory is free
-        routes = [
-            {
-                "model_name": model,
-                "litellm_params": {
-                    "model": f"openai/{model}",
-                    "api_base": f"http://localhost:{port}/v1",
-                    "api_key": "none",
-                },
-            }
-            for model, port in ports.items()
-        ]
-        config = Path(args.path).with_name(f"{name}.litellm.yaml")
-        config.write_text(yaml.safe_dump({"model_list": routes}, sort_keys=False))
         print(f"Up: {', '.join(f'{model} (port {port})' for model, port in ports.items())}")
         print(f"One address for all: LITELLM_MASTER_KEY=sk-1234 litellm --config {config}", flush=True)
         while all(server.poll() is None for server in servers):

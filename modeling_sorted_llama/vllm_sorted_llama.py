@@ -4,20 +4,23 @@ Sorted LLaMA in vLLM: its own Llama, built, loaded and cached with the layers of
 vLLM imports this module through the plugin; it is no part of the code that a checkpoint carries.
 """
 
+import os
 from collections.abc import Iterable
 from weakref import WeakValueDictionary
 
+import huggingface_hub
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader
+from vllm.transformers_utils.repo_utils import get_model_path
 
 from .configuration_sorted_llama import check_exit_layer
 from .submodel_weights import submodel_weights
 
 
-_targets: WeakValueDictionary[str, "SortedLlamaForCausalLM"] = WeakValueDictionary()  # by the path of the checkpoint
+_targets: WeakValueDictionary[str, "SortedLlamaForCausalLM"] = WeakValueDictionary()  # by their checkpoint
 
 
 class SortedLlamaForCausalLM(LlamaForCausalLM):
@@ -50,9 +53,9 @@ class SortedLlamaForCausalLM(LlamaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._shared: tuple[str, ...] = ()
         if not is_draft:
-            _targets[model_config.model] = self
-        elif model_config.model in _targets:
-            self._share(_targets[model_config.model])
+            _targets[_checkpoint(model_config)] = self
+        elif _checkpoint(model_config) in _targets:
+            self._share(_targets[_checkpoint(model_config)])
 
     def _share(self, target: "SortedLlamaForCausalLM") -> None:
         """Read through the modules of `target`, all but those that hold keys and values."""
@@ -86,10 +89,17 @@ class SortedLlamaForCausalLM(LlamaForCausalLM):
         return AutoWeightsLoader(self).load_weights(w for w in needed if not w[0].startswith(self._shared))
 
 
+def _checkpoint(model_config: ModelConfig) -> str:
+    """One name for a checkpoint, however it is written: offline, vLLM makes a folder of the target's Hub id alone."""
+    if os.path.exists(model_config.model) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return os.path.realpath(get_model_path(model_config.model, model_config.revision))
+    return model_config.model
+
+
 def _draft_depth(vllm_config: VllmConfig) -> int | None:
     model_config, target_config = vllm_config.model_config, vllm_config.speculative_config.target_model_config
     depth = getattr(target_config.hf_config, "assistant_early_exit", None)
-    if model_config.model != target_config.model:
+    if _checkpoint(model_config) != _checkpoint(target_config):
         return model_config.hf_config.exit_layer if depth is None else depth
     if depth is None:
         raise ValueError(

@@ -123,7 +123,8 @@ def test_servers_of_several_depths(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(serve_depths, "start_server", start_server)
     monkeypatch.setattr(serve_depths, "wait_until_up", lambda server, port: None)
     monkeypatch.setattr(serve_depths.time, "sleep", interrupt)
-    path = str(tmp_path / "final")
+    monkeypatch.setattr(serve_depths.signal, "signal", lambda *_: None)
+    path = str(save_tiny(tmp_path / "final"))
     flags = ["--max-model-len", "512", "--enforce-eager"]
     monkeypatch.setattr(sys, "argv", ["serve_depths.py", path, "--depths", "10", "full", "--port", "9000", *flags])
     serve_depths.main()
@@ -138,3 +139,16 @@ def test_servers_of_several_depths(tmp_path, monkeypatch, capsys):
     assert routes[1]["litellm_params"]["model"] == "openai/final@full"
     assert routes[1]["litellm_params"]["api_base"] == "http://localhost:9001/v1"
     assert "LITELLM_MASTER_KEY=" in capsys.readouterr().out
+    for arguments, message in (
+        ([path, "--depths", "ten"], "must be a number of layers or \"full\", got 'ten'"),
+        (["--max-model-len", "512", path], "the path of the checkpoint comes first"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["serve_depths.py", *arguments])
+        with pytest.raises(SystemExit):
+            serve_depths.main()
+        assert message in capsys.readouterr().err
+    # A model of the Hub: the routes are in the folder where one is
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["serve_depths.py", "user/hub-model", "--depths", "3"])
+    serve_depths.main()
+    assert (tmp_path / "hub-model.litellm.yaml").is_file()

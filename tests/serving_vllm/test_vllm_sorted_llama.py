@@ -13,7 +13,7 @@ from vllm.lora.request import LoRARequest
 
 from hub_card.extract import extract
 from modeling_sorted_llama import SortedLlamaForCausalLM
-from tests.tiny import tiny_sorted
+from tests.tiny import run_as_stranger, tiny_sorted
 
 
 EXITS = [1, 2, 4]
@@ -118,13 +118,36 @@ def test_the_exit_of_the_config_and_its_cache(start, tmp_path):
     assert cached_tokens(one) == 4 * cached_tokens(full)
 
 
+WITHOUT_THE_PLUGIN = """
+import json
+
+from vllm import LLM, SamplingParams
+
+path, overrides, prompts, new_tokens = sys.argv[1:]
+options = {"trust_remote_code": True, "model_impl": "transformers", "skip_tokenizer_init": True}
+options |= {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True}
+llm = LLM(path, hf_overrides=json.loads(overrides), **options)
+sampling = SamplingParams(temperature=0, max_tokens=int(new_tokens), logprobs=1, ignore_eos=True, detokenize=False)
+rows = [{"prompt_token_ids": prompt} for prompt in json.loads(prompts)]
+outputs = [output.outputs[0] for output in llm.generate(rows, sampling, use_tqdm=False)]
+tokens = [list(output.token_ids) for output in outputs]
+logprobs = [[step[t].logprob for t, step in zip(o.token_ids, o.logprobs)] for o in outputs]
+(modules,) = llm.apply_model(lambda model: {type(m).__name__: type(m).__module__ for m in model.modules()})
+llm.llm_engine.engine_core.shutdown()
+print(json.dumps({"generated": [tokens, logprobs], "modules": modules}))
+"""
+
+
 @pytest.mark.parametrize("overrides", [{}, {"exit_layer": 2}, {"num_hidden_layers": 2}], ids=str)
-def test_without_the_plugin(start, tmp_path, monkeypatch, overrides):
+def test_without_the_plugin(tmp_path, monkeypatch, overrides):
     """Through vLLM's backend for transformers, by the code that the checkpoint carries."""
     monkeypatch.setenv("VLLM_PLUGINS", "")
     model = make(tmp_path / "model")
-    llm = start(tmp_path / "model", trust_remote_code=True, hf_overrides=overrides, model_impl="transformers")
-    assert_is_exit(generated(llm), model, 2 if overrides else 4)
+    arguments = [str(tmp_path / "model"), json.dumps(overrides), json.dumps(PROMPTS), str(NEW_TOKENS)]
+    found = json.loads(run_as_stranger(WITHOUT_THE_PLUGIN, *arguments, folder=tmp_path).splitlines()[-1])
+    assert_is_exit(found["generated"], model, 2 if overrides else 4)
+    assert "SortedLlamaModel" in found["modules"]
+    assert found["modules"]["SortedLlamaModel"].startswith("transformers_modules.")
 
 
 @pytest.mark.parametrize("exit_heads", ["shared", "lens"])
@@ -135,7 +158,7 @@ def test_drafts_for_itself_through_its_own_weights(start, tmp_path, exit_heads):
         hf_overrides={"assistant_early_exit": 2},
         speculative_config={
             "method": "draft_model",
-            "model": str(tmp_path / "model"),
+            "model": f"{tmp_path / 'model'}/",  # the same folder, written otherwise
             "num_speculative_tokens": 2,
         },
         disable_log_stats=False,
