@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from modeling_sorted_llama import DraftStatistics, SortedLlamaForCausalLM
+from modeling_sorted_llama.generation_sorted_llama import SORTED_GENERATION_FIELDS
 
 
 DEMO = "out/demo/final"
@@ -144,7 +145,7 @@ def main() -> None:
     except OSError as error:
         raise SystemExit(f"{args.model} does not load: {error}") from error
     model.config.exit_layer = None  # a depth that the checkpoint asks for would count in every mode
-    for name in ("exit_layer", "exit_threshold", "assistant_early_exit"):
+    for name in (*SORTED_GENERATION_FIELDS, "assistant_early_exit"):
         setattr(model.generation_config, name, None)
 
     # 2. The modes, and a colour for each depth

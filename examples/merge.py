@@ -2,7 +2,8 @@
 Merge SoFT adapters, or full SoFT checkpoints, into one sorted model.
 
 ```shell
-python examples/merge.py --base HuggingFaceTB/SmolLM2-135M-Instruct --adapters out/math out/code --output_dir merged
+python examples/merge.py --base HuggingFaceTB/SmolLM2-135M-Instruct --exit_layers 10 15 20 30 \
+    --adapters out/math out/code --output_dir merged
 python examples/merge.py --checkpoints out/seed0 out/seed1 --output_dir merged
 ```
 
@@ -27,9 +28,11 @@ def merge_adapters(
     weights: Sequence[float] | None = None,
     combination_type: str = "linear",
     density: float | None = None,
+    exit_layers: Sequence[int] | None = None,
+    exit_heads: str | None = None,
 ) -> SortedLlamaForCausalLM:
     """
-    One sorted model of a base and several adapters, each trained as SoFT with the base's or the same exits.
+    One sorted model of a base and several adapters, each trained as SoFT with the same exits.
 
     Args:
         base (`str`): Model id or path.
@@ -38,13 +41,22 @@ def merge_adapters(
         combination_type (`str`, *optional*, defaults to `"linear"`):
             `"linear"`, `"cat"`, `"svd"`, `"ties"`, `"dare_linear"`, `"dare_ties"` or another of PEFT's.
         density (`float`, *optional*): Share of the values that the pruning ones keep.
+        exit_layers (`Sequence[int]`, *optional*): The adapters' exits. Default to the base's.
+        exit_heads (`str`, *optional*): What the adapters' exits own. Defaults to the base's.
 
     Returns:
         [`SortedLlamaForCausalLM`]: With the adapters merged into its weights.
+
+    Raises:
+        ValueError: If neither the arguments nor the base say what the exits are.
     """
+    fields = {"exit_layers": exit_layers and list(exit_layers), "exit_heads": exit_heads}
+    sorted_base = SortedLlamaForCausalLM.from_pretrained(base, **{k: v for k, v in fields.items() if v is not None})
+    if sorted_base.config.exit_layers is None:
+        raise ValueError(f"The base {str(base)!r} names no exits: pass the adapters' `exit_layers`.")
     names = [f"adapter_{i}" for i in range(len(adapters))]
     weights = list(weights or [1 / len(names)] * len(names))
-    model = PeftModel.from_pretrained(SortedLlamaForCausalLM.from_pretrained(base), adapters[0], adapter_name=names[0])
+    model = PeftModel.from_pretrained(sorted_base, adapters[0], adapter_name=names[0])
     for name, folder in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(folder, adapter_name=name)
     model.add_weighted_adapter(names, weights, "merged", combination_type=combination_type, density=density)
@@ -77,11 +89,13 @@ def average_checkpoints(
     total = {name: weights[0] / sum(weights) * w.float() for name, w in merged.state_dict().items()}
     for folder, weight in zip(checkpoints[1:], weights[1:], strict=True):
         model = SortedLlamaForCausalLM.from_pretrained(folder)
-        if model.config.exit_layers != merged.config.exit_layers:
-            raise ValueError(
-                f"All checkpoints need the same `exit_layers`, got {merged.config.exit_layers} ({checkpoints[0]}) and "
-                f"{model.config.exit_layers} ({folder})."
-            )
+        for field in ("exit_layers", "exit_heads"):
+            first, other = getattr(merged.config, field), getattr(model.config, field)
+            if other != first:
+                raise ValueError(
+                    f"All checkpoints need the same `{field}`, got {first!r} ({checkpoints[0]}) and {other!r} "
+                    f"({folder})."
+                )
         for name, values in model.state_dict().items():
             total[name] += weight / sum(weights) * values.float()
     with torch.no_grad():
@@ -95,6 +109,8 @@ def main() -> None:
     parts.add_argument("--adapters", nargs="+", help="folders or ids of adapters of --base")
     parts.add_argument("--checkpoints", nargs="+", help="folders or ids of full checkpoints")
     parser.add_argument("--base", help="the adapters' base model")
+    parser.add_argument("--exit_layers", nargs="+", type=int, help="the adapters' exits; default: the base's")
+    parser.add_argument("--exit_heads", help="what the adapters' exits own; default: as the base's")
     parser.add_argument("--weights", nargs="+", type=float, help="default: equal")
     parser.add_argument("--combination_type", default="linear", help="of adapters, as in PEFT (default: linear)")
     parser.add_argument("--density", type=float, help="of ties, dare_linear and dare_ties")
@@ -103,7 +119,8 @@ def main() -> None:
     if args.adapters:
         if args.base is None:
             parser.error("--adapters needs --base, the model that they were trained on")
-        model = merge_adapters(args.base, args.adapters, args.weights, args.combination_type, args.density)
+        options = args.weights, args.combination_type, args.density, args.exit_layers, args.exit_heads
+        model = merge_adapters(args.base, args.adapters, *options)
     else:
         model = average_checkpoints(args.checkpoints, args.weights)
     model.save_pretrained(args.output_dir)

@@ -71,7 +71,10 @@ def main(script_args: ScriptArguments, training_args: SortedSFTConfig, model_arg
     where = trainer.hub_model_id or training_args.output_dir
     load = f'AutoModelForCausalLM.from_pretrained("{where}", trust_remote_code=True)'
     if model_args.use_peft:  # an adapter holds no code, and its base may be a plain Llama
-        base = f'SortedLlamaForCausalLM.from_pretrained("{model_args.model_name_or_path}")'
+        config = trainer.model.config
+        own = "" if config.exit_heads == "shared" else f', exit_heads="{config.exit_heads}"'
+        arguments = f'"{model_args.model_name_or_path}", exit_layers={trainer.exit_layers}{own}'
+        base = f"SortedLlamaForCausalLM.from_pretrained({arguments})"
         load = f'PeftModel.from_pretrained({base}, "{where}")'
     trainer.accelerator.print(f"The model is in {where}. Generate with its first {trainer.exit_layers[0]} layers:")
     trainer.accelerator.print(f"    {load}.generate(**inputs, exit_layer={trainer.exit_layers[0]})")

@@ -275,6 +275,8 @@ class SortedCache(Cache):
         self._apply_to_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0), rows)
 
     def _apply_to_rows(self, function: Any, rows: list[int]) -> None:
+        if self.offloading and torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # a layer may be on its way
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys, layer.values = function(layer.keys), function(layer.values)
@@ -494,7 +496,7 @@ class SortedCache(Cache):
         mask = None
         if self._mask is not None:
             self._mask = _reserve_tokens(self._mask, block.end)
-            mask = block.select(self._mask[:, : block.end])
+            mask = block.select(self._mask[:, : block.end]).to(hidden_states.device)
         if "flash" in implementation and block.even:
             return mask
         if mask is None and block.even and (block.width == 1 or (block.starts[0] == 0 and implementation == "sdpa")):

@@ -509,7 +509,9 @@ class Sequences:
         inputs[CACHE_NAME] = self.cache
         cache_rows = None if len(rows) == self.batch_size else rows
         if self.hidden is None:
-            return self.model.model(**inputs, exit_layer=depth, exit_layers=exit_layers, cache_rows=cache_rows)
+            outputs = self.model.model(**inputs, exit_layer=depth, exit_layers=exit_layers, cache_rows=cache_rows)
+            outputs.last_hidden_state = outputs.last_hidden_state.to(self.device)  # of a model over several devices
+            return outputs
         exit_layers = [*(exit_layers or ()), depth]  # the states before the norm, which the next segment starts from
         starts = [self.cache.lengths_in(i) for i in range(depth)]
         outputs = self.model.model(
@@ -517,6 +519,7 @@ class Sequences:
         )
         self.hidden.add(outputs, rows, starts)
         outputs.exit_hidden_states = outputs.exit_hidden_states[:-1]
+        outputs.last_hidden_state = outputs.last_hidden_state.to(self.device)
         return outputs
 
     def head(self, hidden_states: torch.Tensor, depth: int) -> torch.Tensor:
@@ -889,7 +892,7 @@ def _depths_of_prompts(sequences: Sequences, decoding: RowDepths) -> tuple[list[
     mask, start = sequences.prompt.get("attention_mask"), 0
     for outputs in sequences.prefill(exits[-1], exits[:-1]):
         at_exits = zip(exits, outputs.exit_hidden_states or (), strict=False)
-        states = [sequences.model.model.exit_norm(k)(s) for k, s in at_exits]
+        states = [sequences.model.model.exit_norm(k)(s).to(sequences.device) for k, s in at_exits]
         states.append(outputs.last_hidden_state)
         size = min(sequences.config.prefill_chunk_size or sequences.prompt_size, sequences.prompt_size - start)
         states = [s[:, -size:] for s in states]  # before them is what was pending

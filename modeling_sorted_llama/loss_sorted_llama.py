@@ -122,7 +122,9 @@ def multi_exit_loss(
         hidden_states = [states.to(device) for states in hidden_states]
         labels = labels.to(device)
         num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
-        num_items = torch.as_tensor(num_items, dtype=torch.float32, device=device).clamp(min=1)
+        if not isinstance(num_items, torch.Tensor):
+            num_items = torch.full((), num_items, device=device)
+        num_items = num_items.to(device, torch.float32).clamp(min=1)
         params = [param for head in heads.values() for param in head.params]
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*hidden_states, *params))
         loss, losses, accuracies, agreements, divergences = _MultiExitLoss.apply(
@@ -206,7 +208,7 @@ class _MultiExitLoss(torch.autograd.Function):
         wants_grad = [needs_grad and tensor.requires_grad for tensor in tensors]
         # The gradients that `backward` hands out: hidden states first, then one buffer for each parameter of the heads
         grads = [
-            torch.zeros(tensor.shape, dtype=tensor.dtype if i < num_exits else torch.float32, device=device)
+            torch.zeros(tensor.shape, dtype=tensor.dtype if i < num_exits else torch.float32, device=tensor.device)
             if wanted
             else None
             for i, (tensor, wanted) in enumerate(zip(tensors, wants_grad))
@@ -292,7 +294,8 @@ class _MultiExitLoss(torch.autograd.Function):
         statistics = (losses, correct / num_tokens, agreeing / num_tokens, divergences)
         ctx.mark_non_differentiable(*statistics)
         total = losses + objective.distillation_weight * objective.temperature**2 * divergences
-        loss = (total * torch.tensor(objective.weights, device=device)).sum()
+        # Numbers, no tensor of them: to copy one to an accelerator would wait for all of the above
+        loss = sum((part * weight for part, weight in zip(total, objective.weights)), total.new_zeros(()))
         return loss, *statistics
 
     @staticmethod
@@ -354,7 +357,7 @@ class _ModuleTile:
     def logits(self, states: torch.Tensor, needs_grad: bool) -> torch.Tensor:
         with torch.set_grad_enabled(needs_grad):
             self.states = states.detach().requires_grad_(needs_grad)
-            self.output = self.lm_head(self.states)
+            self.output = self.lm_head(self.states).to(self.states.device)  # hooks may run it on another device
         return self.output.detach().to(torch.float32, copy=True)
 
     def accumulate(

@@ -913,6 +913,8 @@ def _share_modules(source: LlamaForCausalLM, cls: type[LlamaForCausalLM], config
             setattr(target, name, getattr(source, name))
     if not isinstance(target, SortedLlamaForCausalLM):
         make_plain(target.generation_config)
+    elif hasattr(source, "hf_device_map"):  # tells Trainer that the layers are on several devices
+        target.hf_device_map = source.hf_device_map
     return target.train(source.training)
 
 
@@ -934,6 +936,9 @@ def _copy_own(source: LlamaForCausalLM, target: SortedLlamaForCausalLM, memo: di
                 target.model.exit_norms[k] = ExitLens.from_norm(norm)
             else:
                 target.model.exit_norms[k] = _whole_copy(norm)
+            device = next(target.model.layers[int(k) - 1].parameters()).device
+            if device.type != "meta":  # else hooks bring in the layer
+                target.model.exit_norms[k].to(device)
         for k in target.exit_lm_heads:
             own = k in own_norms
             target.exit_lm_heads[k] = copy.deepcopy(source.exit_lm_heads[k], memo) if own else _whole_copy(head)

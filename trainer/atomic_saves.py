@@ -28,6 +28,11 @@ class AtomicSaves(Trainer):
         if _internal_call:  # part of a checkpoint, or about to be pushed
             super().save_model(output_dir, _internal_call=True)
             return
+        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            raise ValueError(
+                "A model is saved whole, and `fsdp_state_dict_type: SHARDED_STATE_DICT` keeps it in shards: set "
+                "FULL_STATE_DICT, or merge the last checkpoint with `accelerate merge-weights`."
+            )
         output_dir = output_dir or self.args.output_dir
         unfinished = os.path.join(output_dir, UNFINISHED)
         # Without a barrier: one process alone may call this

@@ -82,7 +82,7 @@ def has_blocks(page: str) -> bool:
     return re.search(r"<!-- sorted-llama: \w+ -->", page) is not None
 
 
-def use_block(name: str, exits: list[int], base: str | None = None) -> str:
+def use_block(name: str, exits: list[int], base: str | None = None, exit_heads: str = "shared") -> str:
     """
     The calls to paste, with the exits of this model.
 
@@ -93,6 +93,8 @@ def use_block(name: str, exits: list[int], base: str | None = None) -> str:
             Its exits, full depth last.
         base (`str`, *optional*):
             Of an adapter, the model that it is for.
+        exit_heads (`str`, *optional*, defaults to `"shared"`):
+            Of an adapter, what its exits own.
 
     Returns:
         `str`: Markdown.
@@ -105,7 +107,8 @@ def use_block(name: str, exits: list[int], base: str | None = None) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
         "model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)",
     ]
-    if base is not None:  # an adapter's folder holds no code
+    if base is not None:  # an adapter's folder holds no code, and PEFT drops weights that the base has no place for
+        own = "" if exit_heads == "shared" else f', exit_heads="{exit_heads}"'
         lines = [
             "```python",
             "from modeling_sorted_llama import SortedLlamaForCausalLM",
@@ -114,7 +117,7 @@ def use_block(name: str, exits: list[int], base: str | None = None) -> str:
             "",
             f'name = "{name}"',
             "tokenizer = AutoTokenizer.from_pretrained(name)",
-            f'base = SortedLlamaForCausalLM.from_pretrained("{base}", exit_layers={exits})',
+            f'base = SortedLlamaForCausalLM.from_pretrained("{base}", exit_layers={exits}{own})',
             "model = PeftModel.from_pretrained(base, name)",
         ]
     lines += ['inputs = tokenizer("The capital of France is", return_tensors="pt")', ""]

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
+from modeling_sorted_llama.cache_sorted_llama import index_tensor
 from modeling_sorted_llama.loss_sorted_llama import gathered
 
 from .atomic_saves import AtomicSaves
@@ -182,12 +183,22 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             **kwargs,
         )
         args.model_init_kwargs = model_init_kwargs
-        if args.detach_exits and not self._owned_by_exits():
-            owned = ", ".join(repr(f"exit_norms.{k}") for k in self.exit_layers[:-1])
-            raise ValueError(
-                "`detach_exits=True` trains only what the exits own, which PEFT has frozen: name it in "
-                f"`LoraConfig(modules_to_save=[{owned}])`, with separate heads also 'exit_lm_heads.{{exit}}'."
-            )
+        if args.detach_exits or args.exit_learning_rate is not None:
+            trained = " ".join(self._owned_by_exits())
+            if not all(
+                f"exit_norms.{k}." in trained or f"exit_lm_heads.{k}." in trained for k in self.exit_layers[:-1]
+            ):
+                owned = ", ".join(repr(f"exit_norms.{k}") for k in self.exit_layers[:-1])
+                raise ValueError(
+                    f"`detach_exits={args.detach_exits!r}` and `exit_learning_rate={args.exit_learning_rate!r}` "
+                    "concern what every exit owns, which PEFT has frozen, or some of it: name it in "
+                    f"`LoraConfig(modules_to_save=[{owned}])`, with separate heads also 'exit_lm_heads.{{exit}}'."
+                )
+            if args.exit_learning_rate is not None and self.optimizer is not None:
+                raise ValueError(
+                    f"`exit_learning_rate={args.exit_learning_rate!r}` is for an optimizer that the trainer makes: "
+                    "with `optimizers`, give the exits' weights a parameter group with their own `lr`."
+                )
         if args.log_exit_grad_norms:
             base = self.model.get_base_model() if is_peft_model(self.model) else self.model
             base.model.register_forward_hook(self._watch_gradients, with_kwargs=True)
@@ -227,20 +238,21 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             path = Path(self.args.output_dir) / "README.md"
             page = new_page(ModelCard.load(path).data, model_name, self._paper["citation"], dataset_name)
             base = get_config_model_id(self.model.config) if is_peft_model(self.model) else None
-            use = use_block(self.hub_model_id or self.args.output_dir, self.exit_layers, base)
+            exit_heads = self.model.config.exit_heads
+            use = use_block(self.hub_model_id or self.args.output_dir, self.exit_layers, base, exit_heads)
             page = set_block(set_block(page, "training", training_block(self)), "use", use)
             path.write_text(page, encoding="utf-8")
 
-    def _owned_by_exits(self) -> list[torch.nn.Parameter]:
+    def _owned_by_exits(self) -> dict[str, torch.nn.Parameter]:
         """What the exits below full depth own of the weights that are trained."""
-        named = self.model.named_parameters()
-        return [p for name, p in named if p.requires_grad and ("exit_norms." in name or "exit_lm_heads." in name)]
+        owned = {n: p for n, p in self.model.named_parameters() if "exit_norms." in n or "exit_lm_heads." in n}
+        return {name: parameter for name, parameter in owned.items() if parameter.requires_grad}
 
     def create_optimizer(self, *args, **kwargs):
         learning_rate = self.args.exit_learning_rate if self.optimizer is None else None
         optimizer = super().create_optimizer(*args, **kwargs)
         if learning_rate is not None:
-            owned = {id(p) for p in self._owned_by_exits()}
+            owned = {id(p) for p in self._owned_by_exits().values()}
             for group in [*optimizer.param_groups]:
                 of_exits = [p for p in group["params"] if id(p) in owned]
                 if of_exits:
@@ -272,10 +284,10 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
     def _add(self, name: str, values: torch.Tensor, exits: list[int] | None = None) -> None:
         """Add to the sums of the mode that the model is in; with `exits`, a value for each of them."""
         if exits is not None and len(exits) < len(self.exit_layers):
-            index = torch.tensor([self.exit_layers.index(k) for k in exits], device=values.device)
+            index = index_tensor([self.exit_layers.index(k) for k in exits], values.device)
             values = values.new_zeros(len(self.exit_layers)).index_copy(0, index, values)
         sums = self._sums["train" if self.model.training else "eval"]
-        sums[name] = sums[name] + values if name in sums else values
+        sums[name] = sums[name] + values.to(sums[name].device) if name in sums else values
 
     def _watch_gradients(self, module, args, kwargs, outputs) -> Any:
         """Let each exit read its states through a node of its own, whose gradient is the exit's alone."""
@@ -319,7 +331,8 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
 
     def _exit_metrics(self, mode: str, prefix: str) -> dict[str, float]:
         names = list(self._sums[mode])
-        stacked = torch.cat([self._sums[mode][name].float().reshape(-1) for name in names])
+        sums_of_mode = [self._sums[mode][name].float().reshape(-1) for name in names]
+        stacked = torch.cat([values.to(sums_of_mode[0].device) for values in sums_of_mode])
         self._sums[mode].clear()
         values = iter(self.accelerator.reduce(stacked, reduction="sum").tolist())
         present, sums = 0, {}

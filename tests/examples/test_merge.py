@@ -57,6 +57,25 @@ def test_merged_adapters_are_the_weighted_sum(merge, trained_adapters):
         torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_base_of_adapters_may_be_a_plain_llama(merge, trained_adapters, tmp_path):
+    base, adapters = trained_adapters
+    plain = save_tiny(tmp_path / "plain", reference_llama(SortedLlamaForCausalLM.from_pretrained(base), 4))
+    with pytest.raises(ValueError, match="names no exits: pass the adapters' `exit_layers`"):
+        merge.merge_adapters(plain, adapters)
+    merged, expected = merge.merge_adapters(plain, adapters, exit_layers=EXITS), merge.merge_adapters(base, adapters)
+    assert merged.config.exit_layers == EXITS
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], weight)
+
+
+def test_checkpoints_of_other_heads_are_refused(merge, tmp_path):
+    for kind in ("shared", "lens"):
+        tiny_sorted(exit_layers=EXITS, exit_heads=kind).save_pretrained(tmp_path / kind)
+    for first, second in (("shared", "lens"), ("lens", "shared")):
+        with pytest.raises(ValueError, match=f"the same `exit_heads`, got '{first}' .* and '{second}'"):
+            merge.average_checkpoints([tmp_path / first, tmp_path / second])
+
+
 def test_checkpoints_are_averaged(merge, tmp_path):
     """Weight by weight, in float32, and the exits stay."""
     models = [tiny_sorted(seed=seed) for seed in range(3)]

@@ -122,7 +122,7 @@ def test_flags_with_lora(inputs):
     names = {"PeftModel": PeftModel, "SortedLlamaForCausalLM": SortedLlamaForCausalLM}
     tokens = tokenizer("count to 3:", return_tensors="pt")
     printed = line.replace('"out"', repr(str(inputs / "out"))).replace('"model"', repr(str(inputs / "model")))
-    assert "exit_layer=1" in line
+    assert "exit_layer=1" in line and "exit_layers=[1, 4]" in line
     assert eval(printed, {**names, "inputs": tokens}).shape[1] > tokens["input_ids"].shape[1]
 
 

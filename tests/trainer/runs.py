@@ -61,7 +61,7 @@ def make_args(folder, config_class=SortedSFTConfig, **kwargs):
 
 def make_trainer(folder, model=None, data="text", trainer_class=SortedSFTTrainer, model_exits=None, **kwargs):
     """A trainer; what `make_args` takes goes there, and the rest to the trainer."""
-    for_trainer = ("eval_dataset", "peft_config", "compute_metrics", "callbacks", "processing_class")
+    for_trainer = ("eval_dataset", "peft_config", "compute_metrics", "callbacks", "processing_class", "optimizers")
     trainer_kwargs = {name: kwargs.pop(name) for name in for_trainer if name in kwargs}
     config_class = SortedSFTConfig if trainer_class is SortedSFTTrainer else SFTConfig
     if config_class is SortedSFTConfig:

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,3 +150,18 @@ def test_finished_run_is_resumed(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3
     assert_equal_weights(resumed.model, finished.model, 0.0)
+
+
+def test_sharded_weights_are_no_model(tmp_path):
+    """FSDP's sharded state: what was saved before stays, and the error says what to set."""
+    trainer = make_trainer(tmp_path)
+    trainer.save_model()
+    before = {path.name for path in tmp_path.iterdir()}
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")
+    try:
+        with pytest.raises(ValueError, match="set FULL_STATE_DICT"):
+            trainer.save_model()
+    finally:
+        del trainer.accelerator.state.fsdp_plugin
+    assert {path.name for path in tmp_path.iterdir()} == before

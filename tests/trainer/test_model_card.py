@@ -51,7 +51,11 @@ def test_recipe_and_evaluation(tmp_path):
 @pytest.mark.parametrize("lora", [False, True])
 def test_calls_run_as_they_stand(tmp_path, lora):
     base = save_tiny(tmp_path / "base", tiny_sorted(exit_layers=EXITS))
-    options = {"peft_config": LoraConfig(r=2)} if lora else {}
+    options = {}
+    if lora:  # whose exits own weights, which the base that the page loads has to have a place for
+        saved = [f"exit_norms.{k}" for k in EXITS[:-1]]
+        options = {"peft_config": LoraConfig(r=2, modules_to_save=saved), "exit_heads": "lens", "detach_exits": True}
+        options["exit_learning_rate"] = 0.1
     trainer = make_trainer(tmp_path / "out", str(base), save_strategy="steps", save_steps=2, **options)
     trainer.train()
     trainer.save_model()
@@ -64,4 +68,6 @@ def test_calls_run_as_they_stand(tmp_path, lora):
         assert eval(call, names).shape[1] > names["inputs"]["input_ids"].shape[1]
     inputs = torch.arange(3, 23).view(2, 10)
     with torch.no_grad():
-        torch.testing.assert_close(names["model"](inputs).logits, trainer.model.eval()(inputs).logits)
+        for k in EXITS:
+            expected = trainer.model.eval()(inputs, exit_layer=k).logits
+            torch.testing.assert_close(names["model"].eval()(inputs, exit_layer=k).logits, expected)

@@ -368,11 +368,20 @@ def test_exits_that_own_nothing(tmp_path, options, exit_heads):
         make_trainer(tmp_path, exit_heads=exit_heads, **options)
 
 
+def test_learning_rate_of_exits_and_a_given_optimizer(tmp_path):
+    model = tiny_sorted(exit_layers=EXITS, exit_heads="lens")
+    given = torch.optim.SGD(model.parameters(), lr=0.1), None
+    with pytest.raises(ValueError, match="`exit_learning_rate=0.5` is for an optimizer that the trainer makes"):
+        make_trainer(tmp_path, model, exit_learning_rate=0.5, optimizers=given)
+
+
 def test_detached_exits_with_adapters(tmp_path):
     """PEFT freezes what the exits own, unless it is told to train and save it."""
     options = {"exit_heads": "lens", "detach_exits": True, "max_steps": 4, "learning_rate": 1e-2}
-    with pytest.raises(ValueError, match=r"modules_to_save=\['exit_norms.1', 'exit_norms.2'\]"):
-        make_trainer(tmp_path, peft_config=LoraConfig(r=2), **options)
+    for peft_config in (LoraConfig(r=2), LoraConfig(r=2, modules_to_save=["exit_norms.1"])):
+        for wanted in ({}, {"detach_exits": False, "exit_learning_rate": 1e-3}):
+            with pytest.raises(ValueError, match=r"modules_to_save=\['exit_norms.1', 'exit_norms.2'\]"):
+                make_trainer(tmp_path, peft_config=peft_config, **{**options, **wanted})
     peft_config = LoraConfig(r=2, modules_to_save=["exit_norms.1", "exit_norms.2"])
     trainer = make_trainer(tmp_path, peft_config=peft_config, eval_dataset=make_data(), **options)
     untrained = trainer.evaluate()
