@@ -133,7 +133,6 @@ outputs = [output.outputs[0] for output in llm.generate(rows, sampling, use_tqdm
 tokens = [list(output.token_ids) for output in outputs]
 logprobs = [[step[t].logprob for t, step in zip(o.token_ids, o.logprobs)] for o in outputs]
 (modules,) = llm.apply_model(lambda model: {type(m).__name__: type(m).__module__ for m in model.modules()})
-llm.llm_engine.engine_core.shutdown()
 print(json.dumps({"generated": [tokens, logprobs], "modules": modules}))
 """
 
@@ -142,6 +141,7 @@ print(json.dumps({"generated": [tokens, logprobs], "modules": modules}))
 def test_without_the_plugin(tmp_path, monkeypatch, overrides):
     """Through vLLM's backend for transformers, by the code that the checkpoint carries."""
     monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # all of it in the process without the package
     model = make(tmp_path / "model")
     arguments = [str(tmp_path / "model"), json.dumps(overrides), json.dumps(PROMPTS), str(NEW_TOKENS)]
     found = json.loads(run_as_stranger(WITHOUT_THE_PLUGIN, *arguments, folder=tmp_path).splitlines()[-1])
