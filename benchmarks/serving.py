@@ -37,6 +37,7 @@ from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
 
 
 FLAGS = ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "32", "--no-enable-prefix-caching"]
+FLAGS += ["--disable-uvicorn-access-log"]
 SECONDS_UP = 3.0  # between two looks at the memory of a server
 
 
