@@ -1,6 +1,7 @@
 """Configuration of Sorted LLaMA: a Llama whose first `k` decoder layers are a model for several `k`."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,37 @@ AUTO_MAP = {
 SORTED_FIELDS = ("exit_layers", "exit_layer", "exit_loss_weights", "exit_heads")
 
 
+def as_int(value: Any) -> int | None:
+    """
+    An integer of any library as Python's.
+
+    Args:
+        value (`Any`):
+            Python's, numpy's or a 0-dimensional tensor's integer, or anything else.
+
+    Returns:
+        `int`, or `None` where `value` is no integer; truth values are none.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or getattr(value, "ndim", None) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number; truth values, and integers that no float can hold, are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def check_exit_layer(exit_layer: Any, num_hidden_layers: int, name: str = "exit_layer") -> int:
     """
     Check one exit layer.
@@ -32,25 +64,28 @@ def check_exit_layer(exit_layer: Any, num_hidden_layers: int, name: str = "exit_
             What the error calls the value.
 
     Returns:
-        `int`: `exit_layer`, unchanged.
+        `int`: `exit_layer`, as Python's integer.
 
     Raises:
         ValueError: If `exit_layer` is not an integer from 1 to `num_hidden_layers`.
     """
-    if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or not 1 <= exit_layer <= num_hidden_layers:
+    number = as_int(exit_layer)
+    if number is None or not 1 <= number <= num_hidden_layers:
         raise ValueError(f"`{name}` must be an integer from 1 to {num_hidden_layers}, got {exit_layer!r}.")
-    return exit_layer
+    return number
 
 
-def check_exit_layers(exit_layers: Any, num_hidden_layers: int, name: str = "exit_layers") -> list[int]:
+def check_exit_layers(exit_layers: Any, num_hidden_layers: int | None, name: str = "exit_layers") -> list[int]:
     """
     Check the exits that SoFT trains.
 
     Args:
-        exit_layers (`Sequence[int]`):
-            Exit layers, ascending, unique, the last one being `num_hidden_layers`.
-        num_hidden_layers (`int`):
-            Number of decoder layers that the model has.
+        exit_layers (`Sequence[int]` or `str`):
+            Exit layers, ascending, unique, the last one being `num_hidden_layers`; or `"every:N"`, every `N`th layer
+            and the full depth.
+        num_hidden_layers (`int` or `None`):
+            Number of decoder layers that the model has; `None` where it is not known yet, and the last exit may be
+            anything.
         name (`str`, *optional*, defaults to `"exit_layers"`):
             What the error calls the value.
 
@@ -58,18 +93,49 @@ def check_exit_layers(exit_layers: Any, num_hidden_layers: int, name: str = "exi
         `list[int]`: The exits.
 
     Raises:
-        ValueError: If `exit_layers` is no such list.
+        ValueError: If `exit_layers` is neither such a list nor such a text; the message says what is wrong with it.
     """
-    if isinstance(exit_layers, str) or not isinstance(exit_layers, Sequence) or len(exit_layers) == 0:
+    limit = "the full depth" if num_hidden_layers is None else num_hidden_layers
+    wanted = (
+        f"`{name}` must be a list of integers from 1 to {limit}, ascending and ending in the full depth, or 'every:N'"
+    )
+    if isinstance(exit_layers, str):
+        spacing = exit_spacing(exit_layers)
+        if spacing is None:
+            is_list = "," in exit_layers or exit_layers.isdecimal()
+            hint = f": a text is not taken apart, pass [{exit_layers.strip('[]() ')}]" if is_list else ""
+            raise ValueError(f"{wanted}, got {exit_layers!r}{hint}.")
+        if num_hidden_layers is None:
+            raise ValueError(f"`{name}={exit_layers!r}` needs a model's depth, which is not known here: pass a list.")
+        return [*range(spacing, num_hidden_layers, spacing), num_hidden_layers]
+    entries = exit_layers.tolist() if hasattr(exit_layers, "tolist") else exit_layers
+    if not isinstance(entries, Sequence):
+        raise ValueError(f"{wanted}, got {exit_layers!r}.")
+    if len(entries) == 0:
+        raise ValueError(f"{wanted}, got {exit_layers!r}, which is empty: full depth alone is [{limit}].")
+    exits: list[int] = []
+    for entry in entries:
+        number = as_int(entry)
+        if number is None or number < 1:
+            raise ValueError(f"{wanted}, got {entry!r} in {exit_layers!r}.")
+        if num_hidden_layers is not None and number > num_hidden_layers:
+            raise ValueError(f"{wanted}, got {number} in {exit_layers!r}: the model has {num_hidden_layers} layers.")
+        if exits and number <= exits[-1]:
+            what = f"{number} twice" if number == exits[-1] else f"{number} behind {exits[-1]}"
+            raise ValueError(f"{wanted}, got {exit_layers!r}, which is not ascending: {what}.")
+        exits.append(number)
+    if num_hidden_layers is not None and exits[-1] != num_hidden_layers:
         raise ValueError(
-            f"`{name}` must be a non-empty list of integers from 1 to {num_hidden_layers}, got {exit_layers!r}."
-        )
-    exits = [check_exit_layer(exit_layer, num_hidden_layers, name) for exit_layer in exit_layers]
-    if any(low >= high for low, high in zip(exits, exits[1:])) or exits[-1] != num_hidden_layers:
-        raise ValueError(
-            f"`{name}` must be strictly ascending and end in the full depth, {num_hidden_layers}, got {exits}."
+            f"{wanted}, got {exit_layers!r}, which ends in {exits[-1]}: pass {[*exits, num_hidden_layers]}."
         )
     return exits
+
+
+def exit_spacing(text: str) -> int | None:
+    """The `N` of `"every:N"`; `None` for any other text."""
+    spacing = text.strip().removeprefix("every:")
+    is_spacing = spacing != text.strip() and spacing.isascii() and spacing.isdecimal() and len(spacing) < 10
+    return int(spacing) if is_spacing and int(spacing) > 0 else None
 
 
 def check_exit_loss_weights(weights: Any, num_exits: int, name: str = "exit_loss_weights") -> list[float]:
@@ -94,8 +160,7 @@ def check_exit_loss_weights(weights: Any, num_exits: int, name: str = "exit_loss
         isinstance(weights, str)
         or not isinstance(weights, Sequence)
         or len(weights) != num_exits
-        or any(isinstance(w, bool) or not isinstance(w, (int, float)) for w in weights)
-        or any(not math.isfinite(w) or w < 0 for w in weights)
+        or not all(is_number(w) and w >= 0 for w in weights)
         or not any(w > 0 for w in weights)
     ):
         raise ValueError(
@@ -111,9 +176,10 @@ class SortedLlamaConfig(LlamaConfig):
     a Llama configuration loads as a sorted one, with no exits but the full depth.
 
     Args:
-        exit_layers (`list[int]`, *optional*):
+        exit_layers (`list[int]` or `str`, *optional*):
             The exits that Sorted Fine-Tuning (SoFT) trains: numbers of decoder layers, ascending, unique, ending in
-            `num_hidden_layers` (the paper's 13B: `[12, 16, 20, 24, 28, 32, 36, 40]`). `None` means full depth only.
+            `num_hidden_layers` (the paper's 13B: `[12, 16, 20, 24, 28, 32, 36, 40]`); `"every:4"` takes every fourth
+            layer and the full depth. `None` means full depth only.
         exit_layer (`int`, *optional*):
             Number of decoder layers that every call runs unless it asks for another depth. `None` means all.
         exit_loss_weights (`list[float]`, *optional*):
@@ -275,6 +341,9 @@ class SortedLlamaConfig(LlamaConfig):
 def _cut_exits(config_dict: dict[str, Any], num_hidden_layers: int) -> dict[str, Any]:
     """Drop what a checkpoint says of exits above `num_hidden_layers`, where only so many layers are loaded."""
     config_dict = dict(config_dict)
+    layers = as_int(num_hidden_layers)
+    if layers is None or layers < 1:
+        raise ValueError(f"`num_hidden_layers` must be an integer of at least 1, got {num_hidden_layers!r}.")
     exit_heads = config_dict.get("exit_heads", "shared")
     if exit_heads != "shared" and num_hidden_layers != config_dict["num_hidden_layers"]:
         raise ValueError(
@@ -283,6 +352,11 @@ def _cut_exits(config_dict: dict[str, Any], num_hidden_layers: int) -> dict[str,
             f"`extract_submodel({num_hidden_layers})`."
         )
     exits, weights = config_dict.get("exit_layers"), config_dict.get("exit_loss_weights")
+    depth = config_dict.get("num_hidden_layers", LlamaConfig.num_hidden_layers)
+    if exits is not None:
+        exits = check_exit_layers(exits, depth)
+    if weights is not None:
+        weights = check_exit_loss_weights(weights, len(exits or ()))
     if exits is not None and exits[-1] != num_hidden_layers:
         if num_hidden_layers not in exits:  # not a trained exit: nothing is known of the new full depth's weight
             exits, weights = None, None
@@ -290,7 +364,8 @@ def _cut_exits(config_dict: dict[str, Any], num_hidden_layers: int) -> dict[str,
             exits = exits[: exits.index(num_hidden_layers) + 1]
             weights = weights and weights[: len(exits)]
         config_dict["exit_layers"], config_dict["exit_loss_weights"] = exits, weights
-    if (config_dict.get("exit_layer") or 0) > num_hidden_layers:
+    exit_layer = config_dict.get("exit_layer")
+    if exit_layer is not None and check_exit_layer(exit_layer, max(depth, num_hidden_layers)) > num_hidden_layers:
         config_dict["exit_layer"] = None
     return config_dict
 

@@ -3,7 +3,9 @@
 import copy
 import json
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig
@@ -46,6 +48,72 @@ def test_bad_exit_layers(value):
     with pytest.raises(ValueError) as error:
         sorted_config(exit_layers=value)
     assert_names(error, "exit_layers", value, 4)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([2, 1, 4], "not ascending: 1 behind 2"),
+        ([1, 1, 4], "not ascending: 1 twice"),
+        ("1, 2, 4", r"a text is not taken apart, pass \[1, 2, 4\]"),
+        ("[1, 2, 4]", r"a text is not taken apart, pass \[1, 2, 4\]"),
+        ([], r"empty: full depth alone is \[4\]"),
+        ([1, 2, 5], r"got 5 in \[1, 2, 5\]: the model has 4 layers"),
+        ([1, 2], r"ends in 2: pass \[1, 2, 4\]"),
+        ("every:0", "or 'every:N', got 'every:0'"),
+        ("every:²", "or 'every:N', got 'every:²'"),
+    ],
+    ids=repr,
+)
+def test_what_is_wrong_with_exit_layers_is_told_as_what_it_is(value, said):
+    with pytest.raises(ValueError, match=said):
+        sorted_config(exit_layers=value)
+
+
+@pytest.mark.parametrize(("depth", "n", "exits"), [(4, 2, [2, 4]), (5, 2, [2, 4, 5]), (4, 9, [4]), (3, 1, [1, 2, 3])])
+def test_a_spacing_works_wherever_exit_layers_does(tmp_path, depth, n, exits):
+    assert sorted_config(num_hidden_layers=depth, exit_layers=f"every:{n}").exit_layers == exits
+    config = LlamaConfig(**tiny_fields(num_hidden_layers=depth))
+    config.save_pretrained(tmp_path)
+    assert SortedLlamaConfig.from_llama(config, exit_layers=f"every:{n}").exit_layers == exits
+    assert SortedLlamaConfig.from_pretrained(tmp_path, exit_layers=f"every:{n}").exit_layers == exits
+
+
+def test_integers_of_other_libraries_are_depths():
+    config = sorted_config(exit_layers=[np.int32(1), torch.tensor(2), 4], exit_layer=np.int64(2))
+    assert config.exit_layers == [1, 2, 4] and config.exit_layer == 2
+    assert {type(k) for k in [*config.exit_layers, config.exit_layer]} == {int}
+    assert sorted_config(exit_layers=torch.tensor([2, 4])).exit_layers == [2, 4]
+    for no_depth in (torch.tensor([2]), torch.tensor(True), torch.tensor(2.0), np.float32(2), np.True_):
+        with pytest.raises(ValueError, match="`exit_layer` must be an integer from 1 to 4"):
+            sorted_config(exit_layer=no_depth)
+
+
+@pytest.mark.parametrize(
+    ("edited", "overrides", "field"),
+    [
+        ({"exit_layers": [1, 8]}, {}, "exit_layers"),
+        ({"exit_layers": [1, 8]}, {"num_hidden_layers": 1}, "exit_layers"),
+        ({"exit_layers": 5}, {"num_hidden_layers": 1}, "exit_layers"),
+        ({"exit_layers": [1, 10**400]}, {}, "exit_layers"),
+        ({"num_hidden_layers": 2}, {}, "exit_layers"),
+        ({"num_hidden_layers": 2}, {"num_hidden_layers": 1}, "exit_layers"),
+        ({"exit_layer": 9}, {"num_hidden_layers": 2}, "exit_layer"),
+        ({"exit_layer": "2"}, {"num_hidden_layers": 2}, "exit_layer"),
+        ({"exit_loss_weights": [10**400, 1]}, {}, "exit_loss_weights"),
+        ({"exit_loss_weights": 5}, {"num_hidden_layers": 1}, "exit_loss_weights"),
+        ({"exit_heads": ["lens"]}, {}, "exit_heads"),
+        ({}, {"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({}, {"num_hidden_layers": 0}, "num_hidden_layers"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_config_file_with_wrong_values_names_the_field(tmp_path, edited, overrides, field):
+    sorted_config(exit_layers=[1, 4]).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | edited))
+    with pytest.raises(ValueError, match=f"`{field}`"):
+        SortedLlamaConfig.from_pretrained(tmp_path, **overrides)
 
 
 @pytest.mark.parametrize("value", BAD_WEIGHTS, ids=repr)
@@ -185,7 +253,7 @@ def test_update_is_checked():
     config = SortedLlamaConfig(num_hidden_layers=4, exit_layers=[1, 2, 4], exit_loss_weights=[1.0, 2.0, 3.0])
     for fields, message in (
         ({"exit_layer": 9}, "`exit_layer` must be an integer from 1 to 4, got 9"),
-        ({"exit_layers": [1, 2]}, "`exit_layers` must be .* 4, got"),
+        ({"exit_layers": [1, 2]}, r"`exit_layers` must be .* ends in 2: pass \[1, 2, 4\]"),
         ({"exit_heads": "own"}, "`exit_heads` must be"),
     ):
         with pytest.raises(ValueError, match=message):
