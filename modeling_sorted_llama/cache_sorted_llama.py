@@ -6,8 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, LlamaModel, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
+
+from .configuration_sorted_llama import as_int
 
 
 # transformers 5.24 renamed `past_key_values` to `cache`, everywhere at once
@@ -72,6 +76,20 @@ class Block:
         shift = self.width - index_tensor(self.counts, device)
         columns = (torch.arange(self.width, device=device) - shift[:, None]).clamp(min=0)
         return hidden_states.gather(1, columns[..., None].expand_as(hidden_states))
+
+
+class _SizesOfBlock(Cache):
+    """What transformers asks of a cache when it makes the mask of a block whose rows are of one length."""
+
+    def __init__(self, block: Block):
+        super().__init__(layers=[])
+        self.block = block
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.block.starts[0]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.block.end, 0
 
 
 class SortedCacheLayer(DynamicLayer):
@@ -194,6 +212,8 @@ class SortedCache(Cache):
         self.layer_token_passes = 0
         self._positions: torch.Tensor | None = None  # (batch_size, slots)
         self._mask: torch.Tensor | None = None  # (batch_size, slots); `None` where every token is attended to
+        self._angles: torch.Tensor | None = None  # (batch_size, slots, 2 * head_dim); see `_write_angles`
+        self._positions_ahead = 0  # of the slots, in the row where they are most; padding makes it negative
         self._block: Block | None = None
         self._plain_lengths: tuple[int, ...] = ()
 
@@ -258,14 +278,16 @@ class SortedCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.lengths, self.pending = (), {}
-        self._positions = self._mask = None
+        self._positions = self._mask = self._angles = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `r` becomes a copy of row `beam_idx[r]`."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order."""
+        """Keep the rows `indices`, in that order. A cache without tokens has no rows yet, and stays as it is."""
+        if not self.lengths:
+            return
         rows = torch.arange(len(self.lengths), device="cpu")[torch.as_tensor(indices).cpu()]
         self._apply_to_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)), rows.tolist())
 
@@ -285,6 +307,7 @@ class SortedCache(Cache):
         self.pending = {depth: function(states) for depth, states in self.pending.items()}
         self._positions = None if self._positions is None else function(self._positions)
         self._mask = None if self._mask is None else function(self._mask)
+        self._angles = None if self._angles is None else function(self._angles)
         self._free_pending()
 
     # What the sorted model asks of it
@@ -303,10 +326,13 @@ class SortedCache(Cache):
                 One number of tokens a row; a row that holds fewer is left as it is.
 
         Raises:
-            ValueError: If there is not one for each row.
+            ValueError: If there is not one for each row, or if one is no integer of at least 0.
         """
-        if len(lengths) != len(self.lengths):
-            raise ValueError(f"`lengths` must hold {len(self.lengths)} numbers, one a row, got {list(lengths)}.")
+        lengths = [as_int(length) for length in lengths]  # type: ignore[misc]
+        if len(lengths) != len(self.lengths) or any(length is None or length < 0 for length in lengths):
+            raise ValueError(
+                f"`lengths` must hold {len(self.lengths)} integers of at least 0, one a row, got {list(lengths)}."
+            )
         self.lengths = tuple(map(min, self.lengths, lengths))
         cropped: dict[tuple[int, ...], tuple[int, ...]] = {}  # the layers of a segment have the same lengths
         for layer in self.layers:
@@ -322,6 +348,7 @@ class SortedCache(Cache):
         attention_mask: torch.Tensor | None = None,
         rows: list[int] | None = None,
         counts: Sequence[int] | None = None,
+        rotary_emb: nn.Module | None = None,
     ) -> Block:
         """
         Give new tokens their slots and positions, before any layer runs.
@@ -337,7 +364,11 @@ class SortedCache(Cache):
             rows (`list[int]`, *optional*):
                 The rows that grow. Default to all.
             counts (`Sequence[int]`, *optional*):
-                Number of tokens of each row, left-aligned. Default to `num_tokens`.
+                Number of tokens of each row, left-aligned, decoded one after the other. Default to `num_tokens`, which
+                arrive together.
+            rotary_emb (`torch.nn.Module`, *optional*):
+                The model's rotary embedding, where the angles of a token depend on how it arrives (RoPE of kind
+                `dynamic` and `longrope`).
 
         Returns:
             `Block`: Their cells.
@@ -358,8 +389,12 @@ class SortedCache(Cache):
             return block
 
         batch_size, device = len(self.lengths), inputs_embeds.device
-        self._write_positions(self._next_positions(block, device) if position_ids is None else position_ids, block)
+        if position_ids is None:
+            position_ids = self._next_positions(block, device)
+        self._write_positions(position_ids, block)
         self._append_to_mask(attention_mask, block, device)
+        if rotary_emb is not None and (rotary_emb.rope_type == "longrope" or "dynamic" in rotary_emb.rope_type):
+            self._write_angles(rotary_emb, position_ids, block, inputs_embeds, one_by_one=counts is not None)
 
         grown = list(self.lengths)
         for row, start, count in zip(range(batch_size) if rows is None else rows, starts, block.counts, strict=True):
@@ -375,6 +410,32 @@ class SortedCache(Cache):
         positions = reserve(positions, values, len(self.lengths), block.end, STORAGE_BLOCK)
         block.write(positions, values)
         self._positions = positions.squeeze(-1)
+
+    def _write_angles(
+        self, rotary_emb: Any, position_ids: torch.Tensor, block: Block, states: torch.Tensor, one_by_one: bool
+    ) -> None:
+        """
+        RoPE of kind `dynamic` and `longrope` turns all tokens of a call by angles that depend on the greatest position
+        in it, and remembers the greatest of all. A block of drafts, or of tokens that were pending, is no call of
+        plain decoding: each of its tokens gets, once, the angles that it has there.
+        """
+        position_ids = position_ids.expand(len(block.starts), block.width)
+        if block.rows is None and block.even:
+            self._positions_ahead = int(position_ids.max()) - (block.end - 1)
+        values: Any = None
+        parts = [slice(i, i + 1) for i in range(block.width)] if one_by_one else [slice(0, block.width)]
+        for start in set(block.starts):
+            rows = index_tensor([i for i, s in enumerate(block.starts) if s == start], states.device)
+            for part in parts:
+                newest = position_ids.new_full((len(rows), 1), start + part.stop - 1 + self._positions_ahead)
+                rotary_emb(states, position_ids=torch.zeros_like(newest))  # forgets the greatest
+                positions = torch.cat([position_ids[rows, part], newest], dim=1)
+                angles = torch.cat(rotary_emb(states, position_ids=positions), dim=-1)[:, :-1]
+                if values is None:
+                    values = angles.new_zeros(len(block.starts), block.width, angles.shape[-1])
+                values[rows, part] = angles
+        self._angles = reserve(self._angles, values, len(self.lengths), block.end, STORAGE_BLOCK)
+        block.write(self._angles, values)
 
     def _next_positions(self, block: Block, device: torch.device) -> torch.Tensor:
         new = torch.arange(block.width, device=device)
@@ -444,7 +505,9 @@ class SortedCache(Cache):
                 self.suspend(first, hidden_states, block)
             counts = [a + n - b for a, n, b in zip(block.starts, block.counts, starts, strict=True)]
             relative = Block(block.rows, [0] * len(starts), counts)
-            hidden_states = relative.read(self.pending[first])
+            pending = self.pending[first]
+            self.pending[first] = pending = reserve(pending, pending, len(passed), relative.end, PENDING_BLOCK)
+            hidden_states = relative.read(pending)
             block = Block(block.rows, starts, counts)
         self._block = block
         return hidden_states, block
@@ -485,6 +548,16 @@ class SortedCache(Cache):
         self._positions = _reserve_tokens(self._positions, block.end)
         return block.read(self._positions)
 
+    def position_embeddings(
+        self, block: Block, rotary_emb: nn.Module, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the angles of a block's tokens, each `(num_rows, width, head_dim)`."""
+        if self._angles is None:
+            return rotary_emb(hidden_states, position_ids=self.position_ids(block))
+        self._angles = reserve(self._angles, self._angles, len(self.lengths), block.end, STORAGE_BLOCK)
+        cos, sin = block.read(self._angles).to(hidden_states.device).chunk(2, dim=-1)
+        return cos, sin
+
     def attention_mask(self, block: Block, config: PreTrainedConfig, hidden_states: torch.Tensor):
         """
         The mask of a block against all cached tokens, for the attention implementation of `config`.
@@ -493,19 +566,20 @@ class SortedCache(Cache):
             ValueError: If the implementation cannot attend to rows of different lengths.
         """
         implementation = config._attn_implementation
+        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)  # a user's own may share sdpa's
         mask = None
         if self._mask is not None:
             self._mask = _reserve_tokens(self._mask, block.end)
             mask = block.select(self._mask[:, : block.end]).to(hidden_states.device)
-        if "flash" in implementation and block.even:
-            return mask
-        if mask is None and block.even and (block.width == 1 or (block.starts[0] == 0 and implementation == "sdpa")):
+        if make_mask not in (sdpa_mask, eager_mask):
+            if not block.even:
+                raise ValueError(
+                    f"`attn_implementation={implementation!r}` cannot attend to rows of different lengths: load the "
+                    "model with `attn_implementation='sdpa'`, or generate one row at a time."
+                )
+            return create_causal_mask(config, hidden_states, mask, **{CACHE_NAME: _SizesOfBlock(block)})
+        if mask is None and block.even and (block.width == 1 or (block.starts[0] == 0 and make_mask is sdpa_mask)):
             return None
-        if implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"`attn_implementation={implementation!r}` cannot attend to rows of different lengths: load the model "
-                "with `attn_implementation='sdpa'`, or generate one row at a time."
-            )
         device = hidden_states.device
         slots = torch.arange(block.width, device=device)
         slots = (slots + block.starts[0])[None] if len(set(block.starts)) == 1 else block.index(device)[1]
@@ -516,7 +590,7 @@ class SortedCache(Cache):
             # A token with nothing to attend to attends to itself: no NaN
             attended = attended | ~attended.any(-1, keepdim=True) & (keys == slots[..., None])
         attended = attended[:, None]
-        if implementation == "sdpa":
+        if make_mask is sdpa_mask:
             return attended
         zero = torch.zeros((), dtype=hidden_states.dtype, device=device)
         return torch.where(attended, zero, torch.finfo(hidden_states.dtype).min)
@@ -555,9 +629,12 @@ def _block_of_all_rows(lengths: tuple[int, ...], states: torch.Tensor) -> Block:
 def reserve(
     storage: torch.Tensor | None, values: torch.Tensor, batch_size: int, slots: int, step: int, at_least: int = 0
 ) -> torch.Tensor:
-    """`storage`, `(batch_size, ..., slots, dim)`, with room for `slots`; zeros: NaN would pass a mask."""
+    """
+    `storage`, `(batch_size, ..., slots, dim)`, with room for `slots`, that may be written to: what was made under
+    `torch.inference_mode()` may not be, outside of it. New slots are zeros: NaN would pass a mask.
+    """
     if storage is not None and storage.shape[-2] >= slots:
-        return storage
+        return storage.clone() if storage.is_inference() and not torch.is_inference_mode_enabled() else storage
     slots = max(-(-slots // step) * step, at_least)
     grown = values.new_zeros(batch_size, *values.shape[1:-2], slots, values.shape[-1])
     if storage is not None:

@@ -1,6 +1,7 @@
 """Configuration of Sorted LLaMA: a Llama whose first `k` decoder layers are a model for several `k`."""
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +44,7 @@ def as_int(value: Any) -> int | None:
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite number; truth values, and integers that no float can hold, are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's count as such
         return False
     try:
         return math.isfinite(value)

@@ -3,10 +3,12 @@
 import copy
 import inspect
 import math
+import numbers
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -18,14 +20,15 @@ from transformers import (
     MaxLengthCriteria,
     PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
-    SynthIDTextWatermarkingConfig,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import GenerateDecoderOnlyOutput, PromptLookupCandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
 from .cache_sorted_llama import CACHE_NAME, STORAGE_BLOCK, Block, as_sorted_cache, index_tensor, reserve
-from .configuration_sorted_llama import check_exit_layer
+from .configuration_sorted_llama import as_int, check_exit_layer
 
 
 logger = logging.get_logger("transformers.modeling_sorted_llama")
@@ -52,6 +55,8 @@ _DRAFT_FIELDS = (
 DECODED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # What transformers' processors keep for each row of the batch
 _VALUES_OF_ROWS = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
+# Those that count on one call a token, in order
+_STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 _CONFIDENCES = ("max_prob", "margin", "entropy")
 _MODE_OF = {
     "exit_threshold": "exit_threshold",
@@ -162,7 +167,8 @@ def read_decoding_fields(model, generation_config: GenerationConfig | None, kwar
     """
     What a call says about depth and drafting: its keyword arguments, then its generation config, then the model's,
     then the default depth of the model's config. The most specific that names a mode decides on it; the others add
-    what belongs to it. Read before transformers fills in its defaults, which would pass for the user's.
+    what belongs to it. Read before transformers fills in its defaults, which would pass for the user's. `use_cache` is
+    `False` where the caller says so, and not where a checkpoint does, which was trained without a cache.
     """
     names = (*SORTED_GENERATION_FIELDS, *_DRAFT_FIELDS)
     fields: dict[str, Any] = dict.fromkeys(names)
@@ -173,10 +179,14 @@ def read_decoding_fields(model, generation_config: GenerationConfig | None, kwar
             value = source.get(name)
             if value is None or fields[name] is not None:
                 continue
+            number = as_int(value)  # numpy's integers, and 0-dimensional tensors, are depths as well
+            value = value if number is None else number
             is_depth = name == "exit_layer" and type(value) is int and mode not in ("auto", "depths of rows")
             if mode is None or is_depth or _MODE_OF.get(name, mode) == mode:
                 fields[name] = value
-    return fields
+    of_checkpoint = model.generation_config.use_cache is False
+    by_caller = kwargs.get("use_cache", None if of_checkpoint else getattr(generation_config, "use_cache", None))
+    return {**fields, "use_cache": by_caller}
 
 
 def check_continuous_batching(model, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
@@ -263,6 +273,8 @@ def choose_decoding(
         decoding = _row_depths(model, fields, layers)
     else:
         decoding = _self_speculation(model, fields, layers)
+    if fields["use_cache"] is False:
+        raise ValueError(f"`{mode}={asked[mode]!r}` needs the cache: `use_cache=False` is not possible.")
     _check_company(mode, asked[mode], decoding, generation_config)
     return decoding
 
@@ -274,24 +286,27 @@ def _confidence_exit(model, fields, layers) -> ConfidenceExit:
             f"`exit_threshold={fields['exit_threshold']!r}` needs exits to leave at, but `config.exit_layers` is "
             f"{exits!r}: load the model with `exit_layers=[...]`."
         )
-    thresholds = fields["exit_threshold"]
-    if isinstance(thresholds, (int, float)) and not isinstance(thresholds, bool):
-        thresholds = [thresholds] * (len(exits) - 1)
-    if (
-        isinstance(thresholds, str)
-        or not isinstance(thresholds, Sequence)
-        or len(thresholds) != len(exits) - 1
-        or any(isinstance(t, bool) or not isinstance(t, (int, float)) or math.isnan(t) for t in thresholds)
-    ):
-        raise ValueError(
-            f"`exit_threshold` must be a number, or a list of {len(exits) - 1}, one for each exit below full depth "
-            f"({exits[:-1]}), got {fields['exit_threshold']!r}."
-        )
     confidence = "max_prob" if fields["exit_confidence"] is None else fields["exit_confidence"]
     if not callable(confidence) and confidence not in _CONFIDENCES:
         raise ValueError(
             f"`exit_confidence` must be one of {_CONFIDENCES}, or a callable that takes the processed scores "
             f"`(num_rows, vocab_size)`, the exit layer and the `input_ids` so far, got {confidence!r}."
+        )
+    thresholds = fields["exit_threshold"]
+    if hasattr(thresholds, "tolist"):
+        thresholds = thresholds.tolist()
+    if isinstance(thresholds, numbers.Real) and not isinstance(thresholds, bool):
+        thresholds = [thresholds] * (len(exits) - 1)
+    least = -math.inf if callable(confidence) else 0
+    if (
+        isinstance(thresholds, str)
+        or not isinstance(thresholds, Sequence)
+        or len(thresholds) != len(exits) - 1
+        or not all(isinstance(t, numbers.Real) and not isinstance(t, bool) and t >= least for t in thresholds)
+    ):
+        raise ValueError(
+            f"`exit_threshold` must be a number of at least {least}, or a list of {len(exits) - 1}, one for each exit "
+            f"below full depth ({exits[:-1]}), got {fields['exit_threshold']!r}."
         )
     low, high = 1, layers
     if fields["min_exit_layer"] is not None:
@@ -326,7 +341,7 @@ def _row_depths(model, fields, layers) -> RowDepths:
                 "model with `exit_layers=[...]`."
             )
         return RowDepths(None, list(model.config.exit_layers), float(agreement))
-    if isinstance(depths, torch.Tensor):
+    if hasattr(depths, "tolist"):
         depths = depths.tolist()
     if isinstance(depths, str) or not isinstance(depths, Sequence) or not depths:
         raise ValueError(
@@ -391,21 +406,68 @@ def _check_company(mode: str, value: Any, decoding, generation_config: Generatio
             f"(`num_beams={generation_config.num_beams}`, `prompt_lookup_num_tokens="
             f"{generation_config.prompt_lookup_num_tokens}`, ...)."
         )
-    if generation_config.use_cache is False:
-        raise ValueError(f"{call} needs the cache: `use_cache=False` is not possible.")
     if generation_config.cache_implementation not in (None, "dynamic", "static", "offloaded"):
         raise ValueError(
             f"{call} works with `cache_implementation` 'dynamic', 'static' and 'offloaded', got "
             f"{generation_config.cache_implementation!r}."
         )
-    if generation_config.guidance_scale not in (None, 1, 1.0):
-        raise ValueError(f"{call} does not work with `guidance_scale={generation_config.guidance_scale}`.")
-    if isinstance(generation_config.watermarking_config, SynthIDTextWatermarkingConfig):
-        raise ValueError(f"{call} does not work with SynthID watermarking, which counts its calls.")
     if generation_config.output_attentions:
         raise ValueError(f"{call} cannot return attentions, which it computes in blocks: `output_attentions=False`.")
     if generation_config.output_hidden_states and not isinstance(decoding, SelfSpeculation):
         raise ValueError(f"{call} cannot return hidden states, as tokens have no states above their exit.")
+
+
+def check_company_in_memory(model, logits_processor: LogitsProcessorList) -> None:
+    """
+    Refuse, before the first pass, what the loops cannot do exactly and no argument of `generate` tells.
+
+    Args:
+        model ([`SortedLlamaForCausalLM`]):
+            The model.
+        logits_processor ([`~transformers.LogitsProcessorList`]):
+            Those of the call, a caller's own included.
+
+    Raises:
+        ValueError: If a processor keeps state from call to call, if the model has hooks of its own, or if activated
+            LoRA counts tokens from the end of a block.
+    """
+    for processor in logits_processor:
+        if isinstance(processor, _STATEFUL_PROCESSORS):
+            raise ValueError(
+                f"Decoding at moving depth does not work with {type(processor).__name__} (`guidance_scale`, SynthID's "
+                "`watermarking_config`), which counts on one call a token: generate with `exit_layer=k` or without it."
+            )
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise ValueError(
+            "Decoding at moving depth calls the parts of the model, and so passes over the forward hooks of the model "
+            "itself: register them on `model.model`, its layers or `model.lm_head`."
+        )
+    if any("alora_offsets" in hook.keywords for _, _, hook in row_hooks(model)):
+        raise ValueError(
+            "Decoding at moving depth does not work with activated LoRA (`alora_invocation_tokens`), which counts "
+            "tokens from the end of a block: generate with `exit_layer=k` or without it."
+        )
+
+
+def row_hooks(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int, Any]]:
+    """
+    PEFT's hooks that tell its layers what is each row's: `adapter_names`, `alora_offsets`. PEFT has no other sign of
+    them, and takes them out where a call succeeds only.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+
+    Returns:
+        `list[tuple[torch.nn.Module, int, functools.partial]]`: Modules, keys among their hooks, and hooks.
+    """
+    names = {"adapter_names", "alora_offsets"}
+    return [
+        (module, key, hook)
+        for module in model.modules()
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, partial) and names & hook.keywords.keys()
+    ]
 
 
 # The state of one call, which both loops share
@@ -435,6 +497,7 @@ class Sequences:
         self.streamer = streamer
         self.device = input_ids.device
         self.batch_size, self.prompt_length = input_ids.shape
+        self.runs_all_rows = bool(row_hooks(model))  # which count the rows of the batch
         self.lengths = [self.prompt_length] * self.batch_size
         self.ids: torch.Tensor = input_ids  # (batch_size, at least max(lengths))
         self.prompt = self._prompt_inputs(input_ids, model_kwargs)
@@ -444,12 +507,13 @@ class Sequences:
         self._processor_rows: Sequence[int] = ()
         self.processors = LogitsProcessorList(map(self._for_rows, logits_processor))
         self.criteria = stopping_criteria
-        eos = [criterion.eos_token_id for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
-        self.eos_token_ids = {token for ids in eos for token in ids.tolist()}
-        self.ends_rows = bool(eos)  # as in transformers: without an end token, rows go on until all are done
+        # As in transformers: where no criterion has an end token, rows go on until all are done
+        self.ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self.pad_token_id = int(generation_config._pad_token_tensor) if self.ends_rows else 0
         plain = (EosTokenCriteria, MaxLengthCriteria)
         self.plain_criteria = all(type(criterion) in plain for criterion in stopping_criteria)
+        eos = [criterion.eos_token_id for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
+        self.eos_token_ids = {token for ids in eos for token in ids.tolist()}
         self.max_length = stopping_criteria.max_length or math.inf
         self.finished_at: dict[int, int] = {}
 
@@ -503,7 +567,16 @@ class Sequences:
 
     def forward(self, tokens: torch.Tensor, rows: list[int], depth: int):
         """Run `tokens`, `(num_rows, num_tokens)`, and what is pending below `depth` to `depth`."""
-        return self._run(rows, depth, input_ids=tokens)
+        if not self.runs_all_rows or len(rows) == self.batch_size:
+            return self._run(rows, depth, input_ids=tokens)
+        # The other rows come along: what is pending there goes deeper, and a new token of theirs is forgotten at once
+        lengths, index = list(self.cache.lengths), self.rows_index(rows)
+        tokens_of_all = self.ids.new_full((self.batch_size, tokens.shape[1]), self.pad_token_id)
+        tokens_of_all[index] = tokens
+        outputs = self._run(list(range(self.batch_size)), depth, input_ids=tokens_of_all)
+        outputs.last_hidden_state = outputs.last_hidden_state[index]
+        self.cache.rollback([n + tokens.shape[1] * (row in rows) for row, n in enumerate(lengths)])
+        return outputs
 
     def _run(self, rows: list[int], depth: int, exit_layers: Sequence[int] | None = None, **inputs: Any):
         inputs[CACHE_NAME] = self.cache
@@ -522,9 +595,15 @@ class Sequences:
         outputs.last_hidden_state = outputs.last_hidden_state.to(self.device)
         return outputs
 
-    def head(self, hidden_states: torch.Tensor, depth: int) -> torch.Tensor:
-        """Logits of normed states of an exit."""
-        return self.model.exit_head(depth)(hidden_states).to(self.device)
+    def head(self, hidden_states: torch.Tensor, depth: int, rows: Sequence[int]) -> torch.Tensor:
+        """Logits of normed states of an exit, `(num_rows, ..., hidden_size)`."""
+        head = self.model.exit_head(depth)
+        if not self.runs_all_rows or len(rows) == self.batch_size:
+            return head(hidden_states).to(self.device)
+        index = self.rows_index(rows)
+        states_of_all = hidden_states.new_zeros(self.batch_size, *hidden_states.shape[1:])
+        states_of_all[index] = hidden_states
+        return head(states_of_all).to(self.device)[index]
 
     def rows_index(self, rows: Sequence[int]) -> torch.Tensor:
         return index_tensor(rows, self.device)
@@ -732,7 +811,7 @@ class Sequences:
         columns = index_tensor(self.cache.lengths, self.device)[:, None] - before
         columns = (columns + torch.arange(max(counts), device=self.device)).clamp(max=sequences.shape[1] - 1)
         embeds = self.model.model.embed_tokens(sequences.gather(1, columns))
-        block = self.cache.append(embeds, counts=counts)
+        block = self.cache.append(embeds, counts=counts, rotary_emb=self.model.model.rotary_emb)
         self.cache.suspend(0, embeds, block)
 
 
@@ -830,8 +909,8 @@ def decode_with_exits(sequences: Sequences, decoding: ConfidenceExit | RowDepths
             last_states = states[:, -1]
             if len(deciding) < len(going):
                 last_states = last_states[sequences.rows_index([going.index(i) for i in deciding])]
-            logits = sequences.head(last_states, depth)
             deciding_rows, deciding_lengths = [rows[i] for i in deciding], [lengths[i] for i in deciding]
+            logits = sequences.head(last_states, depth, deciding_rows)
             scores = sequences.process(logits, deciding_rows, deciding_lengths)
 
             confidences = [0.0] * len(deciding)
@@ -922,7 +1001,9 @@ def _agreements(
     agreed = torch.zeros(len(states), valid.shape[0], device=sequences.device)
     tile = max(1, 256 // valid.shape[0])  # one tile of logits at a time
     for start in range(0, valid.shape[1], tile):
-        greedy = [sequences.head(s[:, start : start + tile], k).argmax(-1) for k, s in zip(exits, states, strict=True)]
+        tiles = [s[:, start : start + tile] for s in states]
+        all_rows = range(sequences.batch_size)
+        greedy = [sequences.head(s, k, all_rows).argmax(-1) for k, s in zip(exits, tiles, strict=True)]
         for i, tokens in enumerate(greedy):
             agreed[i] += ((tokens == greedy[-1]) * valid[:, start : start + tile]).sum(-1)
     return agreed, valid.sum(-1)
@@ -958,7 +1039,7 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
         lengths = [sequences.lengths[row] for row in rows]
         num_drafts = drafts.shape[1]
         sequences.write(rows, lengths, drafts)
-        logits = sequences.head(states, depth)
+        logits = sequences.head(states, depth, rows)
         flat_rows = [row for row in rows for _ in range(num_drafts + 1)]
         flat_lengths = [length + i for length in lengths for i in range(num_drafts + 1)]
         scores = sequences.process(logits.flatten(0, 1), flat_rows, flat_lengths).view_as(logits)
@@ -1041,7 +1122,7 @@ def _draft(
     for i in range(number):
         states = sequences.forward(token, rows, exit_layer).last_hidden_state[:, -1]
         behind = [length + i for length in lengths]
-        scores = sequences.process(sequences.head(states, exit_layer), rows, behind)
+        scores = sequences.process(sequences.head(states, exit_layer, rows), rows, behind)
         probabilities = scores.softmax(-1, dtype=torch.float32) if sequences.do_sample or limit is not None else scores
         token = torch.multinomial(probabilities, 1) if sequences.do_sample else scores.argmax(-1, keepdim=True)
         drafts.append(token)
@@ -1157,7 +1238,7 @@ class LearnedDrafts:
 
     def __init__(self, decoding: SelfSpeculation, sequences: Sequences, outputs):
         self.sequences, self.depth = sequences, decoding.depth
-        self.budget = self.MAX_LOSS * (sequences.max_length - sequences.prompt_size)  # plain steps
+        self.budget = self.MAX_LOSS * (sequences.max_length - sequences.prompt_length)  # plain steps
         states = [*outputs.exit_hidden_states, outputs.last_hidden_state]
         tokens = max(self.PROMPT_TOKENS // (sequences.batch_size * len(states)), 2)
         tokens = min(tokens, sequences.prompt_size, *(s.shape[1] for s in states))
@@ -1245,10 +1326,13 @@ class LearnedDrafts:
         states, sequences = self.prompt_states, self.sequences
         model, depths = sequences.model, [*exits, self.depth]
         normed = [*(model.model.exit_norm(k)(s) for k, s in zip(exits, states, strict=False)), states[-1]]
+        all_rows = range(sequences.batch_size)
         if len({model.exit_head(k) for k in depths}) == 1:  # one product
-            greedy = sequences.head(torch.stack(normed), self.depth).argmax(-1)
+            greedy = sequences.head(torch.cat(normed, dim=1), self.depth, all_rows).argmax(-1)
+            greedy = torch.stack(greedy.chunk(len(depths), dim=1))
         else:
-            greedy = torch.stack([sequences.head(s, k).argmax(-1) for k, s in zip(depths, normed, strict=True)])
+            states_of = zip(depths, normed, strict=True)
+            greedy = torch.stack([sequences.head(s, k, all_rows).argmax(-1) for k, s in states_of])
         valid = torch.ones_like(greedy[-1], dtype=torch.bool)
         mask = sequences.prompt.get("attention_mask")
         if mask is not None:

@@ -34,11 +34,13 @@ from .generation_sorted_llama import (
     DECODED_MODES,
     SORTED_GENERATION_FIELDS,
     Sequences,
+    check_company_in_memory,
     check_continuous_batching,
     choose_decoding,
     decode,
     make_plain,
     read_decoding_fields,
+    row_hooks,
 )
 from .loss_sorted_llama import MultiExitLossOutput, check_loss_options, gather_in_backward, gathered, multi_exit_loss
 
@@ -418,7 +420,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
             cache_rows = None
         segments = cache.segments(depth, cache_rows)
         hidden_states = inputs_embeds
-        block = cache.append(inputs_embeds, position_ids, attention_mask, cache_rows)
+        block = cache.append(inputs_embeds, position_ids, attention_mask, cache_rows, rotary_emb=self.rotary_emb)
         entered: Any = None
         exit_hidden_states: list[torch.Tensor] = []
         try:
@@ -430,7 +432,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
                 if block is not entered:
                     entered = block
                     position_ids = cache.position_ids(block)
-                    position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+                    position_embeddings = cache.position_embeddings(block, self.rotary_emb, hidden_states)
                     causal_mask = cache.attention_mask(block, self.config, hidden_states)
                 hidden_states, kept_states = self._run_layers(
                     first,
@@ -578,15 +580,23 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
                 exits, where they would be the largest tensor of the step, else to `False`.
 
         Returns:
-            [`SortedCausalLMOutputWithPast`]: `logits` are those of the deepest layer that ran.
+            [`SortedCausalLMOutputWithPast`]: `logits` are those of the deepest layer that ran. With a [`SortedCache`],
+            those of the tokens that were pending below it come before the input's, unless `labels` or a tensor of
+            `logits_to_keep` count the input's tokens.
 
         Raises:
             ValueError: If an exit is out of range, if both `exit_layer` and `exit_layers` are passed, if `exit_layers`
-                comes without `labels` or an argument of the SoFT loss without exits, or if `cache` was filled by a
-                shallower run.
+                comes without `labels` or an argument of the SoFT loss without exits, if `cache` was filled by a
+                shallower run, if `labels` are not of the input's shape, or if `output_hidden_states` or
+                `output_attentions` are asked for where tokens are pending in the cache.
         """
         exits = self._loss_exits(exit_layer, exit_layers, labels)
         loss_arguments = self._pop_loss_arguments(kwargs, exits)
+        depth = self.config.num_hidden_layers if exits is not None else self.model.depth(exit_layer)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if labels is not None and tokens is not None:
+            _check_labels(tokens.shape[:2], labels=labels, shift_labels=loss_arguments.get("shift_labels"))
+        self._check_hidden_states(cache, depth, kwargs)
 
         outputs: SortedModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -595,7 +605,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            exit_layer=self.config.num_hidden_layers if exits is not None else exit_layer,
+            exit_layer=depth,
             exit_layers=exits,
             **kwargs,
         )
@@ -603,7 +613,8 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         loss = logits = None
         exit_statistics = {}
         if exits is not None:
-            multi_exit = self._multi_exit_loss(exits, outputs.exit_hidden_states, labels, **loss_arguments)
+            states = [_newest(s, labels.shape[1]) for s in outputs.exit_hidden_states]
+            multi_exit = self._multi_exit_loss(exits, states, labels, **loss_arguments)
             loss = multi_exit.loss
             exit_statistics = {
                 "exit_losses": multi_exit.exit_losses,
@@ -614,8 +625,10 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             if skip_logits is None:
                 skip_logits = self.training and len(exits) > 1
         if exits is None or not skip_logits:
-            head = self.exit_head(self.config.num_hidden_layers if exits is not None else self.model.depth(exit_layer))
-            logits = head(_slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            states = outputs.last_hidden_state
+            if labels is not None or isinstance(logits_to_keep, torch.Tensor):  # they count the input's tokens
+                states = _newest(states, tokens.shape[1])
+            logits = self.exit_head(depth)(_slice_logits_to_keep(states, logits_to_keep))
         if exits is None and labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
@@ -627,6 +640,16 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             **exit_statistics,
             **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
+
+    def _check_hidden_states(self, cache: Cache | None, depth: int, kwargs: dict[str, Any]) -> None:
+        """Refuse states of all layers where some would hold tokens that are pending, among those of the input."""
+        asked = [n for n in ("output_hidden_states", "output_attentions") if kwargs.get(n, getattr(self.config, n))]
+        if asked and is_sorted_cache(cache) and len(cache.segments(depth)) > 1:
+            raise ValueError(
+                f"`{asked[0]}=True` would return tokens that are pending in the cache among those of the input, in "
+                "some layers and not in others: take them along first, with an input of no tokens "
+                f"(`input_ids[:, :0]`) at `exit_layer={depth}`."
+            )
 
     def _loss_exits(self, exit_layer, exit_layers, labels) -> list[int] | None:
         """The exits of a SoFT loss; `None` where the call has no loss or a single exit's."""
@@ -754,6 +777,15 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
 
     # `generate`: the methods of `GenerationMixin` that know of the depth. Everything else is transformers' own.
 
+    @functools.wraps(LlamaForCausalLM.generate)
+    def generate(self, *args: Any, **kwargs: Any):
+        try:
+            return super().generate(*args, **kwargs)
+        except BaseException:
+            for module, key, _ in row_hooks(self):  # or every later call would fail
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+            raise
+
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         # `generate` keeps unknown fields of a generation config but hands none to `forward`: carry the depth over
         fields = read_decoding_fields(self, generation_config, kwargs)
@@ -769,6 +801,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         decoding = choose_decoding(self, generation_config, fields)
         if decoding is not None:
             generation_config.sorted_decoding = decoding
+            generation_config.use_cache = True
             generation_config.assistant_early_exit = generation_config.prompt_lookup_num_tokens = None
         elif fields["exit_layer"] is not None:
             model_kwargs["exit_layer"] = fields["exit_layer"]
@@ -818,6 +851,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
                 "Decoding at moving depth takes a different number of steps on every process, so that sharded weights "
                 "(`synced_gpus=True`: DeepSpeed ZeRO-3, FSDP) would wait for each other forever: gather them first."
             )
+        check_company_in_memory(self, logits_processor)
         return decode(Sequences(self, *arguments, streamer, kwargs), decoding)
 
     def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any):
@@ -878,6 +912,20 @@ def check_cache_depth(cache: Cache, depth: int, synchronize: bool = False) -> No
             f"smaller `exit_layer` and cannot be continued at `exit_layer={depth}`. Go on at the exit that filled it, "
             "or start from an empty cache."
         )
+
+
+def _check_labels(shape: torch.Size, **labels: torch.Tensor | None) -> None:
+    for name, values in labels.items():
+        if values is not None and values.shape != shape:
+            raise ValueError(
+                f"`{name}` must be of the input's shape {tuple(shape)}, got {tuple(values.shape)}: a label for each "
+                "new token, none for those in the cache."
+            )
+
+
+def _newest(states: torch.Tensor, number: int) -> torch.Tensor:
+    """The states of the `number` newest tokens: before them is what was pending in a [`SortedCache`]."""
+    return states[:, states.shape[1] - number :]
 
 
 def _as_sorted_config(config: LlamaConfig) -> SortedLlamaConfig:

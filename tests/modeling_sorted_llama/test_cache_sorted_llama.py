@@ -369,6 +369,70 @@ def test_no_layer_runs_a_token_twice():
     assert_equals_straight_pass(cache, tokens)
 
 
+def pending_model(**fields):
+    """A model, and a cache in which two rows of five tokens wait at exit 2."""
+    model, cache = tiny_sorted(exit_layers=[1, 2, 4], **fields), SortedCache()
+    tokens = random_tokens(2, 9)
+    with torch.no_grad():
+        model(tokens[:, :5], exit_layer=2, **{CACHE_NAME: cache})
+    return model, cache, tokens
+
+
+def labels_behind(tokens, start=5):
+    """Labels that count from the second token behind `start`: a call with the tokens behind it has no other."""
+    return torch.where(torch.arange(tokens.shape[1]) > start, tokens, -100)
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["labels", "shift_labels"])
+@pytest.mark.parametrize("depth", [None, 4, 1])
+def test_labels_are_those_of_the_input_where_tokens_were_pending(depth, shifted):
+    model, cache, tokens = pending_model()
+    new, behind = tokens[:, 5:], labels_behind(tokens)
+    more = {"shift_labels": torch.nn.functional.pad(new[:, 1:], (0, 1), value=-100)} if shifted else {}
+    with torch.no_grad():
+        output = model(new, labels=new, exit_layer=depth, **more, **{CACHE_NAME: cache})
+        expected = [model(tokens, labels=behind, exit_layer=k).loss for k in ([1, 2, 4] if depth is None else [depth])]
+    torch.testing.assert_close(output.loss, sum(expected), **CLOSE)
+    if depth is None:
+        torch.testing.assert_close(output.exit_losses, torch.stack(expected), **CLOSE)
+    assert output.logits.shape[1] == 4
+
+
+def test_logits_to_keep_counts_the_tokens_of_the_input_where_tokens_were_pending():
+    model, cache, tokens = pending_model()
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for kept, at in ((torch.tensor([0, 2]), [5, 7]), (2, [7, 8]), (1, [8])):
+            again = copy.deepcopy(cache)
+            logits = model(tokens[:, 5:], logits_to_keep=kept, **{CACHE_NAME: again}).logits
+            torch.testing.assert_close(logits, expected[:, at], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_states_of_all_layers_are_refused_where_tokens_are_pending(name):
+    model, cache, tokens = pending_model(attn_implementation="eager")
+    kwargs = {name: True, CACHE_NAME: cache}
+    with pytest.raises(ValueError, match=f"`{name}=True`.*pending.*`exit_layer=4`"):
+        model(tokens[:, 5:], **kwargs)
+    with torch.no_grad():
+        model(tokens[:, 5:7], exit_layer=2, **kwargs)  # nothing is pending below exit 2
+        model(tokens[:, :0], exit_layer=4, **{CACHE_NAME: cache})  # as the message says
+        output = model(tokens[:, 7:], **kwargs)
+        whole = model(tokens, **{name: True})
+    key = name.removeprefix("output_")
+    for got, expected in zip(output[key], whole[key], strict=True):
+        torch.testing.assert_close(got, expected[..., -2:, :], **CLOSE)
+
+
+@pytest.mark.parametrize("width", [3, 5])
+def test_labels_of_another_shape_than_the_input_are_refused(width):
+    model, cache, tokens = pending_model()
+    for labels in ({"labels": tokens[:, :width]}, {"labels": tokens[:, 5:], "shift_labels": tokens[:, :width]}):
+        name = list(labels)[-1]
+        with pytest.raises(ValueError, match=rf"`{name}` must be of the input's shape \(2, 4\), got \(2, {width}\)"):
+            model(tokens[:, 5:], **labels, **{CACHE_NAME: cache})
+
+
 def test_logits_of_the_causal_model():
     tokens, cache, model = random_tokens(2, 6), SortedCache(), sorted_model()
     with torch.no_grad():
@@ -590,8 +654,8 @@ def test_crop_and_rollback():
     run(cache, tokens)
     with pytest.raises(ValueError, match="must be 0 or negative, got 3"):
         cache.crop(3)
-    for lengths in ([3], [3, 3, 3], []):
-        with pytest.raises(ValueError, match=r"must hold 2 numbers, one a row"):
+    for lengths in ([3], [3, 3, 3], [], [-1, 3], [3, 2.0], [3, True]):
+        with pytest.raises(ValueError, match=r"must hold 2 integers of at least 0, one a row"):
             cache.rollback(lengths)
     assert cache.lengths == (5, 5)
     cache.crop(0)
@@ -983,3 +1047,17 @@ def test_generate_with_compiled_layers():
     for layer in model.model.layers:
         layer.compile(backend="eager")
     assert torch.equal(model.generate(inputs, **arguments), expected)
+
+
+def test_an_empty_cache_takes_what_is_done_to_the_rows_of_a_cache():
+    """As a `DynamicCache` does: beam search reorders it before the first token."""
+    cache = SortedCache()
+    cache.reorder_cache(torch.tensor([1, 0, 0]))
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(3)
+    cache.crop(-2)
+    cache.rollback([])
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.batch_size == -1
+    run(cache, random_tokens(2, 5))
+    assert cache.lengths == (5, 5)

@@ -1202,7 +1202,6 @@ MODE_CALLS = {
         ({"output_attentions": True, "return_dict_in_generate": True}, ["output_attentions"]),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, ["hidden states"]),
         ({"cache_implementation": "quantized"}, ["cache_implementation", "quantized", "dynamic"]),
-        ({"guidance_scale": 2.0}, ["guidance_scale=2"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )

@@ -992,7 +992,6 @@ REFUSED = {
     "attentions": ({"output_attentions": True, **RETURN}, ["attentions", "output_attentions=False"]),
     "no_cache": ({"use_cache": False}, ["use_cache=False"]),
     "quantized": ({"cache_implementation": "quantized"}, ["cache_implementation", "'quantized'", "'dynamic'"]),
-    "guidance": ({"guidance_scale": 2}, ["guidance_scale=2"]),
     "no_tokens": ({"num_assistant_tokens": 0}, ["`num_assistant_tokens`", "0", "positive integer", '"auto"']),
     "negative": ({"num_assistant_tokens": -2}, ["`num_assistant_tokens`", "-2", "positive integer", '"auto"']),
     "tokens_bool": ({"num_assistant_tokens": True}, ["`num_assistant_tokens`", "True", "positive integer"]),

@@ -1,0 +1,414 @@
+"""What comes along with a call at moving depth: rotary angles, processors, criteria, adapters of rows, attention."""
+
+import ast
+import copy
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.generation import logits_process
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM
+from modeling_sorted_llama.cache_sorted_llama import CACHE_NAME
+from modeling_sorted_llama.generation_sorted_llama import _STATEFUL_PROCESSORS, LearnedDrafts, row_hooks
+from tests.tiny import prompts, reference_llama, tiny_sorted
+
+
+# All of them give full depth's tokens, in any batch of three
+FULL_DEPTH = {
+    "threshold": {"exit_threshold": 2.0},
+    "depths": {"exit_layer": [4, 4, 4]},
+    "drafts": {"assistant_early_exit": 2, "num_assistant_tokens": 3},
+    "auto drafts": {"assistant_early_exit": "auto"},
+}
+ENDLESS = {"eos_token_id": None}
+
+
+def generate(model, inputs, **options):
+    return model.generate(**inputs, do_sample=False, **{"max_new_tokens": 12, **options})
+
+
+def depths_for(mode: dict, rows: int) -> dict:
+    return {**mode, "exit_layer": mode["exit_layer"][:rows]} if "exit_layer" in mode else mode
+
+
+def layer_calls(model) -> list[int]:
+    calls: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+# Angles that depend on how long the text is
+
+
+ROPE_LENGTH = 32
+ROPES = {
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.5, 2.0, 3.0, 4.0],
+            "original_max_position_embeddings": ROPE_LENGTH,
+            "factor": 4.0,
+        },
+        "max_position_embeddings": 4 * ROPE_LENGTH,
+    },
+}
+
+
+def tiny_with_rope(kind: str, seed: int = 0) -> SortedLlamaForCausalLM:
+    return tiny_sorted(seed, **{"max_position_embeddings": ROPE_LENGTH, **ENDLESS, **ROPES[kind]})
+
+
+@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
+@pytest.mark.parametrize("lengths", [(30,), (40,), (36, 20, 4)], ids=str)
+@pytest.mark.parametrize("kind", ROPES)
+def test_full_depth_beyond_the_original_length_of_rope_is_plain_llamas(kind, lengths, mode):
+    """Plain decoding turns each token by the angles of its own step; a block of tokens has the angles of no step."""
+    model, inputs = tiny_with_rope(kind, seed=1), prompts(lengths, seed=1)
+    expected = generate(reference_llama(model, 4), inputs, max_new_tokens=24)
+    assert torch.equal(generate(model, inputs, max_new_tokens=24, **depths_for(mode, len(lengths))), expected)
+    # Nor do they depend on what the model has read before
+    assert torch.equal(generate(model, inputs, max_new_tokens=24, **depths_for(mode, len(lengths))), expected)
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rows_at_their_depths_beyond_the_original_length_of_rope_are_the_submodels(kind):
+    model, inputs, depths = tiny_with_rope(kind), prompts((30, 25, 36)), [1, 4, 2]
+    tokens = generate(model, inputs, exit_layer=depths, max_new_tokens=20)
+    for row, depth in enumerate(depths):
+        expected = generate(reference_llama(model, depth), inputs, max_new_tokens=20)
+        assert torch.equal(tokens[row], expected[row])
+
+
+@pytest.mark.parametrize("second", ["threshold", "drafts"])
+@pytest.mark.parametrize("first", [{"exit_threshold": 0.0}, FULL_DEPTH["drafts"]], ids=["pending", "drafts"])
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_second_turn_beyond_the_original_length_of_rope(kind, first, second):
+    """Also where the first turn left all its tokens pending: the reference runs them one at a time, as a turn does."""
+    model, inputs = tiny_with_rope(kind), prompts((30, 25))
+    turn = generate(model, inputs, max_new_tokens=8, return_dict_in_generate=True, **first)
+    ids = torch.cat([turn.sequences, prompts((5, 5), seed=1)["input_ids"]], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 13, dtype=torch.long)], dim=1)
+    longer = {"input_ids": ids, "attention_mask": mask}
+    tokens = generate(model, {**longer, CACHE_NAME: turn[CACHE_NAME]}, **FULL_DEPTH[second])
+
+    plain, cache, size = reference_llama(model, 4), DynamicCache(), inputs["input_ids"].shape[1]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for start, end in [(0, size), *((i, i + 1) for i in range(size, size + 7))]:
+            step = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], CACHE_NAME: cache}
+            plain(input_ids=ids[:, start:end], **step)
+    assert torch.equal(tokens, generate(plain, {**longer, CACHE_NAME: cache}))
+
+
+# Processors and criteria
+
+
+def stateful_processors(model) -> dict:
+    return {
+        "guidance": UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, model),
+        "SynthID": SynthIDTextWatermarkLogitsProcessor(5, [1, 2, 3], 16, 0, 10, torch.device("cpu")),
+    }
+
+
+@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
+@pytest.mark.parametrize("name", ["guidance", "SynthID"])
+def test_a_processor_that_counts_its_calls_is_refused_by_name_also_as_an_object(name, mode):
+    model = tiny_sorted()
+    processor, calls = stateful_processors(model)[name], layer_calls(model)
+    with pytest.raises(ValueError, match=type(processor).__name__):
+        generate(model, prompts(), logits_processor=LogitsProcessorList([processor]), **mode)
+    assert not calls
+
+
+@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
+def test_guidance_is_refused_as_an_argument(mode):
+    model = tiny_sorted()
+    calls = layer_calls(model)
+    with pytest.raises(ValueError, match="`guidance_scale`"):
+        generate(model, prompts(), guidance_scale=2.0, **mode)
+    assert not calls
+
+
+def test_no_other_processor_of_transformers_keeps_state_from_call_to_call():
+    """Those that set an attribute when they are called, by their source; a new one has to be looked at."""
+
+    def sets_attributes(method: ast.FunctionDef) -> bool:
+        targets = [t for node in ast.walk(method) if isinstance(node, ast.Assign) for t in node.targets]
+        targets += [node.target for node in ast.walk(method) if isinstance(node, ast.AugAssign)]
+        return any(ast.unparse(target).startswith("self.") for target in targets)
+
+    found = set()
+    for node in ast.parse(inspect.getsource(logits_process)).body:
+        methods = [m for m in getattr(node, "body", ()) if isinstance(m, ast.FunctionDef) and m.name != "__init__"]
+        if isinstance(node, ast.ClassDef) and node.name.endswith(
+            ("Processor", "Detection", "Warper", "Penalty", "Bias")
+        ):
+            found |= {node.name for method in methods if sets_attributes(method)}
+    moved_to_the_device = {"ExponentialDecayLengthPenalty", "RepetitionPenaltyLogitsProcessor"}
+    prepared_once, by_a_setter = {"SequenceBiasLogitsProcessor"}, {"SuppressTokensAtBeginLogitsProcessor"}
+    harmless = moved_to_the_device | prepared_once | by_a_setter
+    of_other_models = {name for name in found if name.startswith(("Whisper", "Dia"))}
+    assert found - harmless - of_other_models == {processor.__name__ for processor in _STATEFUL_PROCESSORS}
+
+
+class EndsWith(StoppingCriteria):
+    """A user's, which keeps its token as a number: transformers only asks whether there is one."""
+
+    def __init__(self, eos_token_id: int):
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.eos_token_id
+
+
+@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
+def test_a_criterion_with_an_end_token_that_is_a_number_ends_rows_as_in_transformers(mode):
+    model, inputs = tiny_sorted(**ENDLESS), prompts((6, 4, 5))
+    plain = reference_llama(model, 4)
+    token = int(generate(plain, inputs)[1, 8])
+    options = {"stopping_criteria": StoppingCriteriaList([EndsWith(token)]), "pad_token_id": 0}
+    expected = generate(plain, inputs, **options)
+    assert (expected[1, 9:] == 0).all() and (expected[0, 9:] != 0).any()  # the rows do not end together
+    assert torch.equal(generate(model, inputs, **options, **mode), expected)
+
+
+@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
+def test_hooks_of_the_model_itself_are_refused_where_they_would_not_be_called(mode):
+    model = tiny_sorted()
+    handle = model.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="forward hooks of the model itself"):
+        generate(model, prompts(), **mode)
+    handle.remove()
+    seen = []
+    model.model.layers[3].register_forward_hook(lambda *_: seen.append(1))
+    generate(model, prompts(), **mode)
+    assert seen
+
+
+# Adapters of rows
+
+
+def adapted(modules=("q_proj", "v_proj")):
+    """A model with adapters "a" and "b", both of which change what it says."""
+    model = tiny_sorted(**ENDLESS)
+    config = LoraConfig(r=4, target_modules=list(modules), init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(1)
+    model = get_peft_model(model, config, adapter_name="a")
+    model.add_adapter("b", copy.deepcopy(config))
+    return model.eval()
+
+
+ROW_MODES = {
+    **FULL_DEPTH,
+    "early": {"exit_threshold": 0.3},
+    "own depths": {"exit_layer": [1, 4, 2]},
+}
+
+
+@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), ("q_proj", "lm_head")], ids="+".join)
+@pytest.mark.parametrize("mode", ROW_MODES.values(), ids=ROW_MODES)
+def test_each_row_with_its_adapter_is_as_the_row_alone(mode, modules):
+    model, inputs, names = adapted(modules), prompts((6, 6, 6)), ["a", "b", "__base__"]
+    tokens = generate(model, inputs, adapter_names=names, **mode)
+    assert not row_hooks(model)
+    for row, name in enumerate(names):
+        of_row = {key: value[row : row + 1] for key, value in inputs.items()}
+        own = {**mode, "exit_layer": mode["exit_layer"][row : row + 1]} if "exit_layer" in mode else mode
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = generate(model, of_row, **own)
+        else:
+            model.set_adapter(name)
+            alone = generate(model, of_row, **own)
+        assert torch.equal(tokens[row], alone[0]), name
+
+
+def test_rows_with_adapters_end_one_by_one():
+    model, inputs, names = adapted(), prompts((6, 6, 6)), ["a", "b", "__base__"]
+    plain = generate(model, inputs, adapter_names=names)
+    options = {"eos_token_id": int(plain[0, 8]), "pad_token_id": 0}
+    expected = generate(model, inputs, adapter_names=names, **options)
+    for mode in ROW_MODES:
+        if mode in FULL_DEPTH:
+            tokens = generate(model, inputs, adapter_names=names, **options, **ROW_MODES[mode])
+            assert torch.equal(tokens, expected), mode
+
+
+def test_an_error_leaves_no_hook_of_an_adapter_behind():
+    model, inputs, names = adapted(), prompts((6, 6, 6)), ["a", "b", "__base__"]
+    expected = generate(model, inputs)
+    for wrong in ({"exit_layer": 9}, {"exit_threshold": "x"}, {"num_beams": 2, "exit_threshold": 0.5}):
+        with pytest.raises(ValueError, match="exit_"):
+            generate(model, inputs, adapter_names=names, **wrong)
+        assert not row_hooks(model)
+
+    def fail(*_):
+        raise RuntimeError("in the last layer")
+
+    handle = model.base_model.model.model.layers[3].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the last layer"):
+        generate(model, inputs, adapter_names=names, exit_threshold=2.0)
+    handle.remove()
+    assert not row_hooks(model)
+    assert torch.equal(generate(model, inputs), expected)
+
+
+def test_activated_lora_which_counts_from_the_end_of_a_block_is_refused():
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    model = get_peft_model(tiny_sorted(), config).eval()
+    inputs = {"input_ids": torch.tensor([[7, 5, 6, 8, 9]])}
+    generate(model, inputs, exit_layer=2)
+    with pytest.raises(ValueError, match="activated LoRA"):
+        generate(model, inputs, exit_threshold=0.5)
+    assert not row_hooks(model)
+
+
+# Attention
+
+
+def own_mask(*args, **kwargs):
+    return sdpa_mask(*args, **kwargs)
+
+
+@pytest.fixture(params=["shares sdpa's mask", "makes its own mask"])
+def own_attention(request, monkeypatch):
+    """An attention of the user's own; returns its name, whether its masks are ours to make, and its calls."""
+    calls = []
+
+    def attend(*args, **kwargs):
+        calls.append(1)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    shares = request.param == "shares sdpa's mask"
+    monkeypatch.setitem(AttentionInterface._global_mapping, "of_the_user", attend)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "of_the_user", sdpa_mask if shares else own_mask)
+    return "of_the_user", shares, calls
+
+
+@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
+@pytest.mark.parametrize("lengths", [(7,), (6, 6, 6), (6, 3, 5)], ids=str)
+def test_an_attention_of_the_user(own_attention, lengths, mode):
+    name, shares, calls = own_attention
+    model, inputs, mode = tiny_sorted(**ENDLESS), prompts(lengths), depths_for(mode, len(lengths))
+    model.set_attn_implementation(name)
+    expected = generate(reference_llama(model, 4), inputs)
+    calls.clear()
+    if shares or "assistant_early_exit" not in mode or len(lengths) == 1:  # rows at their own pace part
+        assert torch.equal(generate(model, inputs, **mode), expected)
+        assert calls
+    else:
+        with pytest.raises(ValueError, match="'of_the_user'.*rows of different lengths.*'sdpa'"):
+            generate(model, inputs, **{**mode, "num_assistant_tokens": 3, "assistant_early_exit": 2})
+
+
+# Where the cache comes from
+
+
+@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
+def test_a_checkpoint_trained_without_a_cache_decodes_with_one(mode, tmp_path):
+    """`use_cache: false` in a config.json is what a training leaves; the caller has not asked for it."""
+    trained = tiny_sorted(use_cache=False, **ENDLESS)
+    trained.save_pretrained(tmp_path)
+    model, inputs = SortedLlamaForCausalLM.from_pretrained(tmp_path), prompts((6, 4, 5))
+    assert model.generation_config.use_cache is False
+    expected = generate(reference_llama(model, 4), inputs)
+    assert torch.equal(generate(model, inputs, **mode), expected)
+    config = copy.deepcopy(model.generation_config)  # as a pipeline passes it
+    assert torch.equal(generate(model, inputs, generation_config=config, **mode), expected)
+    assert model.generation_config.use_cache is False
+    with pytest.raises(ValueError, match="use_cache=False"):
+        generate(model, inputs, use_cache=False, **mode)
+    model.generation_config.use_cache = None
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(**inputs, generation_config=GenerationConfig(use_cache=False, **mode))
+
+
+@pytest.mark.parametrize("first", FULL_DEPTH)
+@pytest.mark.parametrize("second", FULL_DEPTH)
+def test_a_turn_under_inference_mode_goes_on_outside_of_it(first, second):
+    model, inputs = tiny_sorted(**ENDLESS), prompts((6, 6, 6))
+    with torch.inference_mode():
+        turn = generate(model, inputs, return_dict_in_generate=True, **FULL_DEPTH[first])
+    ids = torch.cat([turn.sequences.clone(), prompts((4, 4, 4), seed=1)["input_ids"]], dim=1)
+    tokens = generate(model, {"input_ids": ids, CACHE_NAME: turn[CACHE_NAME]}, **FULL_DEPTH[second])
+    assert torch.equal(tokens, generate(reference_llama(model, 4), {"input_ids": ids}))
+
+
+def test_pending_states_made_under_inference_mode_can_be_trained_through():
+    model, ids, cache = tiny_sorted(**ENDLESS), prompts((6,))["input_ids"], SortedCache()
+    with torch.inference_mode():
+        model(ids, exit_layer=2, **{CACHE_NAME: cache})
+    model(ids[:, :0], **{CACHE_NAME: cache}).logits.sum().backward()
+    assert model.model.layers[3].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("number", [np.int64, torch.tensor], ids=["numpy", "tensor"])
+def test_integers_of_other_libraries_are_depths_and_lengths(number):
+    model, inputs = tiny_sorted(**ENDLESS), prompts((6, 4, 5))
+    calls = [
+        {"exit_layer": 2},
+        {"exit_layer": [1, 2, 4]},
+        {"assistant_early_exit": 2, "num_assistant_tokens": 3},
+        {"assistant_early_exit": 1, "exit_layer": 2},
+    ]
+    for call in calls:
+        other = {k: [number(n) for n in v] if isinstance(v, list) else number(v) for k, v in call.items()}
+        assert torch.equal(generate(model, inputs, **other), generate(model, inputs, **call))
+    logits = model(**inputs, exit_layer=number(2)).logits
+    assert torch.equal(logits, model(**inputs, exit_layer=2).logits)
+
+
+@pytest.mark.parametrize("threshold", [np.float32(0.5), np.array([0.5, 0.5]), torch.tensor([0.5, 0.5])], ids=repr)
+def test_thresholds_of_other_libraries(threshold):
+    model, inputs = tiny_sorted(**ENDLESS), prompts((6, 4, 5))
+    expected = generate(model, inputs, exit_threshold=0.5)
+    assert torch.equal(generate(model, inputs, exit_threshold=threshold), expected)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, [0.5, -1], -1])
+def test_a_negative_threshold_is_refused_unless_the_confidence_is_the_callers(threshold):
+    model = tiny_sorted()
+    with pytest.raises(ValueError, match="`exit_threshold` must be a number of at least 0"):
+        generate(model, prompts(), exit_threshold=threshold)
+    generate(model, prompts(), exit_threshold=threshold, exit_confidence=lambda scores, *_: -scores.amax(-1))
+
+
+@pytest.mark.parametrize("start", ["text", "embeddings", "second turn"])
+def test_what_finding_a_draft_length_may_cost_counts_the_tokens_that_are_asked_for(start, monkeypatch):
+    budgets, made = [], LearnedDrafts.__init__
+
+    def spy(self, *args):
+        made(self, *args)
+        budgets.append(self.budget)
+
+    monkeypatch.setattr(LearnedDrafts, "__init__", spy)
+    model, ids, how = tiny_sorted(**ENDLESS), prompts((20,))["input_ids"], {"assistant_early_exit": 2}
+    inputs = {"input_ids": ids}
+    if start == "embeddings":
+        inputs = {"inputs_embeds": model.model.embed_tokens(ids)}
+    if start == "second turn":
+        turn = generate(model, inputs, return_dict_in_generate=True, exit_threshold=0.5, max_new_tokens=15)
+        inputs = {"input_ids": torch.cat([turn.sequences, ids[:, :3]], dim=1), CACHE_NAME: turn[CACHE_NAME]}
+    generate(model, inputs, max_new_tokens=50, **how)
+    assert budgets == [pytest.approx(LearnedDrafts.MAX_LOSS * 50)]
