@@ -348,7 +348,7 @@ class SortedCache(Cache):
         attention_mask: torch.Tensor | None = None,
         rows: list[int] | None = None,
         counts: Sequence[int] | None = None,
-        rotary_emb: nn.Module | None = None,
+        rotary_emb: Any = None,
     ) -> Block:
         """
         Give new tokens their slots and positions, before any layer runs.

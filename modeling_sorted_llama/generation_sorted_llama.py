@@ -302,7 +302,8 @@ def _confidence_exit(model, fields, layers) -> ConfidenceExit:
         isinstance(thresholds, str)
         or not isinstance(thresholds, Sequence)
         or len(thresholds) != len(exits) - 1
-        or not all(isinstance(t, numbers.Real) and not isinstance(t, bool) and t >= least for t in thresholds)
+        or any(isinstance(t, bool) or not isinstance(t, numbers.Real) for t in thresholds)
+        or not all(t >= least for t in thresholds)  # and no NaN
     ):
         raise ValueError(
             f"`exit_threshold` must be a number of at least {least}, or a list of {len(exits) - 1}, one for each exit "
@@ -478,7 +479,7 @@ class Sequences:
     The tokens of one call: how they are chosen, when they end, and what is recorded and streamed of them.
 
     Raises:
-        ValueError: If the cache is no [`SortedCache`], or holds the whole prompt.
+        ValueError: If the cache is no [`SortedCache`] or holds the whole prompt, or if the prompt has keys and values.
     """
 
     def __init__(
@@ -544,6 +545,11 @@ class Sequences:
         inputs = self.model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=new_tokens, is_first_iteration=True, **model_kwargs
         )
+        if any(inputs.get(name) not in (None, self.cache) for name in ("past_key_values", "cache")):
+            raise ValueError(
+                "Decoding at moving depth keeps keys and values in its `SortedCache`, and cannot take those that "
+                "prefix tuning brings along for all layers: generate with `exit_layer=k` or without it."
+            )
         return {
             name: inputs[name]
             for name in ("input_ids", "inputs_embeds", "position_ids", "attention_mask")

@@ -582,7 +582,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         Returns:
             [`SortedCausalLMOutputWithPast`]: `logits` are those of the deepest layer that ran. With a [`SortedCache`],
             those of the tokens that were pending below it come before the input's, unless `labels` or a tensor of
-            `logits_to_keep` count the input's tokens.
+            `logits_to_keep` count the input's tokens; a number of `logits_to_keep` keeps the newest of both.
 
         Raises:
             ValueError: If an exit is out of range, if both `exit_layer` and `exit_layers` are passed, if `exit_layers`
@@ -593,7 +593,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         exits = self._loss_exits(exit_layer, exit_layers, labels)
         loss_arguments = self._pop_loss_arguments(kwargs, exits)
         depth = self.config.num_hidden_layers if exits is not None else self.model.depth(exit_layer)
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None and tokens is not None:
             _check_labels(tokens.shape[:2], labels=labels, shift_labels=loss_arguments.get("shift_labels"))
         self._check_hidden_states(cache, depth, kwargs)
@@ -613,8 +613,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         loss = logits = None
         exit_statistics = {}
         if exits is not None:
-            states = [_newest(s, labels.shape[1]) for s in outputs.exit_hidden_states]
-            multi_exit = self._multi_exit_loss(exits, states, labels, **loss_arguments)
+            multi_exit = self._multi_exit_loss(exits, outputs.exit_hidden_states, labels, **loss_arguments)
             loss = multi_exit.loss
             exit_statistics = {
                 "exit_losses": multi_exit.exit_losses,
@@ -625,7 +624,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             if skip_logits is None:
                 skip_logits = self.training and len(exits) > 1
         if exits is None or not skip_logits:
-            states = outputs.last_hidden_state
+            states: Any = outputs.last_hidden_state
             if labels is not None or isinstance(logits_to_keep, torch.Tensor):  # they count the input's tokens
                 states = _newest(states, tokens.shape[1])
             logits = self.exit_head(depth)(_slice_logits_to_keep(states, logits_to_keep))
@@ -641,7 +640,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
 
-    def _check_hidden_states(self, cache: Cache | None, depth: int, kwargs: dict[str, Any]) -> None:
+    def _check_hidden_states(self, cache: Any, depth: int, kwargs: dict[str, Any]) -> None:
         """Refuse states of all layers where some would hold tokens that are pending, among those of the input."""
         asked = [n for n in ("output_hidden_states", "output_attentions") if kwargs.get(n, getattr(self.config, n))]
         if asked and is_sorted_cache(cache) and len(cache.segments(depth)) > 1:
@@ -716,6 +715,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
     def _multi_exit_loss(
         self, exits, exit_hidden_states, labels, shift_labels=None, detach_exits=False, **loss_arguments
     ) -> MultiExitLossOutput:
+        exit_hidden_states = [_newest(states, labels.shape[1]) for states in exit_hidden_states]
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
         shift_labels = shift_labels.flatten()

@@ -7,7 +7,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AttentionInterface,
     DynamicCache,
@@ -279,6 +279,26 @@ def test_activated_lora_which_counts_from_the_end_of_a_block_is_refused():
     with pytest.raises(ValueError, match="activated LoRA"):
         generate(model, inputs, exit_threshold=0.5)
     assert not row_hooks(model)
+
+
+@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
+def test_a_tuned_prompt_is_read_once(mode):
+    model, inputs, mode = tiny_sorted(**ENDLESS), prompts((6,)), depths_for(mode, 1)
+    plain = reference_llama(model, 4)
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    embeds = torch.cat([tuned.get_prompt(1), plain.model.embed_tokens(inputs["input_ids"])], dim=1)
+    expected = generate(plain, {"inputs_embeds": embeds.detach()})
+    assert torch.equal(generate(tuned, inputs, **mode)[:, 6:], expected)
+
+
+@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
+def test_a_tuned_prefix_is_refused_where_its_keys_and_values_would_be_lost(mode):
+    model, inputs = tiny_sorted(**ENDLESS), prompts((6, 6, 6))
+    tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    calls = layer_calls(model)
+    with pytest.raises(ValueError, match="prefix tuning"):
+        generate(tuned, inputs, **mode)
+    assert not calls
 
 
 # Attention
