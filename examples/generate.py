@@ -16,12 +16,18 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from checks import one_line, read_config, read_depths
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from modeling_sorted_llama import DraftStatistics, SortedLlamaForCausalLM
-from modeling_sorted_llama.generation_sorted_llama import SORTED_GENERATION_FIELDS
+from modeling_sorted_llama import DraftStatistics, SortedLlamaConfig, SortedLlamaForCausalLM
+from modeling_sorted_llama.generation_sorted_llama import (
+    SORTED_GENERATION_FIELDS,
+    choose_decoding,
+    read_decoding_fields,
+)
 
 
 DEMO = "out/demo/final"
@@ -83,20 +89,33 @@ def number_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def choose_modes(model: SortedLlamaForCausalLM, args: argparse.Namespace) -> list[dict]:
-    """What `generate` is called with, mode by mode."""
-    exits, full = model.config.exit_layers or [], model.config.num_hidden_layers
-    modes: list[dict] = [{}, *({"exit_layer": k} for k in args.exit_layers or exits if k != full)]
-    if len(exits) > 1:
-        modes.append(
-            {"exit_threshold": args.exit_threshold if len(args.exit_threshold) > 1 else args.exit_threshold[0]}
-        )
+def choose_modes(config: SortedLlamaConfig, args: argparse.Namespace) -> list[dict]:
+    """What `generate` is called with, mode by mode; `ValueError` where it would refuse, found without weights."""
+    exits, full, threshold = config.exit_layers or [], config.num_hidden_layers, args.exit_threshold
+    named = read_depths(args.exit_layers or [], full, "exit_layers") or exits
+    modes: list[dict] = [{}, *({"exit_layer": k} for k in named if k != full)]
+    if len(exits) > 1 or threshold:
+        threshold = threshold or [0.9]
+        modes.append({"exit_threshold": threshold if len(threshold) > 1 else threshold[0]})
     for draft in args.assistant_early_exit or [*exits[:-1][:1], "auto"]:
         fixed = {"num_assistant_tokens": args.num_assistant_tokens} if draft != "auto" else {}
         modes.append({"assistant_early_exit": draft, **fixed})
     if exits:
         modes.append({"exit_layer": "auto"})
+
+    with torch.device("meta"):
+        model = SortedLlamaForCausalLM(config)
+    for mode in modes:
+        asked = GenerationConfig(**mode, max_new_tokens=args.max_new_tokens, do_sample=args.do_sample)
+        choose_decoding(model, asked, read_decoding_fields(model, asked, {}))
     return modes
+
+
+def read_prompts(texts: list[str]) -> list[str]:
+    prompts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in texts]
+    if not all(prompt.strip() for prompt in prompts):
+        raise SystemExit("The prompt is empty.")
+    return prompts
 
 
 def statistics_line(depths: list[int], seconds: float, drafting: DraftStatistics | None) -> str:
@@ -115,9 +134,9 @@ def main() -> None:
     parser.add_argument("--prompt", nargs="+", default=[PROMPT], help="one or several; - reads one from stdin")
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--exit_layers", type=int, nargs="+", help="default: the checkpoint's `exit_layers`")
+    parser.add_argument("--exit_layers", nargs="+", help="numbers of layers, or every:N; default: the checkpoint's")
     parser.add_argument(
-        "--exit_threshold", type=float, nargs="+", default=[0.9], help="one, or one for each but the last exit"
+        "--exit_threshold", type=float, nargs="+", help="one, or one for each but the last exit; default: 0.9"
     )
     parser.add_argument(
         "--assistant_early_exit", type=number_or_auto, nargs="+", help="default: the first exit, and auto"
@@ -134,22 +153,25 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    # 1. The model
+    # 1. The modes, before weights are loaded
     if args.model == DEMO and not Path(DEMO).is_dir():
         raise SystemExit(f"{DEMO} does not exist: run `make demo` first, or pass --model.")
+    config, prompts = read_config(args.model), read_prompts(args.prompt)
+    config.exit_layer = None  # a depth that the checkpoint asks for would count in every mode
+    full, exits = config.num_hidden_layers, config.exit_layers or []
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = (accelerator or "cpu") if args.device == "auto" else args.device
     try:
-        model = SortedLlamaForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
+        torch.empty(0, device=device)
+        modes = choose_modes(config, args)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except OSError as error:
-        raise SystemExit(f"{args.model} does not load: {error}") from error
-    model.config.exit_layer = None  # a depth that the checkpoint asks for would count in every mode
+        model = SortedLlamaForCausalLM.from_pretrained(args.model, config=config, dtype=args.dtype).to(device)
+    except (AssertionError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise SystemExit(one_line(error)) from error
     for name in (*SORTED_GENERATION_FIELDS, "assistant_early_exit"):
         setattr(model.generation_config, name, None)
 
-    # 2. The modes, and a colour for each depth
-    full, exits, modes = model.config.num_hidden_layers, model.config.exit_layers or [], choose_modes(model, args)
+    # 2. A colour for each depth
     named = [mode.get(name) for mode in modes for name in ("exit_layer", "assistant_early_exit")]
     depths, colors = sorted({*exits, full, *(k for k in named if isinstance(k, int))}), None
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not args.no_color:
@@ -160,10 +182,7 @@ def main() -> None:
     print("Layers that a token came from; in drafting, that proposed it:", *legend)
 
     # 3. Every prompt in every mode
-    for prompt in args.prompt:
-        prompt = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
-        if not prompt.strip():
-            raise SystemExit("The prompt is empty.")
+    for prompt in prompts:
         try:
             text = prompt
             if args.chat:
@@ -174,7 +193,7 @@ def main() -> None:
             for mode in modes:  # to warm up; and what is not possible says so before the first answer
                 model.generate(**options, **mode, max_new_tokens=2)
         except ValueError as error:
-            raise SystemExit(str(error)) from error
+            raise SystemExit(one_line(error)) from error
         print(f"\n{prompt}")
         for mode in modes:
             print(f"\n{', '.join(f'{name}={value!r}' for name, value in mode.items()) or 'full depth'}")

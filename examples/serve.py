@@ -1,6 +1,6 @@
 """
 transformers' own OpenAI-compatible server with a sorted model. A request names its depth, or its mode, in
-`generation_config`: a JSON string of whatever `generate` knows.
+`generation_config`: whatever `generate` knows, as an object or as a JSON string of one.
 
 ```shell
 pip install -e ".[serve]"
@@ -14,48 +14,177 @@ client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
 reply = client.chat.completions.create(
     model="out/demo/final",
     messages=[{"role": "user", "content": "What is the capital of Peru?"}],
-    extra_body={"generation_config": '{"exit_layer": 10, "max_new_tokens": 64}'},
+    extra_body={"generation_config": {"exit_layer": 10, "max_new_tokens": 64}},
 )
+print(reply.choices[0].message.content)
 ```
 
 With `--continuous-batching`, all requests run at the depth of the checkpoint's config, and one that asks for another
 is refused: never another depth than asked for.
 """
 
-import transformers
+import functools
+import json
+from typing import Any
+
 import typer
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from checks import check_port, one_line, read_config
+from safetensors import SafetensorError
+from transformers import GenerationConfig
 from transformers.cli.serve import Serve
-from transformers.cli.serving import server, utils
+from transformers.cli.serving import model_manager, server, utils
+from transformers.utils.import_utils import is_serve_available
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
-from modeling_sorted_llama.generation_sorted_llama import check_continuous_batching
+from modeling_sorted_llama.generation_sorted_llama import (
+    SORTED_GENERATION_FIELDS,
+    check_continuous_batching,
+    choose_decoding,
+    read_decoding_fields,
+)
 
 
-class CheckedManager(utils.CBGenerateManager):
+# What transformers uses where nothing is set, for the types; the model and `GenerationConfig` look at the others
+_DEFAULTS = {"max_new_tokens": 1, "min_new_tokens": 0, **GenerationConfig._get_default_generation_params()}
+_TYPES = {
+    name: type(default)
+    for name, default in _DEFAULTS.items()
+    if type(default) in (bool, int, float) and name not in ("early_stopping", "num_assistant_tokens")
+}
+_ARTICLES = {bool: "true or false", int: "an integer", float: "a number"}
+
+
+def read_generation_config(given: Any) -> dict[str, Any]:
+    """
+    The fields of a request's `generation_config`.
+
+    Args:
+        given (`dict` or `str`):
+            The fields, or a JSON string of them.
+
+    Raises:
+        ValueError: If it is neither, or if a field is not known or of another type.
+    """
+    wanted = '`generation_config` must be an object like {"exit_layer": 10}, or a JSON string of one'
+    try:
+        fields = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{wanted}, got {given!r}: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{wanted}, got {given!r}.")
+    known = {*GenerationConfig().to_dict(), *SORTED_GENERATION_FIELDS}
+    if unknown := [name for name in fields if name not in known]:
+        raise ValueError(f"`generation_config` has unknown fields: {', '.join(map(repr, unknown))}.")
+    fields.pop("_from_model_config", None)  # with it, transformers passes over the fields that it does not know
+    for name, value in fields.items():
+        kind = _TYPES.get(name)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if kind is not None and value is not None and not fits:
+            raise ValueError(f"`{name}` of `generation_config` must be {_ARTICLES[kind]}, got {value!r}.")
+    try:
+        GenerationConfig(**fields)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"`generation_config` has a value of a wrong type: {one_line(error)}.") from error
+    return fields
+
+
+def check_depth(model, generation_config: GenerationConfig, batched: bool = False) -> None:
+    """
+    Refuse what decoding would refuse, before a stream has begun.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Any model that the server serves.
+        generation_config ([`~transformers.GenerationConfig`]):
+            Of the request.
+        batched (`bool`, *optional*, defaults to `False`):
+            Whether requests are batched continuously, at one depth.
+
+    Raises:
+        ValueError: If a depth or mode is out of range, or is asked of a model that is no sorted Llama.
+    """
+    asked = [name for name in SORTED_GENERATION_FIELDS if getattr(generation_config, name, None) is not None]
+    if isinstance(model, SortedLlamaForCausalLM):
+        if batched:
+            check_continuous_batching(model, generation_config, {})
+        else:
+            choose_decoding(model, generation_config, read_decoding_fields(model, generation_config, {}))
+    elif asked:
+        raise ValueError(f"`{asked[0]}` is for sorted Llamas, and this model is a {type(model).__name__}.")
+
+
+class CheckedManager(utils.GenerateManager):
+    """Looks at a request before it decodes, so that what is wrong is a 400 in streams, too."""
+
+    def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
+        check_depth(model, gen_config)
+        return super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
+        check_depth(model, gen_config)
+        try:
+            return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"`generate` does not take a value of this request: {one_line(error)}.") from error
+
+
+class CheckedBatchManager(utils.CBGenerateManager):
     """Continuous batching that looks at every request's depth; transformers' own looks at the first request alone."""
 
     def init_cb(self, model, gen_config):
-        check_continuous_batching(model, gen_config, {})
+        check_depth(model, gen_config, batched=True)
         super().init_cb(model, gen_config)
 
 
-def build_server(*args, _build=server.build_server, **kwargs) -> FastAPI:
-    """transformers' server, which answers a bad argument of `generate` with its message in place of a bare 500."""
-    app = _build(*args, **kwargs)
+def build_server(*handlers, _build=server.build_server, **options):
+    """transformers' server, which takes objects for `generation_config`, and answers what is wrong with a 400."""
+    from fastapi.responses import JSONResponse
+
+    def checked(handle):
+        async def handle_request(body, *args):
+            if isinstance(body, dict) and body.get("generation_config") is not None:
+                fields = read_generation_config(body["generation_config"])
+                body = {**body, "generation_config": json.dumps(fields)}  # all that transformers takes
+            return await handle(body, *args)
+
+        return handle_request
+
+    for handler in (*handlers, *options.values()):
+        if isinstance(handler, utils.BaseHandler):
+            handler.handle_request = checked(handler.handle_request)
+    app = _build(*handlers, **options)
 
     @app.exception_handler(ValueError)
-    async def refuse(request: Request, error: ValueError) -> JSONResponse:
+    async def refuse(_, error: ValueError) -> JSONResponse:
         return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
 
     return app
 
 
-# The server's seams: it looks the class of an architecture up in `transformers`, and these two when it starts
-transformers.SortedLlamaForCausalLM = SortedLlamaForCausalLM
+@functools.wraps(Serve)
+def serve(**options):
+    if not is_serve_available():
+        raise SystemExit('The server needs more packages: pip install -e ".[serve]"')
+    check_port(options["host"], options["port"])
+    if options["force_model"] is not None:
+        path, revision = utils.split_revision(options["force_model"])
+        config = read_config(path, **({} if revision is None else {"revision": revision}))
+        if config.architectures != [SortedLlamaForCausalLM.__name__]:
+            raise SystemExit(
+                f"{path} is no sorted Llama but a {', '.join(config.architectures or ['model without a class'])}: "
+                "a request could not choose a depth. `transformers serve` serves it."
+            )
+    try:
+        Serve(**options)
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
+        raise SystemExit(one_line(error)) from error
+
+
+# The server's seams: it looks the class of an architecture up in `transformers`, and these when it starts
+model_manager.transformers.SortedLlamaForCausalLM = SortedLlamaForCausalLM
 server.build_server = build_server
-utils.CBGenerateManager = CheckedManager
+utils.GenerateManager = CheckedManager
+utils.CBGenerateManager = CheckedBatchManager
 
 if __name__ == "__main__":
-    typer.run(Serve)
+    typer.run(serve)

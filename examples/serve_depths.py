@@ -13,6 +13,7 @@ go to all of them.
 """
 
 import argparse
+import importlib.util
 import json
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import urllib.request
 from pathlib import Path
 
 import yaml
+from checks import check_port, read_config, read_depths
 
 
 def start_server(path: str, depth: str, port: int, *flags: str, name: str | None = None) -> subprocess.Popen:
@@ -46,28 +48,28 @@ def wait_until_up(server: subprocess.Popen, port: int) -> None:
     raise RuntimeError(f"The server on port {port} ended with status {server.returncode}: see what it printed.")
 
 
-def depth_of_flag(text: str) -> str:
-    if text != "full" and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f'must be a number of layers or "full", got {text!r}')
-    return text
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("path", help="of the checkpoint")
     parser.add_argument(
-        "--depths", nargs="+", type=depth_of_flag, default=["full"], help='numbers of layers, or "full"'
+        "--depths", nargs="+", default=["full"], help='numbers of layers, "full", or every:N for every Nth layer'
     )
     parser.add_argument("--port", type=int, default=8001, help="of the first; the others count on")
     args, flags = parser.parse_known_args()
     if sys.argv[1:2] != [args.path]:
         parser.error("the path of the checkpoint comes first: before it, a flag's value would be taken for it")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the servers, too
-
+    layers, depths = read_config(args.path).num_hidden_layers, []
+    for text in args.depths:
+        depths += ["full"] if text == "full" else map(str, read_depths([text], layers, "--depths"))
     name = Path(args.path).resolve().name
-    ports = {f"{name}@{depth}": args.port + i for i, depth in enumerate(args.depths)}
+    ports = {f"{name}@{depth}": args.port + i for i, depth in enumerate(dict.fromkeys(depths))}
+    for port in ports.values():
+        check_port("0.0.0.0", port)
+    if importlib.util.find_spec("vllm") is None:
+        raise SystemExit("vLLM is not installed here: pip install vllm")
+
     routes = [
         {
             "model_name": model,
@@ -80,17 +82,21 @@ def main() -> None:
         for model, port in ports.items()
     ]
     config = (Path(args.path).resolve().parent if Path(args.path).is_dir() else Path()) / f"{name}.litellm.yaml"
-    config.write_text(yaml.safe_dump({"model_list": routes}, sort_keys=False))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the servers, too
     servers = []
     try:
-        for depth, (model, port) in zip(args.depths, ports.items(), strict=True):
+        config.write_text(yaml.safe_dump({"model_list": routes}, sort_keys=False))
+        for model, port in ports.items():
+            depth = model.rpartition("@")[2]
             servers.append(start_server(args.path, depth, port, *flags, name=model))
             wait_until_up(servers[-1], port)  # one after the other: each looks at how much memory is free
         print(f"Up: {', '.join(f'{model} (port {port})' for model, port in ports.items())}")
         print(f"One address for all: LITELLM_MASTER_KEY=sk-1234 litellm --config {config}", flush=True)
         while all(server.poll() is None for server in servers):
             time.sleep(1)
-        raise RuntimeError("A server has ended: see what it printed. The others are stopped.")
+        raise SystemExit("A server has ended: see what it printed. The others are stopped.")
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(str(error)) from error
     except KeyboardInterrupt:
         pass
     finally:

@@ -17,6 +17,9 @@ def _example(name):
     return module
 
 
+checks = _example("checks")
 generate = _example("generate")
 merge = _example("merge")
 study = _example("study")
+serve = _example("serve")
+serve_depths = _example("serve_depths")

@@ -167,23 +167,50 @@ def test_model_without_exits(run, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--exit_layers", "5"], "`exit_layer`.*5"),
+        (["--exit_layers", "5"], "`exit_layers` must be an integer from 1 to 4, got 5"),
+        (["--exit_layers", "1,2"], "`exit_layers` must be an integer from 1 to 4, got '1,2'"),
+        (["--exit_layers", "every:0"], "`exit_layers` must be .* got 'every:0'"),
         (["--exit_threshold", "0.5", "0.6", "0.7"], "`exit_threshold` must be a number, or a list of 2"),
+        (["--exit_threshold", "nan"], "`exit_threshold` must be a number"),
         (["--assistant_early_exit", "4"], "`assistant_early_exit` must be an integer from 1 to 3"),
-        (["--prompt", " "], "prompt is empty"),
+        (["--num_assistant_tokens", "0"], "`num_assistant_tokens` must be a positive integer"),
+        (["--max_new_tokens", "0"], "`max_new_tokens` must be greater than 0"),
+        (["--device", "abacus"], "abacus"),
+        (["--prompt", "a", " "], "prompt is empty"),
     ],
 )
-def test_wrong_values(run, flags, message):
-    with pytest.raises(SystemExit, match=message):
+def test_wrong_values_are_told_before_the_model_is_loaded(run, generate, monkeypatch, flags, message):
+    monkeypatch.setattr(
+        generate.SortedLlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the model is loaded")
+    )
+    with pytest.raises(SystemExit, match=f"^[^\n]*{message}[^\n]*$"):
         run("--prompt", "the first", *flags)
+
+
+def test_a_threshold_for_a_model_without_exits_is_refused(run, tmp_path):
+    with pytest.raises(SystemExit, match="^`exit_threshold=0.5` needs exits to leave at[^\n]*$"):
+        run("--exit_threshold", 0.5, model=save_tiny(tmp_path, tiny_llama()))
+
+
+def test_every_nth_layer(run):
+    output = run("--prompt", "the first", "--exit_layers", "every:3", "--max_new_tokens", 4)
+    assert re.findall(r"^exit_layer=(\d)$", output, re.M) == ["3"]
 
 
 def test_missing_model(run, generate, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="make demo.*--model"):
         run(model=generate.DEMO)
-    with pytest.raises(SystemExit, match="nowhere does not load"):
+    with pytest.raises(SystemExit, match="nowhere does not exist"):
         run(model=tmp_path / "nowhere")
+    tiny_sorted().save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="^[^\n]*tokenizer[^\n]*$"):
+        run(model=tmp_path / "model")
+    save_tiny(tmp_path / "model", tiny_sorted())
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="^[^\n]*deserializing[^\n]*$"):
+        run(model=tmp_path / "model")
 
 
 def stream(generate, tokenizer, tokens: list[int], depths: list[int], capsys) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from openai import APIError, BadRequestError, OpenAI, UnprocessableEntityError
+from openai import BadRequestError, OpenAI, UnprocessableEntityError
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
 from tests.tiny import save_tiny, tiny_sorted, tiny_tokenizer
@@ -53,8 +53,8 @@ def path(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("serve") / "model", tiny_sorted(exit_layers=[1, 2, 4]))
 
 
-def ask(client, path, stream=False, **call):
-    config = {"generation_config": json.dumps({"max_new_tokens": 8, "do_sample": False, **call})}
+def ask(client, path, stream=False, config=json.dumps, **call):
+    config = {"generation_config": config({"max_new_tokens": 8, "do_sample": False, **call})}
     reply = client.chat.completions.create(model=path, messages=CHAT, stream=stream, extra_body=config)
     if stream:
         return "".join(chunk.choices[0].delta.content or "" for chunk in reply if chunk.choices)
@@ -75,15 +75,52 @@ def test_each_request_has_its_depth(path):
             # Half a character at the end is not streamed
             assert ask(client, path, stream=True, **call) == expected(path, **call).rstrip("\N{REPLACEMENT CHARACTER}")
         assert ask(client, path, exit_layer=1) != ask(client, path)
-        with pytest.raises(BadRequestError, match="`exit_layer` must be an integer from 1 to 4, got 9"):
-            ask(client, path, exit_layer=9)
-        with pytest.raises(APIError) as refused:
-            ask(client, path, stream=True, exit_layer=9)
-        assert "`exit_layer` must be an integer from 1 to 4, got 9" in str(refused.value.body)
         with pytest.raises(UnprocessableEntityError) as refused:
             client.chat.completions.create(model=path, messages=CHAT, extra_body={"exit_layer": 1})
         assert "Unexpected fields in the request" in refused.value.response.text
+        for stream in (False, True):
+            # As an object, what everybody types first
+            text = expected(path, exit_layer=2)
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}") if stream else text
+            assert ask(client, path, stream, config=dict, exit_layer=2) == text
+            for given, message in REFUSED:
+                with pytest.raises(BadRequestError) as refused:
+                    client.chat.completions.create(
+                        model=path, messages=CHAT, stream=stream, extra_body={"generation_config": given}
+                    )
+                told = refused.value.response.json()["error"]["message"]
+                assert message in told and "\n" not in told, given
+        completion = {"model": path, "prompt": "count", "max_tokens": 8, "temperature": 0}
+        texts = [
+            client.completions.create(**completion, extra_body={"generation_config": config}).choices[0].text
+            for config in ({"exit_layer": 1}, '{"exit_layer": 1}', {})
+        ]
+        assert texts[0] == texts[1] != texts[2]
+        with pytest.raises(BadRequestError, match="unknown fields: 'exit_layr'"):
+            client.completions.create(**completion, extra_body={"generation_config": {"exit_layr": 1}})
+        with pytest.raises(BadRequestError, match="`generate` does not take"):
+            ask(client, path, stop_strings=5)
         assert ask(client, path, exit_layer=1) == expected(path, exit_layer=1)  # it goes on
+
+
+REFUSED = [
+    ({"exit_layer": 9}, "`exit_layer` must be an integer from 1 to 4, got 9"),
+    ({"exit_layer": 'a"b'}, "`exit_layer` must be"),
+    ({"exit_threshold": [0.5]}, "`exit_threshold` must be a number, or a list of 2"),
+    ({"exit_threshold": 0.5, "assistant_early_exit": 1}, "contradict each other"),
+    ({"exit_layr": 1}, "unknown fields: 'exit_layr'"),
+    ({"_from_model_config": True, "exit_layer": 9}, "`exit_layer` must be an integer from 1 to 4, got 9"),
+    ({"max_new_tokens": "ten"}, "`max_new_tokens` of `generation_config` must be an integer, got 'ten'"),
+    ({"do_sample": "false"}, "`do_sample` of `generation_config` must be true or false, got 'false'"),
+    ({"temperature": True}, "`temperature` of `generation_config` must be a number, got True"),
+    ({"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
+    ({"pad_token_id": "x"}, "a value of a wrong type"),
+    ('{"exit_layer": 1', "or a JSON string of one, got '{\"exit_layer\": 1'"),
+    ('["exit_layer", 1]', "must be an object like"),
+    ([1], "must be an object like"),
+    (10, "must be an object like"),
+    ("null", "must be an object like"),
+]
 
 
 def test_continuous_batching_refuses_another_depth(path):
@@ -96,59 +133,167 @@ def test_continuous_batching_refuses_another_depth(path):
         assert ask(client, path, exit_layer=4) == expected(path)
 
 
-def test_servers_of_several_depths(tmp_path, monkeypatch, capsys):
-    """`examples/serve_depths.py`, without vLLM: what it starts, and where LiteLLM is told to look."""
-    started = []
+@pytest.fixture
+def taken():
+    """A port that somebody else listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
 
-    class Server:
-        def poll(self):
-            return None
 
-        def terminate(self):
-            started.append("stopped")
+def start(serve, force_model=None, port=0, host="localhost"):
+    """`serve.py` by its flags, in this process; it must end before a model is loaded."""
+    with pytest.raises(SystemExit) as ended:
+        serve.serve(force_model=force_model, host=host, port=port)
+    assert "\n" not in str(ended.value)
+    return str(ended.value)
 
-        def wait(self):
-            pass
 
-    def start_server(*arguments, **options):
-        started.append((arguments, options))
-        return Server()
+def test_the_server_ends_in_one_line_before_a_model_is_loaded(serve, path, tmp_path, taken, monkeypatch):
+    monkeypatch.setattr(serve, "Serve", lambda **_: pytest.fail("a model is loaded"))
+    plain = save_tiny(tmp_path / "plain")
+    assert f"{tmp_path}/nowhere does not exist" in start(serve, f"{tmp_path}/nowhere")
+    assert f"{plain} is no sorted Llama but a LlamaForCausalLM" in start(serve, plain)
+    assert f"Port {taken} of localhost cannot be used" in start(serve, path, taken)
+    assert "no address" in start(serve, path, host="nowhere.invalid")
+    assert "from 0 to 65535, got 70000" in start(serve, path, 70000)
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    assert 'pip install -e ".[serve]"' in start(serve, path)
 
-    def interrupt(seconds):
-        raise KeyboardInterrupt
 
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import serve_depths
+def test_a_server_whose_weights_are_missing_ends_in_one_line(serve, tmp_path):
+    folder = Path(save_tiny(tmp_path, tiny_sorted()))
+    (folder / "model.safetensors").unlink()
+    assert "no file named model.safetensors" in start(serve, str(folder))
 
-    monkeypatch.setattr(serve_depths, "start_server", start_server)
-    monkeypatch.setattr(serve_depths, "wait_until_up", lambda server, port: None)
-    monkeypatch.setattr(serve_depths.time, "sleep", interrupt)
-    monkeypatch.setattr(serve_depths.signal, "signal", lambda *_: None)
-    path = str(save_tiny(tmp_path / "final"))
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (None, "model does not exist."),
+        ("remove", "there is no config.json in it"),
+        ("{", "is not a valid JSON file"),
+        ("[]", "does not load"),
+        ({"model_type": "gpt2"}, "holds a model of type 'gpt2': a sorted model is made from"),
+        ({"exit_layers": [3, 2]}, "which is not ascending: 2 behind 3"),
+        ({"num_hidden_layers": "four"}, "'num_hidden_layers'"),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_told_in_one_line(checks, tmp_path, edit, message):
+    folder = tmp_path / "model"
+    if edit is not None:
+        tiny_sorted().config.save_pretrained(folder)
+        file = folder / "config.json"
+        if isinstance(edit, dict):
+            file.write_text(json.dumps({**json.loads(file.read_text()), **edit}))
+        elif edit == "remove":
+            file.unlink()
+        else:
+            file.write_text(edit)
+    with pytest.raises(SystemExit) as ended:
+        checks.read_config(str(folder))
+    assert message in str(ended.value) and str(folder) in str(ended.value) and "\n" not in str(ended.value)
+
+
+def test_a_model_of_the_hub_without_a_network(checks):
+    with pytest.raises(SystemExit, match="^user/nothing is no folder, and does not come from the Hub: [^\n]*connect"):
+        checks.read_config("user/nothing")
+
+
+def test_depths_of_a_flag(checks):
+    assert checks.read_depths(["3", "every:2", "1"], 5, "flag") == [3, 2, 4, 5, 1]
+    for text in ("6", "0", "-1", "ten", "1,2", "2.0", "every:0", "every:x"):
+        with pytest.raises(SystemExit, match="`flag` must be .* from 1 to 5.*, got"):
+            checks.read_depths([text], 5, "flag")
+
+
+@pytest.fixture
+def run_depths(serve_depths, monkeypatch):
+    """Run `examples/serve_depths.py`, without vLLM; returns what it starts and stops."""
+
+    def run(*arguments):
+        started = []
+
+        class Server:
+            def poll(self):
+                return None
+
+            def terminate(self):
+                started.append("stopped")
+
+            def wait(self):
+                pass
+
+        def start_server(*arguments, **options):
+            started.append((arguments, options))
+            return Server()
+
+        def interrupt(seconds):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(serve_depths, "start_server", start_server)
+            patch.setattr(serve_depths, "wait_until_up", lambda server, port: None)
+            patch.setattr(serve_depths.importlib.util, "find_spec", lambda name: name)
+            patch.setattr(serve_depths.time, "sleep", interrupt)
+            patch.setattr(serve_depths.signal, "signal", lambda *_: None)
+            patch.setattr(sys, "argv", ["serve_depths.py", *map(str, arguments)])
+            serve_depths.main()
+        return started
+
+    return run
+
+
+def free_ports(count):
+    """The first of so many neighbours that nobody listens at."""
+    for first in range(20000, 60000, 7):
+        try:
+            for server in [socket.create_server(("0.0.0.0", first + i)) for i in range(count)]:
+                server.close()
+            return first
+        except OSError:
+            continue
+
+
+def test_servers_of_several_depths(run_depths, serve_depths, tmp_path, monkeypatch, capsys):
+    """What is started, and where LiteLLM is told to look."""
+    path, port = str(save_tiny(tmp_path / "final", tiny_sorted())), free_ports(4)
     flags = ["--max-model-len", "512", "--enforce-eager"]
-    monkeypatch.setattr(sys, "argv", ["serve_depths.py", path, "--depths", "10", "full", "--port", "9000", *flags])
-    serve_depths.main()
+    started = run_depths(path, "--depths", 2, "full", 2, "--port", port, *flags)
     assert started == [
-        ((path, "10", 9000, *flags), {"name": "final@10"}),
-        ((path, "full", 9001, *flags), {"name": "final@full"}),
+        ((path, "2", port, *flags), {"name": "final@2"}),
+        ((path, "full", port + 1, *flags), {"name": "final@full"}),
         "stopped",
         "stopped",
     ]
     routes = yaml.safe_load((tmp_path / "final.litellm.yaml").read_text())["model_list"]
-    assert [route["model_name"] for route in routes] == ["final@10", "final@full"]
+    assert [route["model_name"] for route in routes] == ["final@2", "final@full"]
     assert routes[1]["litellm_params"]["model"] == "openai/final@full"
-    assert routes[1]["litellm_params"]["api_base"] == "http://localhost:9001/v1"
+    assert routes[1]["litellm_params"]["api_base"] == f"http://localhost:{port + 1}/v1"
     assert "LITELLM_MASTER_KEY=" in capsys.readouterr().out
-    for arguments, message in (
-        ([path, "--depths", "ten"], "must be a number of layers or \"full\", got 'ten'"),
-        (["--max-model-len", "512", path], "the path of the checkpoint comes first"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["serve_depths.py", *arguments])
-        with pytest.raises(SystemExit):
-            serve_depths.main()
-        assert message in capsys.readouterr().err
+    depths = [call[0][1] for call in run_depths(path, "--depths", "every:3", "--port", port)[:-2]]
+    assert depths == ["3", "4"]
+    with pytest.raises(SystemExit):
+        run_depths("--max-model-len", "512", path)
+    assert "the path of the checkpoint comes first" in capsys.readouterr().err
     # A model of the Hub: the routes are in the folder where one is
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["serve_depths.py", "user/hub-model", "--depths", "3"])
-    serve_depths.main()
+    monkeypatch.setattr(serve_depths, "read_config", lambda path: tiny_sorted().config)
+    run_depths("user/hub-model", "--depths", 3, "--port", port)
     assert (tmp_path / "hub-model.litellm.yaml").is_file()
+
+
+def test_servers_that_cannot_start_are_told_in_one_line(run_depths, serve_depths, path, tmp_path, taken, monkeypatch):
+    def told(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            run_depths(*arguments)
+        assert "\n" not in str(ended.value) and not list(tmp_path.iterdir())
+        return str(ended.value)
+
+    assert "`--depths` must be an integer from 1 to 4, got 'ten'" in told(path, "--depths", "ten")
+    assert "`--depths` must be an integer from 1 to 4, got 5" in told(path, "--depths", "full", "5")
+    assert f"Port {taken} of 0.0.0.0 cannot be used" in told(path, "--depths", "full", "--port", taken)
+    assert f"Port {taken} of" in told(path, "--depths", "1", "full", "--port", taken - 1)
+    assert "nowhere does not exist" in told(tmp_path / "nowhere")
+    monkeypatch.setattr(sys, "argv", ["serve_depths.py", path, "--port", str(free_ports(1))])
+    with pytest.raises(SystemExit, match="^vLLM is not installed here: pip install vllm$"):
+        serve_depths.main()  # tests run where it is not

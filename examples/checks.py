@@ -1,0 +1,95 @@
+"""What the scripts beside it look at before they load a model: what is wrong ends them in one line."""
+
+import errno
+import socket
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+
+from modeling_sorted_llama import SortedLlamaConfig
+from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_exit_layers
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_config(path: str, **options) -> SortedLlamaConfig:
+    """
+    The config of a checkpoint.
+
+    Args:
+        path (`str`):
+            A folder, or an id of the Hub.
+        options (`Any`, *optional*):
+            Of `from_pretrained`.
+
+    Raises:
+        SystemExit: If there is none, or if it is none of a Llama; the message is one line.
+    """
+    if Path(path).exists():
+        if not (Path(path) / "config.json").is_file():
+            raise SystemExit(f"{path} is no checkpoint: there is no config.json in it.")
+    else:
+        try:
+            validate_repo_id(path)
+        except HFValidationError as error:
+            raise SystemExit(f"{path} does not exist.") from error
+    try:
+        return SortedLlamaConfig.from_pretrained(path, **options)
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        what = "does not load" if Path(path).exists() else "is no folder, and does not come from the Hub"
+        raise SystemExit(f"{path} {what}: {one_line(error)}") from error
+
+
+def read_depths(texts: list[str], num_hidden_layers: int, name: str) -> list[int]:
+    """
+    The depths that a flag names: numbers of layers, or `every:N`.
+
+    Args:
+        texts (`list[str]`):
+            The flag's values.
+        num_hidden_layers (`int`):
+            Number of decoder layers that the model has.
+        name (`str`):
+            Of the flag.
+
+    Raises:
+        SystemExit: If one of them is no depth of the model.
+    """
+    depths: list[int] = []
+    try:
+        for text in texts:
+            if text.startswith("every:"):
+                depths += check_exit_layers(text, num_hidden_layers, name)
+            else:
+                depths.append(check_exit_layer(int(text) if text.isdecimal() else text, num_hidden_layers, name))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    return list(dict.fromkeys(depths))
+
+
+def check_port(host: str, port: int) -> None:
+    """
+    End the script if a server could not listen there.
+
+    Args:
+        host (`str`):
+            A name or an address.
+        port (`int`):
+            Of it.
+
+    Raises:
+        SystemExit: If the port is taken, not allowed, or no port.
+    """
+    if not 0 <= port <= 65535:
+        raise SystemExit(f"`port` must be a number from 0 to 65535, got {port}.")
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            socket.create_server(address[:2], family=family).close()
+    except socket.gaierror as error:
+        raise SystemExit(f"{host} is no address to listen at: {one_line(error)}.") from error
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):  # what else there is, the server knows better
+            raise SystemExit(f"Port {port} of {host} cannot be used ({error.strerror}): pass another.") from error
