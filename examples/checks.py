@@ -1,6 +1,7 @@
 """What the scripts beside it look at before they load a model: what is wrong ends them in one line."""
 
 import errno
+import os
 import socket
 from pathlib import Path
 
@@ -92,4 +93,6 @@ def check_port(host: str, port: int) -> None:
         raise SystemExit(f"{host} is no address to listen at: {one_line(error)}.") from error
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):  # what else there is, the server knows better
-            raise SystemExit(f"Port {port} of {host} cannot be used ({error.strerror}): pass another.") from error
+            raise SystemExit(
+                f"Port {port} of {host} cannot be used ({os.strerror(error.errno)}): pass another."
+            ) from error

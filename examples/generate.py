@@ -164,10 +164,13 @@ def main() -> None:
     try:
         torch.empty(0, device=device)
         modes = choose_modes(config, args)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise SystemExit(one_line(error)) from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = SortedLlamaForCausalLM.from_pretrained(args.model, config=config, dtype=args.dtype).to(device)
-    except (AssertionError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise SystemExit(one_line(error)) from error
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise SystemExit(f"{args.model} does not load: {one_line(error)}") from error
     for name in (*SORTED_GENERATION_FIELDS, "assistant_early_exit"):
         setattr(model.generation_config, name, None)
 

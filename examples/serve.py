@@ -177,7 +177,7 @@ def serve(**options):
     try:
         Serve(**options)
     except (ImportError, OSError, ValueError, SafetensorError) as error:
-        raise SystemExit(one_line(error)) from error
+        raise SystemExit(f"The server does not start: {one_line(error)}") from error
 
 
 # The server's seams: it looks the class of an architecture up in `transformers`, and these when it starts

@@ -6,7 +6,6 @@ A page on which to watch a sorted Llama decode: each token in the colour of the 
 
 import argparse
 import html
-import math
 import os
 import time
 from collections import Counter
@@ -17,10 +16,15 @@ from queue import SimpleQueue
 from threading import Event
 from typing import Any, NamedTuple
 
-import gradio as gr
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer, StoppingCriteriaList
+
+
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    raise SystemExit("The page needs gradio: pip install -r examples/space/requirements.txt") from error
 
 
 MODES = {"Fixed depth": "depth", "Confidence": "confidence", "Self-drafting": "drafting"}
@@ -39,20 +43,27 @@ CSS = """
 .legend, .bar {display: flex; flex-wrap: wrap; gap: 2px 6px; align-items: center}
 .legend b, .bar b, .text mark {color: #111; border-radius: 3px}
 .legend b {padding: 0 10px}
-.bar {flex-wrap: nowrap; gap: 2px; height: 22px}
+.bar {flex-wrap: nowrap; gap: 2px; height: 22px; position: relative}
 .bar b {text-align: center; overflow: hidden; min-width: 22px; line-height: 22px}
 .figures {min-height: 4.8em; margin: 4px 0}
 .figures strong {font-size: 1.3em}
-.text {white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; min-height: 9em; padding: 10px;
-  border: 1px solid var(--border-color-primary); border-radius: 6px}
+.text {position: relative; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; min-height: 9em;
+  padding: 10px; border: 1px solid var(--border-color-primary); border-radius: 6px}
 .text i {font-style: normal; opacity: 0.7}
 .text mark {border-radius: 0; padding: 2px 0; border-right: 1px solid #0003}
+.text mark:focus, .bar b:focus {outline: 0; color: var(--body-background-fill);
+  background: var(--body-text-color) !important}
+.text mark:focus::after, .bar b:focus::after {content: attr(title); position: absolute; left: 8px; z-index: 1;
+  margin-top: 2em; padding: 2px 8px; border-radius: 4px; font-weight: normal; font-size: 14px; line-height: 1.5;
+  white-space: nowrap; background: var(--body-text-color); color: var(--body-background-fill)}
+.bar b:focus::after {left: 0; margin-top: 4px; top: 100%}
 """
 LOOK = {"css": CSS, "theme": gr.themes.Default(font=["system-ui", "sans-serif"])}
 NOTE = (
     "Greedy decoding; full depth starts when the chosen mode has ended, so that neither slows the other. Tokens/s "
     "count from the first token to the last: without the prompt, with the token that ends the answer. Hover over a "
-    "token for its depth. In drafting it is the depth that proposed it: all of them were verified by full depth."
+    "token, tap it or go to it by Tab: it tells its depth. In drafting that is the depth that proposed it: all of "
+    "them were verified by full depth."
 )
 WORKER = ThreadPoolExecutor(1, "generate")  # there is one model
 RUNS: dict[str | None, tuple[Event, Event]] = {}  # by session: one asks the run to stop, one says that it is over
@@ -127,12 +138,15 @@ class Answer:
 def load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, warmed up, and its tokenizer."""
     try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+        if len(getattr(config, "exit_layers", None) or ()) < 2:
+            raise ValueError("it has no `exit_layers` in its config, as models trained as a sorted Llama have.")
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} does not load: {error}\nRun `make demo`, pass --model or set MODEL_ID.") from error
-    if len(getattr(model.config, "exit_layers", None) or ()) < 2:
-        raise SystemExit(f"{path} has no `exit_layers` in its config: choose a model trained as a sorted Llama.")
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=True, dtype="auto")
+    except Exception as error:  # whatever the code of a checkpoint raises
+        told = " ".join(str(error).split()) or type(error).__name__
+        advice = "run `make demo`, pass --model or set MODEL_ID"
+        raise SystemExit(f"{path} does not load ({advice}): {told}") from error
     model.config.exit_layer = None  # a depth that the checkpoint asks for would count in every mode
     for name in ("exit_layer", "exit_threshold", "assistant_early_exit"):
         setattr(model.generation_config, name, None)
@@ -143,12 +157,14 @@ def load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def choose_options(mode: str, depth: int, threshold: float, drafts: int, num_layers: int) -> dict[str, Any]:
     """What `generate` is called with in a mode."""
+    if mode is None or (depth is None and mode != "confidence"):  # a page always sends them, a program may not
+        raise ValueError("Choose a mode, and a depth.")
     if mode == "depth":
         return {"exit_layer": depth}
     if mode == "confidence":
         return {"exit_threshold": threshold}
     if depth >= num_layers:
-        raise ValueError(f"Drafting needs a depth below the {num_layers} layers that verify: move the slider down.")
+        raise ValueError(f"Drafting needs a depth below the {num_layers} layers that verify.")
     return {"assistant_early_exit": depth, "num_assistant_tokens": drafts or "auto"}
 
 
@@ -220,11 +236,11 @@ def render(answer: Answer, full: Answer, prompt: str, exits: list[int]) -> str:
     bar, text = "", f"<i>{html.escape(prompt)}</i>"
     for depth, count in sorted(Counter(token.depth for token in answer.tokens).items()):
         style = f"background:{color(depth, exits)};flex:{count}"
-        bar += f'<b style="{style}" title="{count} of the tokens">{depth}</b>'
+        bar += f'<b style="{style}" title="{count} of the tokens" tabindex="0">{depth}</b>'
     for piece, token in answer.pieces:
         sure = "" if token.confidence is None else f", {token.confidence:.0%} sure"
         style = f"background:{color(token.depth, exits)}"
-        text += f'<mark style="{style}" title="{token.depth} layers{sure}">{html.escape(piece)}</mark>'
+        text += f'<mark style="{style}" title="{token.depth} layers{sure}" tabindex="0">{html.escape(piece)}</mark>'
     figures = describe(answer, full)
     return f'<div class="bar">{bar}</div><div class="figures">{figures}</div><div class="text">{text}</div>'
 
@@ -263,9 +279,20 @@ def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> gr.Bloc
             over.wait(5)
         return stops + 1
 
-    def show_sliders(mode: str) -> list[dict[str, Any]]:
-        shown = (mode != "confidence", mode == "confidence", mode == "drafting")
-        return [gr.update(visible=visible) for visible in shown]
+    def show_controls(mode: str, depth: int) -> list[dict[str, Any]]:
+        choices = exits[:-1] if mode == "drafting" else exits
+        depth = depth if depth in choices else choices[0]
+        return [
+            gr.update(visible=mode != "confidence", choices=choices, value=depth),
+            gr.update(visible=mode == "confidence"),
+            gr.update(visible=mode == "drafting"),
+        ]
+
+    def show_running() -> dict[str, Any]:
+        return gr.update(value="Running …", interactive=False)
+
+    def show_ready() -> dict[str, Any]:
+        return gr.update(value="Generate", interactive=True)
 
     with gr.Blocks(title="Sorted LLaMA", analytics_enabled=False) as page:
         trained = ", ".join(map(str, exits))
@@ -273,16 +300,14 @@ def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> gr.Bloc
             f"# Sorted LLaMA\nOne checkpoint of {num_layers} layers that is a model at each of its exits: {trained}. "
             "Choose how deep tokens go, and compare with full depth."
         )
-        prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=4, max_lines=12, max_length=8000)
+        prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=4, max_lines=12)
         gr.Examples(EXAMPLES, prompt)
         with gr.Row():
             mode = gr.Radio(list(MODES.items()), value="depth", label="Mode", scale=3, min_width=340)
             chat = gr.Checkbox(False, label="Chat template", visible=bool(tokenizer.chat_template), min_width=120)
         with gr.Row():
             whole = {"step": 1, "precision": 0}
-            step = math.gcd(*(k - exits[0] for k in exits))
-            info = f"Layers that answer, or that draft. Trained: {trained}"
-            depth = gr.Slider(exits[0], num_layers, exits[0], step=step, precision=0, label="Depth", info=info)
+            depth = gr.Radio(exits, value=exits[0], label="Depth", info="Layers that answer, or that draft")
             info = "A token leaves at the first exit that is this sure of it"
             threshold = gr.Slider(0, 1, 0.9, step=0.01, label="Confidence", info=info, visible=False)
             info = "Tokens drafted before one pass verifies; 0 finds out what pays"
@@ -301,14 +326,18 @@ def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> gr.Bloc
                     panels.append(gr.HTML(render(empty, empty, "", exits), label=title, elem_classes="answer"))
         gr.Markdown(NOTE)
 
-        mode.change(show_sliders, mode, [depth, threshold, drafts], queue=False, api_visibility="private")
+        quick = {"queue": False, "api_visibility": "private"}
+        mode.change(show_controls, [mode, depth], [depth, threshold, drafts], **quick)
         inputs = [prompt, chat, mode, depth, threshold, drafts, max_new_tokens]
-        run = start.click(generate, inputs, panels, concurrency_limit=1, show_progress="minimal")
+        running = start.click(show_running, None, start, **quick)
+        run = running.then(generate, inputs, panels, concurrency_limit=1, show_progress="minimal")
+        for ended in (run.then, run.failure):  # in gradio 6.31 `then` does not follow upon an error
+            ended(show_ready, None, start, **quick)
         # A run that still waits is taken out of the queue. That comes last, at a change of what `stop` returns: a run
         # that is cancelled while it runs does not draw its last tokens
         stops = gr.Number(0, visible="hidden", precision=0)
         stop_button.click(stop, stops, stops, queue=False)
-        stops.change(None, cancels=[run])
+        stops.change(show_ready, None, start, cancels=[run], **quick)
     return page
 
 
@@ -316,7 +345,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=os.environ.get("MODEL_ID", "out/demo/final"), help="model id or path")
     args = parser.parse_args()
-    build(*load(args.model)).launch(**LOOK)
+    page = build(*load(args.model))
+    try:
+        page.launch(**LOOK)
+    except OSError as error:  # the port is taken
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def test_missing_model(run, generate, tmp_path, monkeypatch):
     save_tiny(tmp_path / "model", tiny_sorted())
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(SystemExit, match="^[^\n]*deserializing[^\n]*$"):
+    with pytest.raises(SystemExit, match="^[^\n]*does not load: [^\n]*deserializing[^\n]*$"):
         run(model=tmp_path / "model")
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -279,13 +280,16 @@ def test_two_at_once_are_served_in_turn(url, model, tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"depth": 0}, "less than minimum value 1"),
-        ({"depth": 5}, "greater than maximum value 4"),
+        ({"depth": 0}, "0 (type: <class 'int'>) is not in the list of choices: [1, 2, 4]"),
+        ({"depth": 3}, "3 (type: <class 'int'>) is not in the list of choices: [1, 2, 4]"),
+        ({"depth": None}, "Choose a mode, and a depth"),
+        ({"mode": None}, "Choose a mode, and a depth"),
         ({"max_new_tokens": 257}, "greater than maximum value 256"),
         ({"threshold": 1.5}, "greater than maximum value 1"),
-        ({"mode": "drafting", "depth": 4}, "below the 4 layers that verify: move the slider down"),
+        ({"mode": "drafting", "depth": 4}, "below the 4 layers that verify"),
         ({"prompt": " \n"}, "The prompt is empty"),
         ({"prompt": "x" * 300}, "has 300 tokens, and there is room for 232"),
+        ({"prompt": "x" * 20_000}, "has 20000 tokens, and there is room for 232"),
         ({"mode": "beams"}, "beams"),
     ],
 )
@@ -322,11 +326,38 @@ def test_colors_are_readable_and_ordered(app):
         assert all(a - b > 0.04 for a, b in zip(values, values[1:]))
 
 
-def test_which_models_load(app, tmp_path):
-    with pytest.raises(SystemExit, match="does not load.*\n.*make demo.*MODEL_ID"):
-        app.load(str(tmp_path / "nowhere"))
-    with pytest.raises(SystemExit, match="no `exit_layers` in its config"):
-        app.load(save_tiny(tmp_path / "plain", tiny_llama()))
+def test_which_models_load(app, tmp_path, monkeypatch):
+    """Others are refused in one line, before weights are loaded."""
+    broken = tmp_path / "broken"
+    tiny_sorted().config.save_pretrained(broken)  # neither tokenizer nor weights
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    refused = {
+        str(tmp_path / "nowhere"): "",
+        str(tmp_path / "empty"): "config.json",
+        str(tmp_path / "list"): "",
+        str(broken): "tokenizer",
+        "user/nothing": "connect",
+        save_tiny(tmp_path / "plain", tiny_llama()): "no `exit_layers` in its config",
+    }
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(app.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for path, message in refused.items():
+        with pytest.raises(SystemExit, match=f"^{path} does not load .*make demo.*MODEL_ID.*: [^\n]*{message}[^\n]*$"):
+            app.load(path)
+
+
+def test_a_page_that_cannot_be_served_ends_in_one_line(app, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(app, "load", lambda path: (model, tokenizer))
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("GRADIO_SERVER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(SystemExit, match="^Cannot find empty port[^\n]*$"):
+            app.main()
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit, match="^The page needs gradio: pip install [^\n]*$"):
+        runpy.run_path(str(FOLDER / "app.py"))
 
 
 def test_a_depth_of_the_checkpoint_is_no_mode(app, tokenizer, monkeypatch):
@@ -334,6 +365,7 @@ def test_a_depth_of_the_checkpoint_is_no_mode(app, tokenizer, monkeypatch):
     model = tiny_sorted()
     expected = expect(model, tokenizer, {})
     model.config.exit_layer = model.generation_config.exit_layer = 1
+    monkeypatch.setattr(app, "AutoConfig", SimpleNamespace(from_pretrained=lambda *_, **__: model.config))
     monkeypatch.setattr(app, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=lambda *_, **__: model))
     monkeypatch.setattr(app, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer))
     model, _ = app.load("anywhere")
@@ -385,17 +417,31 @@ def test_the_one_command(model, tokenizer, tmp_path):
     assert [*map(tuple, full.pieces)] == pieces(tokenizer, *expect(model, tokenizer, {}))
 
 
-@pytest.mark.slow
-def test_in_a_browser(url, model, tokenizer, tmp_path):
-    """Type, choose, slide, generate, stop; nothing but text comes of what was typed."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    chromium = shutil.which("chromium") or pytest.skip("needs chromium")
+@contextmanager
+def browsing(tmp_path, **options):
+    """A Chromium with a profile of its own; Playwright's package drives the system's, and downloads none."""
+    from playwright import sync_api
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
     flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     flags += "--disable-component-update --disable-sync"
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch_persistent_context(
-            tmp_path / "profile", executable_path=chromium, args=flags.split(), headless=True
+            tmp_path / "profile", executable_path=chromium, args=flags.split(), headless=True, **options
         )
+        yield browser
+        browser.close()
+
+
+@pytest.mark.slow
+def test_in_a_browser(url, model, tokenizer, tmp_path):
+    """Type, choose, slide, generate, stop; nothing but text comes of what was typed."""
+    from playwright import sync_api
+
+    with browsing(tmp_path) as browser:
         page, dialogs, foreign = browser.new_page(), [], []
         page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
         page.on("request", lambda request: None if request.url.startswith(url) else foreign.append(request.url))
@@ -404,12 +450,19 @@ def test_in_a_browser(url, model, tokenizer, tmp_path):
         figures = page.locator(".figures")
         page.get_by_label("Prompt").fill(PROMPT)
         page.get_by_label("number input for Max tokens").fill(str(NEW_TOKENS))
-        page.get_by_label("range slider for Depth").fill("2")
-        for mode in ("Fixed depth", "Confidence", "Self-drafting"):
+        full, depth = (page.get_by_role("radio", name=name, exact=True) for name in ("4", "2"))
+        threshold = page.get_by_label("range slider for Confidence")
+        for mode in ("Confidence", "Fixed depth", "Self-drafting"):
             page.get_by_label(mode, exact=True).first.check()
-            depth, threshold = (page.get_by_label(f"range slider for {name}") for name in ("Depth", "Confidence"))
             sync_api.expect(threshold if mode == "Confidence" else depth).to_be_visible()
             sync_api.expect(depth if mode == "Confidence" else threshold).not_to_be_visible()
+            if mode == "Fixed depth":
+                offered = page.get_by_role("radio").evaluate_all("all => all.map(one => one.value)")
+                assert [value for value in offered if value.isdigit()] == ["1", "2", "4"]
+                full.check()
+        sync_api.expect(full).to_have_count(0)  # it cannot draft for itself
+        sync_api.expect(page.get_by_role("radio", name="1", exact=True)).to_be_checked()
+        depth.check()
         page.get_by_label("number input for Drafts a cycle").fill("3")
         generate.click()
         sync_api.expect(figures.first).to_contain_text("full depth's text", timeout=20_000)
@@ -420,11 +473,15 @@ def test_in_a_browser(url, model, tokenizer, tmp_path):
         assert page.locator(".text i").first.text_content() == PROMPT
 
         page.get_by_label("number input for Max tokens").fill(str(LONG))
+        running = page.get_by_role("button", name="Running")
+        sync_api.expect(generate).to_be_enabled()
         with slow(model) as passes:
             generate.click()
             wait_until(lambda: len(passes) > 8 or page.wait_for_timeout(10))
+            sync_api.expect(running).to_be_disabled()
             stop.click()
             sync_api.expect(figures.first).to_contain_text("stopped", timeout=5_000)
+            sync_api.expect(generate).to_be_enabled()
             count = len(passes)
             page.wait_for_timeout(300)
             assert len(passes) == count
@@ -440,6 +497,7 @@ def test_in_a_browser(url, model, tokenizer, tmp_path):
                 other.get_by_role("button", name="Stop").click()
             other.wait_for_timeout(300)
             assert not any(badge.is_visible() for badge in other.get_by_text("Error").all())
+            sync_api.expect(other.get_by_role("button", name="Generate")).to_be_enabled()
             stop.click()
             sync_api.expect(figures.first).to_contain_text("stopped", timeout=5_000)
             count = len(passes)
@@ -448,5 +506,50 @@ def test_in_a_browser(url, model, tokenizer, tmp_path):
         page.get_by_label("Prompt").fill("")
         generate.click()
         sync_api.expect(page.get_by_text("The prompt is empty: type one")).to_be_visible()
+        sync_api.expect(generate).to_be_enabled()
+        # Nothing is cut off: what is too long is told
+        page.get_by_label("Prompt").fill("x" * 20_000)
+        generate.click()
+        sync_api.expect(page.get_by_text("The prompt has 20000 tokens")).to_be_visible()
         assert dialogs == [] and foreign == []
-        browser.close()
+
+
+SHOWN = "token => [getComputedStyle(token, '::after').content, token === document.activeElement]"
+
+
+@pytest.mark.slow
+def test_on_a_phone(url, model, tokenizer, tmp_path):
+    """A tap, and a keyboard, show the depth of a token; nothing is wider than the screen."""
+    from playwright import sync_api
+
+    with browsing(tmp_path, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True) as browser:
+        page = browser.new_page()
+        page.goto(url)
+        page.get_by_label("Prompt").fill(PROMPT)
+        page.get_by_label("Confidence", exact=True).first.check()
+        page.get_by_label("number input for Confidence").fill("0.2")
+        page.get_by_label("number input for Max tokens").fill(str(NEW_TOKENS))
+        page.get_by_role("button", name="Generate").tap()
+        sync_api.expect(page.locator(".figures").first).to_contain_text("full depth", timeout=20_000)
+        tokens = page.locator(".text").first.locator("mark")
+        depths = [depth for _, depth in pieces(tokenizer, *expect(model, tokenizer, MODES["confidence"]))]
+        assert tokens.count() == len(depths) and len(set(depths)) > 1
+
+        def shows(token, depth):
+            text, is_active = token.evaluate(SHOWN)
+            assert re.fullmatch(rf'"{depth} layers, \d+% sure"', text) and is_active
+
+        for token, depth in zip(tokens.all(), depths, strict=True):
+            assert token.evaluate(SHOWN)[0] == "none"
+            token.scroll_into_view_if_needed()
+            x, y, width, height = token.evaluate("one => Object.values(one.getClientRects()[0].toJSON()).slice(0, 4)")
+            page.touchscreen.tap(x + width / 2, y + height / 2)
+            shows(token, depth)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        tokens.first.focus()
+        page.keyboard.press("Tab")
+        shows(tokens.nth(1), depths[1])
+        segment = page.locator(".bar").first.locator("b").first
+        segment.tap()
+        count = expect(model, tokenizer, MODES["confidence"])[1].count(min(depths))
+        assert segment.evaluate(SHOWN) == [f'"{count} of the tokens"', True]
