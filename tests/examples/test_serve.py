@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -68,8 +69,19 @@ def expected(path, **call):
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_each_request_has_its_depth(path):
+def test_each_request_has_its_depth(path, serve, capsys):
     with serving(path) as client:
+        # What the script says of itself, as it stands but for the address and a model of four layers
+        snippet = re.search(r"```python\n(.*?)```", serve.__doc__, re.DOTALL)[1]
+        for there, here in (
+            ("http://localhost:8000/v1", str(client.base_url)),
+            ("out/demo/final", path),
+            ('"exit_layer": 10, "max_new_tokens": 64', '"exit_layer": 1, "max_new_tokens": 8'),
+        ):
+            assert there in snippet
+            snippet = snippet.replace(there, here)
+        exec(snippet.replace("What is the capital of Peru?", CHAT[0]["content"]), {})
+        assert capsys.readouterr().out.rstrip("\n") == expected(path, exit_layer=1).rstrip("\n")
         for call in ({}, {"exit_layer": 1}, {"exit_threshold": 0.5}, {"assistant_early_exit": 1}):
             assert ask(client, path, **call) == expected(path, **call), call
             # Half a character at the end is not streamed
@@ -106,7 +118,8 @@ def test_each_request_has_its_depth(path):
 REFUSED = [
     ({"exit_layer": 9}, "`exit_layer` must be an integer from 1 to 4, got 9"),
     ({"exit_layer": 'a"b'}, "`exit_layer` must be"),
-    ({"exit_threshold": [0.5]}, "`exit_threshold` must be a number, or a list of 2"),
+    ({"exit_threshold": [0.5]}, "`exit_threshold` must be a number of at least 0, or a list of 2"),
+    ({"exit_threshold": -0.5}, "`exit_threshold` must be a number of at least 0"),
     ({"exit_threshold": 0.5, "assistant_early_exit": 1}, "contradict each other"),
     ({"exit_layr": 1}, "unknown fields: 'exit_layr'"),
     ({"_from_model_config": True, "exit_layer": 9}, "`exit_layer` must be an integer from 1 to 4, got 9"),

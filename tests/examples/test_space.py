@@ -352,7 +352,8 @@ def test_a_page_that_cannot_be_served_ends_in_one_line(app, model, tokenizer, mo
     monkeypatch.setattr(app, "load", lambda path: (model, tokenizer))
     monkeypatch.setattr(sys, "argv", ["app.py"])
     with socket.create_server(("127.0.0.1", 0)) as other:
-        monkeypatch.setenv("GRADIO_SERVER_PORT", str(other.getsockname()[1]))
+        # As GRADIO_SERVER_PORT, which gradio reads when it is imported
+        monkeypatch.setattr(app, "LOOK", {**app.LOOK, "server_port": other.getsockname()[1]})
         with pytest.raises(SystemExit, match="^Cannot find empty port[^\n]*$"):
             app.main()
     monkeypatch.setitem(sys.modules, "gradio", None)
