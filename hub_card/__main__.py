@@ -9,12 +9,14 @@ python -m hub_card judge PATH --data completions=FILE --exits 10 30 --judge MODE
 """
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
+
+from trainer.escaping import one_line
 
 from .tasks import KINDS
 
@@ -29,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     one.add_argument("path", help="model id or path")
     one.add_argument("--data", nargs="+", default=[], metavar="KIND=FILE", help=f"kinds: {', '.join(KINDS)}")
     one.add_argument("--tasks", nargs="+", default=[], help="of lm-evaluation-harness: names or YAML files")
-    one.add_argument("--exit_layers", type=int, nargs="+", help="default: the checkpoint's")
+    one.add_argument("--exit_layers", nargs="+", help="numbers, or every:N; default: the checkpoint's")
     one.add_argument("--exit_thresholds", type=float, nargs="*", default=[0.5, 0.8, 0.9, 0.97])
     one.add_argument("--drafts", type=int, nargs="*", help="exits to let draft; default: all below full depth")
     one.add_argument("--limit", type=int, help="rows a task")
@@ -57,6 +59,13 @@ def main(arguments: list[str] | None = None) -> None:
     three.add_argument("--private", action="store_true")
     three.add_argument("--revision", help="branch")
     three.add_argument("--create_pr", action="store_true", help="as a pull request")
+    three.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="other files; may be repeated",
+    )
 
     four = commands.add_parser("judge", help="let a chat model compare the answers of two exits, or of two models")
     four.add_argument("path", help="model id or path")
@@ -70,8 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
     four.add_argument("--limit", type=int, help="rows")
     four.add_argument("--max_new_tokens", type=int, default=256)
     four.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    four.add_argument("--device", help="default: a GPU where there is one")
     four.add_argument("--chat", action="store_true", help="ask questions through the chat template")
-    four.add_argument("--output", default="judging.json", help="result; replies are kept in a file beside it")
+    four.add_argument("--output", default="judging.json", help="result; answers and replies are kept beside it")
 
     five = commands.add_parser("extract", help="write the sub-model of an exit as a plain Llama, for any engine")
     five.add_argument("path", help="model id or path")
@@ -85,66 +95,48 @@ def main(arguments: list[str] | None = None) -> None:
     command = options.pop("command")
     logging.set_verbosity_error()
     try:
-        if command == "evaluate":
-            _evaluate(**options)
-        elif command == "card":
-            from .card import write_card
-
-            peers = [_split("--peers", "NAME=PATH", argument) for argument in options.pop("peers")]
-            write_card(**options, peers=peers)
-            print(f"The page is {Path(options['path']) / 'README.md'}.")
-        elif command == "judge":
-            _judge(**options)
-        elif command == "extract":
-            _extract(**options)
-        else:
-            from .push import push
-
-            print(push(**options))
-    except ValueError as error:
-        sys.exit(f"{error}")
+        RUN[command](**options)
+    except (ValueError, OSError) as error:  # of what was asked for, and of files, the Hub and the line
+        sys.exit(one_line(error))
+    except ModuleNotFoundError as error:
+        sys.exit(f'{error}: the commands need pip install -e ".[eval]".')
 
 
-def _evaluate(path: str, data: list[str], tasks: list[str], **options) -> None:
+def _evaluate(path: str, data: list[str], tasks: list[str], exit_layers: list[str] | None, **options) -> None:
     from .card import exits_block
     from .evaluation import evaluate
 
-    record = evaluate(path, [_kind_and_source(argument) for argument in data], tasks, **options)
+    record = evaluate(
+        path, [_kind_and_source(argument) for argument in data], tasks, exit_layers=_exits(exit_layers), **options
+    )
     print(exits_block(record, record["request"]["exit_layers"], pictured=False))
 
 
-def _judge(
-    path: str,
-    against: str | None,
-    exits: list[int],
-    data: str,
-    judge: str,
-    base_url: str | None,
-    limit: int | None,
-    max_new_tokens: int,
-    dtype: str,
-    chat: bool,
-    output: str,
-) -> None:
-    from .evaluation import load_model
-    from .judge import connect, judge_pairs
-    from .measure import answers
-    from .tasks import load_task
+def _card(path: str, peers: list[str], **options) -> None:
+    from .card import write_card
 
-    connect(base_url).close()  # fails before anything is generated
-    said = []
-    for name, exit_layer in zip((path, against or path), exits, strict=True):
-        model, tokenizer = load_model(name, dtype)
-        task = load_task(*_kind_and_source(data), tokenizer, limit, chat)
-        prompts = [row["prompt"] for row in task.rows]
-        bar = f"{name}, exit {exit_layer}"
-        said.append(answers(model, tokenizer, prompts, max_new_tokens, progress=bar, exit_layer=exit_layer))
-    cache = Path(output).with_suffix(".replies.jsonl")
+    write_card(path, **options, peers=[_split("--peers", "NAME=PATH", argument) for argument in peers])
+    print(f"The page is {one_line(Path(path) / 'README.md')}.")
+
+
+def _push(path: str, include: list[str], **options) -> None:
+    from .push import files_left, files_to_push, push
+
+    address = push(path, include=include, **options)
+    left = files_left(path, files_to_push(path, include))
+    if left:
+        print(f"Not pushed, for want of --include: {one_line(', '.join(left))}.")
+    print(address)
+
+
+def _judge(data: str, **options) -> None:
+    from .judge import JudgeError
+    from .judging import judge_exits
+
     try:
-        result = judge_pairs(prompts, *said, model=judge, base_url=base_url, cache=cache)
-    except RuntimeError as error:  # of the endpoint; it says how to go on
-        sys.exit(f"{error}")
-    Path(output).write_text(json.dumps({"exits": exits, "path": path, "against": against, **asdict(result)}, indent=2))
+        result = judge_exits(data=_kind_and_source(data), **options)
+    except JudgeError as error:
+        sys.exit(one_line(error))
     print(f"{result.wins} wins, {result.ties} ties, {result.losses} losses, {result.malformed} malformed")
     if result.interval is not None:
         low, high = result.interval
@@ -156,9 +148,18 @@ def _extract(path: str, output: str, exit: int, revision: str | None, push: str 
     from .push import upload
 
     extract(path, exit, output, revision=revision, name=push)
-    print(f"The plain Llama of {exit} layers is in {output}.")
+    print(f"The plain Llama of {exit} layers is in {one_line(output)}.")
     if push is not None:
-        print(upload(output, push, f"The first {exit} layers of {path}", private))
+        print(upload(output, push, f"The first {exit} layers of {one_line(path)}", private))
+
+
+RUN: dict[str, Callable] = {"evaluate": _evaluate, "card": _card, "push": _push, "judge": _judge, "extract": _extract}
+
+
+def _exits(given: list[str] | None) -> Any:
+    """As `check_exit_layers` takes them, which says what is wrong with them."""
+    exits = [int(text) if text.isdecimal() else text for text in given or []]
+    return exits[0] if len(exits) == 1 and isinstance(exits[0], str) else exits or None
 
 
 def _kind_and_source(argument: str) -> tuple[str, str]:

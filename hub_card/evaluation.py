@@ -1,7 +1,7 @@
 """The evaluation of a checkpoint: every exit, every mode, one JSON file that a stopped run goes on from."""
 
-import hashlib
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
-from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_exit_layers
+from modeling_sorted_llama import SortedLlamaConfig
+from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_exit_layers, is_number
+from trainer.escaping import one_line
 
 from .calibration import draft_gain, reliability, suggest_thresholds
+from .checkpoint import check_device, fingerprint, load_answering_tokenizer, load_config, load_model
 from .cost import cost_of_exit
 from .measure import answers, decoding_speeds, teacher_forced
+from .record import FILE_NAME, SCHEMA_VERSION, check_record, load_evaluation, write_json
 from .tasks import Task, load_task
 
 
-SCHEMA_VERSION = 1
-FILE_NAME = "evaluation.json"  # in the checkpoint's folder
 PACKAGES = ("sorted-llama", "torch", "transformers", "tokenizers", "datasets", "lm-eval")
 
 
@@ -34,7 +34,7 @@ def evaluate(
     path: str,
     data: Sequence[tuple[str, str]] = (),
     harness_tasks: Sequence[str] = (),
-    exit_layers: Sequence[int] | None = None,
+    exit_layers: Sequence[int] | str | None = None,
     exit_thresholds: Sequence[float] = (0.5, 0.8, 0.9, 0.97),
     drafts: Sequence[int] | None = None,
     limit: int | None = None,
@@ -58,8 +58,8 @@ def evaluate(
             Kind (see [`load_task`]) and file or dataset of each task.
         harness_tasks (`Sequence[str]`, *optional*):
             Tasks of lm-evaluation-harness.
-        exit_layers (`Sequence[int]`, *optional*):
-            Exits, ending in full depth. Default to the checkpoint's.
+        exit_layers (`Sequence[int]` or `str`, *optional*):
+            Exits, ending in full depth, or `"every:N"`. Default to the checkpoint's.
         exit_thresholds (`Sequence[float]`, *optional*, defaults to `(0.5, 0.8, 0.9, 0.97)`):
             Thresholds of confidence to evaluate.
         drafts (`Sequence[int]`, *optional*):
@@ -89,8 +89,9 @@ def evaluate(
         `dict`: The content of the file.
 
     Raises:
-        ValueError: If an argument is out of range, if a row of the data lacks a field, or if `output` holds the
-            results of other settings or weights; before anything is evaluated.
+        ValueError: If an argument is out of range, if a file, a row or a task cannot be read, all that before the
+            weights are loaded; if these are broken, or `output` holds the results of other settings or weights; or if
+            the model gives what is no number.
     """
     if not data and not harness_tasks:
         raise ValueError("There is nothing to evaluate: pass `data` or `harness_tasks`.")
@@ -98,32 +99,27 @@ def evaluate(
     for name, value in {**numbers, "limit": 1 if limit is None else limit}.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    for threshold in exit_thresholds:
+        if not is_number(threshold) or threshold < 0:
+            raise ValueError(f"`exit_thresholds` must be finite numbers of at least 0, got {threshold!r}.")
+    check_device(device)
+    config = load_config(path)
+    exits, drafts = _depths(config, exit_layers, drafts)
+    if output is None and not Path(path).is_dir():
+        raise ValueError(f"`path={path!r}` is no folder here that could take the results: pass `output`.")
     output = Path(output) if output is not None else Path(path) / FILE_NAME
-    if not output.parent.is_dir():
+    if not output.parent.is_dir() or output.is_dir():
         raise ValueError(f"`output` must be a file in a folder that exists, got {str(output)!r}.")
-    model, tokenizer = load_model(path, dtype, device)
-    depth = model.config.num_hidden_layers
-    exits = check_exit_layers(exit_layers or model.config.exit_layers or [depth], depth)
-    if exits != model.config.exit_layers and model.config.exit_heads != "shared":
-        raise ValueError(
-            f"`exit_layers` must be those that the checkpoint has weights for, {model.config.exit_layers}, got "
-            f"{exits}."
-        )
-    model.config.exit_layers = exits  # where thresholds leave
-    drafts = exits[:-1] if drafts is None else [check_exit_layer(k, depth - 1, "drafts") for k in drafts]
-    tasks = [load_task(kind, source, tokenizer, limit, chat) for kind, source in data]
-    sources: dict[str, str] = {}
-    for task in tasks:
-        if task.name in sources:
-            raise ValueError(
-                f"`data` has two tasks named {task.name!r}, {sources[task.name]!r} and {task.source!r}: a file is "
-                "called by its name without the folder, rename one."
-            )
-        sources[task.name] = task.source
+    if output.exists() and not overwrite:
+        load_evaluation(output)  # what is broken there is told before the weights are loaded
+    tokenizer = load_answering_tokenizer(path)
+    tasks = _load_tasks(data, tokenizer, limit, chat)
     if harness_tasks:
         from .harness import SortedLlamaLM, evaluate_harness, find_tasks
 
         manager = find_tasks(harness_tasks)
+    model = load_model(path, dtype, device)
+    model.config.exit_layers = exits  # where thresholds leave
 
     timed = [row["prompt"] for row in tasks[0].rows[:num_timed]] if tasks else []
     longest = min(max_new_tokens, tasks[0].max_new_tokens) if tasks else 0
@@ -133,7 +129,7 @@ def evaluate(
     drafting = {f"draft {k}": {"assistant_early_exit": k} for k in drafts}
     request = {
         "path": path,
-        "weights": _fingerprint(model),
+        "weights": fingerprint(model),
         "exit_layers": exits,
         "settings": settings | drafting,
         "tasks": {
@@ -159,19 +155,19 @@ def evaluate(
         of_task = record["tasks"].setdefault(task.name, {"kind": task.kind, "metric": task.metric, "settings": {}})
         if "exits" not in of_task:
             of_task.update(_read_exits(model, tokenizer, task, exits, batch_size))
-            write_json(output, record)
+            _write(output, record)
         prompts = [row["prompt"] for row in task.rows]
         for name, decoding in settings.items():
             if name not in of_task["settings"]:
-                bar = f"{task.name}, {name}"
+                bar = one_line(f"{task.name}, {name}")
                 texts = answers(model, tokenizer, prompts, task.max_new_tokens, batch_size, bar, **decoding)
                 of_task["settings"][name] = task.score(texts)
-                write_json(output, record)
+                _write(output, record)
     if tasks and "speed" not in record:
         speeds = decoding_speeds(model, tokenizer, timed, settings | drafting, longest, runs, progress=True)
         record["speed"] = {name: asdict(speed) for name, speed in speeds.items()}
         record["made_by"]["machine"] = _machine(model.device)  # a run may go on elsewhere
-        write_json(output, record)
+        _write(output, record)
     missing = [name for name in harness_tasks if name not in record["harness"]]
     if missing:
         lm = SortedLlamaLM(model, exit_layers=exits, tokenizer=tokenizer, batch_size=batch_size)
@@ -179,29 +175,36 @@ def evaluate(
             record["harness"][name] = evaluate_harness(
                 lm, exits, name, limit=limit, bootstrap_iters=0, task_manager=manager, apply_chat_template=chat
             )
-            write_json(output, record)
+            _write(output, record)
     return record
 
 
-def load_model(path: str, dtype: str, device: str | None = None) -> tuple[Any, Any]:
-    """
-    A model to evaluate and its tokenizer.
+def _depths(
+    config: SortedLlamaConfig, exit_layers: Sequence[int] | str | None, drafts: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """The exits to evaluate, and those that draft."""
+    depth = config.num_hidden_layers
+    exits = check_exit_layers(config.exit_layers or [depth] if exit_layers is None else exit_layers, depth)
+    if exits != config.exit_layers and config.exit_heads != "shared":
+        raise ValueError(
+            f"`exit_layers` must be those that the checkpoint has weights for, {config.exit_layers}, got {exits}."
+        )
+    if drafts and depth == 1:
+        raise ValueError(f"`drafts` are exits below full depth, of which a model of one layer has none, got {drafts}.")
+    return exits, exits[:-1] if drafts is None else [check_exit_layer(k, depth - 1, "drafts") for k in drafts]
 
-    Args:
-        path (`str`):
-            Model id or path.
-        dtype (`str`):
-            Type of the weights.
-        device (`str`, *optional*):
-            Defaults to a GPU where there is one.
 
-    Returns:
-        `tuple`: [`SortedLlamaForCausalLM`] and [`~transformers.PreTrainedTokenizerBase`].
-    """
-    model: Any = SortedLlamaForCausalLM.from_pretrained(path, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+def _load_tasks(data: Sequence[tuple[str, str]], tokenizer: Any, limit: int | None, chat: bool) -> list[Task]:
+    tasks = [load_task(kind, source, tokenizer, limit, chat) for kind, source in data]
+    sources: dict[str, str] = {}
+    for task in tasks:
+        if task.name in sources:
+            raise ValueError(
+                f"`data` has two tasks named {task.name!r}, {sources[task.name]!r} and {task.source!r}: a file is "
+                "called by its name without the folder, rename one."
+            )
+        sources[task.name] = task.source
+    return tasks
 
 
 def _read_exits(model, tokenizer, task: Task, exits: list[int], batch_size: int) -> dict[str, Any]:
@@ -251,42 +254,9 @@ def _open(output: Path, request: dict, overwrite: bool, machine: str) -> dict[st
     }
 
 
-def load_evaluation(path: str | Path) -> dict[str, Any]:
-    """
-    Read an evaluation.
-
-    Args:
-        path (`str` or `Path`):
-            JSON file, or a folder with an `evaluation.json`.
-
-    Returns:
-        `dict`
-
-    Raises:
-        ValueError: If the file is of a later schema than this version reads.
-    """
-    path = Path(path)
-    record = json.loads((path / FILE_NAME if path.is_dir() else path).read_text(encoding="utf-8"))
-    if record.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(
-            f"{str(path)!r} has schema version {record.get('schema_version')!r}, this version reads {SCHEMA_VERSION}."
-        )
-    return record
-
-
-def write_json(path: Path, content: dict) -> None:
-    """
-    Write JSON so that an interruption leaves the old file or the new one.
-
-    Args:
-        path (`Path`):
-            File.
-        content (`dict`):
-            What it is to hold.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
+def _write(output: Path, record: dict[str, Any]) -> None:
+    check_record(record)  # a model that overflows says what is no number
+    write_json(output, record)
 
 
 def _command() -> str:
@@ -302,20 +272,19 @@ def _version(name: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Of the repository that this file is a file of; not of one whose environment it was installed into."""
+    folder = str(Path(__file__).parent)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", folder, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
+
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _fingerprint(model) -> str:
-    """Of some of every tensor's values: another training has another one."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        some = tensor.flatten()[:: max(tensor.numel() // 64, 1)]
-        digest.update(f"{name} {tuple(tensor.shape)} {some.float().tolist()}".encode())
-    return digest.hexdigest()
 
 
 def _machine(device: torch.device) -> str:

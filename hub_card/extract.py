@@ -16,19 +16,23 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from yaml import YAMLError
 
 from modeling_sorted_llama import SortedLlamaConfig
 from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
 from modeling_sorted_llama.generation_sorted_llama import make_plain
 from modeling_sorted_llama.modeling_sorted_llama import fold_lens
 from modeling_sorted_llama.submodel_weights import EMBEDDINGS, HEAD, lens_matrix, submodel_name
+from trainer.escaping import hub_links, markdown, one_line, python_literal
+from trainer.model_card import QUESTION, START
 
 from .card import harness_results
-from .evaluation import FILE_NAME, load_evaluation
+from .checkpoint import load_config, load_tokenizer
+from .record import FILE_NAME, load_evaluation
 
 
 def extract(
@@ -63,19 +67,27 @@ def extract(
 
     Raises:
         ValueError: If `exit_layer` is out of range, if `output` is there already, if there are no safetensors in
-            `path`, or if a quantized head would have to be multiplied by the matrix of an exit.
+            `path`, if a file there cannot be read, or if a quantized head would have to be multiplied by the matrix
+            of an exit.
     """
     output = Path(output)
     if output.exists():
         raise ValueError(f"`output` must be a folder that is not there yet, got {str(output)!r}.")
-    source = _Source(path, revision)
-    config = SortedLlamaConfig.from_pretrained(path, revision=revision)
+    config = load_config(path, revision)
     check_exit_layer(exit_layer, config.num_hidden_layers, "exit_layer")
+    source = _Source(path, revision)
+    has_tokenizer = source.file("tokenizer_config.json") is not None
+    tokenizer = load_tokenizer(path, revision) if has_tokenizer else None
+    chat = tokenizer is not None and tokenizer.chat_template is not None
+    page = _page(source, config, exit_layer, name or str(output), chat)
 
     unfinished = output.with_name(output.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    _write_weights(source, config, exit_layer, unfinished, max_shard_size)
+    try:
+        _write_weights(source, config, exit_layer, unfinished, max_shard_size)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {source.path!r} could not be read: {one_line(error)}") from error
     llama_config = config.to_llama(exit_layer)
     llama_config.architectures = ["LlamaForCausalLM"]
     llama_config.save_pretrained(unfinished)
@@ -83,9 +95,9 @@ def extract(
         generation_config = GenerationConfig.from_pretrained(path, revision=revision)
         make_plain(generation_config)
         generation_config.save_pretrained(unfinished)
-    if source.file("tokenizer_config.json") is not None:
-        AutoTokenizer.from_pretrained(path, revision=revision).save_pretrained(unfinished)
-    _write_page(source, config, exit_layer, name or str(output), unfinished / "README.md")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(unfinished)
+    (unfinished / "README.md").write_text(page, encoding="utf-8")
     unfinished.replace(output)
     return output
 
@@ -107,14 +119,19 @@ class _Source:
         except RemoteEntryNotFoundError:
             return None
         except LocalEntryNotFoundError as error:  # nobody knows whether it is there
-            raise ValueError(f"`path`: the Hub could not be asked for {name} of {self.path!r}: {error}") from error
+            raise ValueError(
+                f"`path`: the Hub could not be asked for {name} of {self.path!r}: {one_line(error)}"
+            ) from error
 
     def weight_map(self) -> dict[str, str]:
         """Name of each tensor, and of the file that holds it."""
         cached = self.is_local or try_to_load_from_cache(self.path, SAFE_WEIGHTS_NAME, revision=self.revision)
         index = None if isinstance(cached, str) else self.file(SAFE_WEIGHTS_INDEX_NAME)  # offline it need not be known
         if index is not None:
-            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"`path`: {str(index)!r} is no index of weights: {one_line(error)}") from error
         single = self.file(SAFE_WEIGHTS_NAME)
         if single is None:
             raise ValueError(f"`path` must hold its weights as safetensors, got {self.path!r}.")
@@ -163,9 +180,14 @@ def _write_weights(
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _write_page(source: _Source, config: SortedLlamaConfig, exit_layer: int, name: str, file: Path) -> None:
-    page = source.file("README.md")
-    theirs: Any = ModelCard.load(page, ignore_metadata_errors=True).data if page is not None else ModelCardData()
+def _page(source: _Source, config: SortedLlamaConfig, exit_layer: int, name: str, chat: bool) -> str:
+    file, evaluation = source.file("README.md"), source.file(FILE_NAME)
+    theirs: Any = ModelCardData()
+    if file is not None:
+        try:
+            theirs = ModelCard.load(file, ignore_metadata_errors=True).data
+        except (ValueError, TypeError, YAMLError) as error:
+            raise ValueError(f"The page {str(file)!r} could not be read: {one_line(error)}") from error
     data = ModelCardData(
         base_model=theirs.base_model if source.is_local else source.path,
         license=theirs.license,
@@ -175,20 +197,20 @@ def _write_page(source: _Source, config: SortedLlamaConfig, exit_layer: int, nam
         datasets=theirs.datasets,
         language=theirs.language,
     )
-    made_from = (
-        Path(source.path).resolve().name if source.is_local else f"[{source.path}](https://hf.co/{source.path})"
-    )
+    made_from = markdown(Path(source.path).resolve().name) if source.is_local else hub_links(source.path)
+    asked, answer = (START, "") if not chat else ([{"role": "user", "content": QUESTION}], '[-1]["content"]')
+    call = f'print(pipe({json.dumps(asked)})[0]["generated_text"]{answer})'
     blocks = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {Path(name).name}",
+        f"# {markdown(Path(name).name)}",
         f"The first {exit_layer} of {config.num_hidden_layers} layers of {made_from} as a plain Llama, which runs "
         "wherever Llamas run. The whole checkpoint holds this model too, beside the deeper ones.",
-        f'```python\nfrom transformers import pipeline\n\npipe = pipeline("text-generation", "{name}")\n```',
+        "```python\nfrom transformers import pipeline\n\n"
+        f'pipe = pipeline("text-generation", {python_literal(name)})\n{call}\n```',
     ]
-    evaluation = source.file(FILE_NAME)
     scores = [] if evaluation is None else _scores(load_evaluation(evaluation), exit_layer)
     blocks += ["\n".join(scores)] if scores else ["It was not evaluated at this depth."]
-    file.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    return "\n\n".join(blocks) + "\n"
 
 
 def _scores(record: dict[str, Any], exit_layer: int) -> list[str]:
@@ -196,11 +218,12 @@ def _scores(record: dict[str, Any], exit_layer: int) -> list[str]:
     rows = []
     for task, results in record["tasks"].items():
         for metric, value in results["settings"].get(f"exit {exit_layer}", {}).items():
-            rows.append(f"| {task} | {metric.replace('_', ' ')} | {100 * value:.1f} % |")
+            rows.append(f"| {markdown(task)} | {markdown(metric.replace('_', ' '))} | {100 * value:.1f} % |")
     for task, by_exit in harness_results(record).items():
         for metric, value in by_exit.get(str(exit_layer), {}).items():
             if "stderr" not in metric:
-                rows.append(f"| {task} | {metric.split(',')[0].replace('_', ' ')} | {value:.4g} |")
+                what = markdown(metric.split(",")[0].replace("_", " "))
+                rows.append(f"| {markdown(task)} | {what} | {value:.4g} |")
     return ["| task | metric | score |", "|---|---|---:|", *rows] if rows else []
 
 

@@ -8,6 +8,8 @@ python -m hub_card evaluate PATH --tasks ...                                    
 ```
 """
 
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from tqdm.auto import tqdm
 
 import modeling_sorted_llama  # noqa: F401  (registers the model with the Auto classes)
+from trainer.escaping import one_line
 
 from .measure import read_at_exit
 
@@ -135,7 +138,7 @@ def find_tasks(names: Sequence[str]) -> TaskManager:
         `lm_eval.tasks.TaskManager`: What knows them.
 
     Raises:
-        ValueError: If there is no such task.
+        ValueError: If there is no such task, or if it cannot be made: its YAML is broken, its data is not there.
     """
     manager = TaskManager()
     unknown = [name for name in names if not Path(name).is_file() and not manager.match_tasks([name])]
@@ -144,6 +147,12 @@ def find_tasks(names: Sequence[str]) -> TaskManager:
             f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}: `lm_eval ls tasks` lists them; or "
             "pass a YAML file."
         )
+    for name in names:
+        try:
+            manager.load([name])
+        except Exception as error:  # the harness, the file and the data have each their own
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ValueError(f"The task {name!r} could not be made: {reason}") from error
     return manager
 
 
@@ -165,14 +174,14 @@ def evaluate_harness(
 
     Returns:
         `dict[str, dict[str, dict]]`: By task (a group has several) and exit, the metrics as the harness names them
-        (`"acc,none"`).
+        (`"acc,none"`), as far as they are finite numbers.
     """
     found: dict[str, dict[str, dict]] = {}
     for exit_layer in exit_layers:
         model.exit_layer = exit_layer
         results: Any = simple_evaluate(model=model, tasks=[task], **kwargs)
         for name, metrics in results["results"].items():
-            numbers = {metric: value for metric, value in metrics.items() if isinstance(value, float)}
+            numbers = {m: value for m, value in metrics.items() if isinstance(value, float) and math.isfinite(value)}
             found.setdefault(name, {})[str(exit_layer)] = numbers
     return found
 
@@ -180,4 +189,7 @@ def evaluate_harness(
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (OSError, ValueError) as error:
+        sys.exit(one_line(error))

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm.auto import tqdm
+
+from trainer.escaping import one_line
 
 
 # An echo of the whole prompt must not end in a verdict, so the three verdicts are not on lines of their own.
@@ -42,7 +44,13 @@ nothing behind it: VERDICT {nonce}: 1 if answer 1 is better, VERDICT {nonce}: 2 
 VERDICT {nonce}: TIE if neither is.
 """
 
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 1024}  # what the judge is asked with
+
 _TEMPLATE_FIELDS = {"nonce", "instruction", "answer_1", "answer_2"}
+
+
+class JudgeError(RuntimeError):
+    """The judge does not answer."""
 
 
 @dataclass
@@ -95,8 +103,8 @@ def judge_pairs(
     base_url: str | None = None,
     api_key: str | None = None,
     template: str = DEFAULT_TEMPLATE,
-    temperature: float | None = 0.0,
-    max_tokens: int | None = 1024,
+    temperature: float | None = SAMPLING["temperature"],
+    max_tokens: int | None = SAMPLING["max_tokens"],
     seed: int | None = None,
     sampling: dict[str, Any] | None = None,
     cache: str | os.PathLike | None = None,
@@ -168,7 +176,7 @@ def judge_pairs(
         ValueError: Before any request, if an argument is out of range, the sequences differ in length or `cache` is a
             file of something else.
         TypeError: Before any request, if an instruction or an answer is not a string.
-        RuntimeError: If a request fails in the end. The replies until then are in `cache`; a rerun goes on from there.
+        JudgeError: If a request fails in the end. The replies until then are in `cache`; a rerun goes on from there.
     """
     pairs = {"instructions": instructions, "answers_a": answers_a, "answers_b": answers_b}
     _check_arguments(pairs, template, concurrency, confidence, resamples)
@@ -182,11 +190,11 @@ def judge_pairs(
             nonce = _nonce(instruction, answer_1, answer_2)
             prompt = template.format(nonce=nonce, instruction=instruction, answer_1=answer_1, answer_2=answer_2)
             request = {**options, "model": model, "messages": [{"role": "user", "content": prompt}]}
-            key = _digest(request)
+            key = digest_of(request)
             requests[key] = request
             asked.append((key, nonce))
 
-    replies = {} if cache is None else _load_cache(Path(cache))
+    replies = {} if cache is None else load_cache(Path(cache))
     missing = {key: request for key, request in requests.items() if key not in replies}
     if missing:
         client = connect(base_url, api_key, max_retries, timeout)
@@ -200,9 +208,9 @@ def judge_pairs(
                 if cache is None
                 else f"They are in cache={os.fspath(cache)!r}: run again with the same arguments to go on from there."
             )
-            raise RuntimeError(
-                f"A request to model={model!r} failed with max_retries={max_retries}: {type(error).__name__}: {error} "
-                f"{done} of {len(requests)} replies had arrived. {advice}"
+            raise JudgeError(
+                f"A request to model={model!r} failed with max_retries={max_retries}: {type(error).__name__}: "
+                f"{one_line(error)} {done} of {len(requests)} replies had arrived. {advice}"
             ) from error
 
     read = [parse_verdict(replies[key], nonce) for key, nonce in asked]
@@ -226,6 +234,41 @@ def connect(base_url: str | None = None, api_key: str | None = None, max_retries
     if api_key is None:
         raise ValueError("The judge needs an `api_key` or OPENAI_API_KEY, or with `base_url` a server of your own.")
     return openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=max_retries, timeout=timeout)
+
+
+def check_judge(model: str, base_url: str | None = None, **options: Any) -> None:
+    """
+    Ask the judge for a word, before anything is made for it.
+
+    Args:
+        model (`str`):
+            Name of the judge at the endpoint.
+        base_url (`str`, *optional*):
+            The endpoint: see [`judge_pairs`].
+        options (`Any`, *optional*):
+            Arguments of [`connect`].
+
+    Raises:
+        ValueError: If there is no key.
+        JudgeError: If there is no answer, or none of a chat model.
+    """
+    client = connect(base_url, **options)
+    request = {**SAMPLING, "model": model, "messages": [{"role": "user", "content": "Say OK."}]}
+    try:
+        with client:
+            _ask(client, request)
+    except Exception as error:
+        raise JudgeError(
+            f"The judge {model!r} at {client.base_url} does not answer: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _ask(client: Any, request: dict[str, Any]) -> str:
+    completion = client.chat.completions.create(**request)
+    # Not a wrong URL's web page, nor how some endpoints report an error
+    if not getattr(completion, "choices", None):
+        raise ValueError(f"the endpoint's reply is no chat completion: {one_line(completion)[:200]!r}.")
+    return completion.choices[0].message.content or ""
 
 
 def parse_verdict(reply: str, nonce: str) -> str | None:
@@ -307,18 +350,40 @@ def _check_arguments(
         raise ValueError(f"`resamples` must be at least 1, got {resamples}.")
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """
+    SHA-256 of what JSON can hold.
+
+    Args:
+        value (`Any`):
+            The value.
+
+    Returns:
+        `str`
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _nonce(*texts: str) -> str:
     """A code that none of `texts` contains. It is their hash: the same in every run, but not to be known by a text."""
-    codes = (_digest([*texts, attempt])[:8] for attempt in itertools.count())
+    codes = (digest_of([*texts, attempt])[:8] for attempt in itertools.count())
     return next(code for code in codes if not any(code in text for text in texts))
 
 
-def _load_cache(cache: Path) -> dict[str, str]:
-    """The replies in the file by the keys of their requests; none if there is no file yet."""
+def load_cache(cache: Path) -> dict[str, str]:
+    """
+    What a file of replies, or of answers, holds.
+
+    Args:
+        cache (`Path`):
+            JSON Lines file; it need not be there yet.
+
+    Returns:
+        `dict[str, str]`: The replies by the keys of their requests.
+
+    Raises:
+        ValueError: If it is a file of something else.
+    """
     replies: dict[str, str] = {}
     content = cache.read_text(encoding="utf-8") if cache.exists() else ""
     for number, line in enumerate(content.split("\n"), start=1):
@@ -326,12 +391,47 @@ def _load_cache(cache: Path) -> dict[str, str]:
             record = json.loads(line)
         except ValueError:
             continue  # empty, or half a line of a run that was killed
-        if not isinstance(record, dict) or record.keys() != {"key", "reply"}:
+        if not isinstance(record, dict) or record.keys() != {"key", "reply"} or not isinstance(record["reply"], str):
             raise ValueError(
                 f"`cache` must be a file of cached replies, got {str(cache)!r}, whose line {number} is none."
             )
         replies[record["key"]] = record["reply"]
     return replies
+
+
+def open_cache(cache: Path) -> TextIO:
+    """
+    Open such a file to add to it, behind half a line of a run that was killed.
+
+    Args:
+        cache (`Path`):
+            JSON Lines file; it need not be there yet.
+
+    Returns:
+        `TextIO`
+    """
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    torn = cache.is_file() and cache.stat().st_size > 0 and not cache.read_bytes().endswith(b"\n")
+    file = open(cache, "a", encoding="utf-8")
+    if torn:
+        file.write("\n")
+    return file
+
+
+def write_reply(file: TextIO, key: str, reply: str) -> None:
+    """
+    Add a reply at once.
+
+    Args:
+        file (`TextIO`):
+            Of [`open_cache`].
+        key (`str`):
+            Of the request.
+        reply (`str`):
+            What was said.
+    """
+    file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+    file.flush()
 
 
 def _ask_all(
@@ -343,24 +443,14 @@ def _ask_all(
     disable_tqdm: bool,
 ) -> None:
     """Add the reply to each of `requests` to `replies`, and to the file."""
-    path = Path(os.devnull if cache is None else cache)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     lock = threading.Lock()
-    with open(path, "a", encoding="utf-8") as file:
-        if torn:
-            file.write("\n")
+    with open_cache(Path(os.devnull if cache is None else cache)) as file:
 
         def ask(key: str) -> None:
-            completion = client.chat.completions.create(**requests[key])
-            # Not a wrong URL's web page, nor how some endpoints report an error
-            if not getattr(completion, "choices", None):
-                raise ValueError(f"the endpoint's reply is no chat completion: {str(completion)[:200]!r}.")
-            reply = completion.choices[0].message.content or ""
+            reply = _ask(client, requests[key])
             with lock:
                 replies[key] = reply
-                file.write(json.dumps({"key": key, "reply": reply}) + "\n")
-                file.flush()
+                write_reply(file, key, reply)
 
         pool = ThreadPoolExecutor(concurrency)
         try:

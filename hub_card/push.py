@@ -1,15 +1,40 @@
 """A checkpoint with its page to the Hub."""
 
-from pathlib import Path
+import os
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
+from httpx import HTTPError
 from huggingface_hub import HfApi
 
-from .card import write_card
+from trainer.escaping import one_line
+
+from .card import install, render_card
 
 
-# What a training leaves in a folder, and a page does not need
-IGNORED = ["checkpoint-*/**", "_unfinished/**", "runs/**", "*.tmp", "training_args.bin", "trainer_state.json"]
-IGNORED += ["optimizer.pt", "scheduler.pt", "rng_state*.pth"]
+# What transformers, tokenizers, PEFT and this project save in the folder of a model
+CHECKPOINT = [
+    *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
+    *("model-*-of-*.safetensors", "model.*.safetensors", "model.*.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model"),
+    *("tekken.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("*_sorted_llama.py", "tokenization_*.py", "processing_*.py"),  # the code that travels along
+    *("README.md", "quality_speed.png", "evaluation.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+]
+# What no pattern brings along: what a training goes on from, and secrets
+NEVER = [
+    *(".*", "*.token", "*token.txt", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "*.tmp", "__pycache__"),
+    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "random_states_*", "trainer_state.json"),
+    *("training_args.bin", "*_optim_states.pt", "*.distcp", "global_step*", "checkpoint-*", "_unfinished"),
+    *("pytorch_model_fsdp*", "zero_to_fp32.py"),
+]
 
 
 def push(
@@ -18,9 +43,11 @@ def push(
     private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
+    include: Sequence[str] = (),
 ) -> str:
     """
-    Push a checkpoint, its page and its evaluation as one commit: the Hub has all of it or nothing.
+    Push a checkpoint, its page and its evaluation. The page in the folder is that of the push once it has succeeded;
+    else nothing in the folder has changed.
 
     Args:
         path (`str` or `Path`):
@@ -33,15 +60,21 @@ def push(
             Branch, made if it is not there. Defaults to the main one.
         create_pr (`bool`, *optional*, defaults to `False`):
             Whether to open a pull request in place of a commit.
+        include (`Sequence[str]`, *optional*):
+            Patterns of other files to push: see [`files_to_push`].
 
     Returns:
         `str`: Address of the commit, or of the pull request.
 
     Raises:
-        ValueError: If `path` is no folder of a checkpoint.
+        ValueError: If `path` is no folder of a checkpoint, or if what is to be pushed is not a file in it.
+        OSError: If the Hub refuses, or cannot be reached.
     """
-    write_card(path, name=name)
-    return upload(path, name, "Sorted Llama with its page", private, revision, create_pr)
+    with TemporaryDirectory() as made:
+        render_card(path, made, name=name)
+        address = upload(path, name, "Sorted Llama with its page", private, revision, create_pr, include, made)
+        install(made, path)
+    return address
 
 
 def upload(
@@ -51,13 +84,15 @@ def upload(
     private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
+    include: Sequence[str] = (),
+    instead: str | Path | None = None,
 ) -> str:
     """
-    Push a folder as it is, as one commit.
+    Push what [`files_to_push`] names of a folder, and nothing else.
 
     Args:
         folder (`str` or `Path`):
-            What to push; checkpoints and states of a training are left out.
+            Folder of a checkpoint.
         name (`str`):
             Id on the Hub, `user/name`; made if it is not there.
         message (`str`):
@@ -68,23 +103,113 @@ def upload(
             Branch, made if it is not there. Defaults to the main one.
         create_pr (`bool`, *optional*, defaults to `False`):
             Whether to open a pull request in place of a commit.
+        include (`Sequence[str]`, *optional*):
+            Patterns of other files to push.
+        instead (`str` or `Path`, *optional*):
+            Folder of files to push in place of those of the same names.
 
     Returns:
         `str`: Address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: If what is to be pushed is not a file in the folder.
+        OSError: If the Hub refuses, or cannot be reached.
     """
+    if name.count("/") != 1:
+        raise ValueError(f"`name` must be an id on the Hub, user/name, got {name!r}.")
+    folder = Path(folder)
+    files = {file: folder / file for file in files_to_push(folder, include)}
+    if instead is not None:
+        files |= {file.name: file for file in Path(instead).iterdir()}
     api = HfApi()
-    api.create_repo(name, private=private, exist_ok=True)
-    if revision is not None and not create_pr:
-        api.create_branch(name, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=name,
-        folder_path=folder,
-        revision=revision,
-        create_pr=create_pr,
-        ignore_patterns=IGNORED,
-        commit_message=message,
-    )
+    with TemporaryDirectory() as staged:  # holds these files and no others: nothing is left to a filter
+        for file, source in files.items():
+            _link(source, Path(staged) / file)
+        try:
+            api.create_repo(name, private=private, exist_ok=True)
+            if revision is not None and not create_pr:
+                api.create_branch(name, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=name,
+                folder_path=staged,
+                revision=revision,
+                create_pr=create_pr,
+                ignore_patterns=[],
+                commit_message=message,
+            )
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:  # of the client, the line and the Hub
+            raise OSError(f"The push to {name!r} failed: {one_line(error)}") from error
     return commit.pr_url or commit.commit_url
 
 
-__all__ = ["push", "upload"]
+def files_to_push(folder: str | Path, include: Sequence[str] = ()) -> list[str]:
+    """
+    The files of a folder that make a checkpoint, and those that are asked for.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of a checkpoint.
+        include (`Sequence[str]`, *optional*):
+            Patterns of further files, as `Path.glob` reads them: `"notes.txt"`, `"images/*"`, `"**/*.md"`. States of
+            a training, checkpoints in it, hidden files and what looks like a secret are never among them.
+
+    Returns:
+        `list[str]`: Their paths in the folder, with `/`.
+
+    Raises:
+        ValueError: If a pattern matches nothing that may be pushed, or if one of the files is a link that leaves the
+            folder.
+    """
+    folder = Path(folder)
+    found = {file for pattern in CHECKPOINT for file in _matches(folder, pattern)}
+    for pattern in include:
+        asked = [file for file in _matches(folder, pattern) if not _is_private(file)]
+        if not asked:
+            raise ValueError(f"`include={pattern!r}` matches no file of {str(folder)!r} that may be pushed.")
+        found.update(asked)
+    outside = [file for file in sorted(found) if not (folder / file).resolve().is_relative_to(folder.resolve())]
+    if outside:
+        raise ValueError(
+            f"{outside[0]!r} is a link that leaves {str(folder)!r}, which is not followed: put a copy in its place."
+        )
+    return sorted(found)
+
+
+def files_left(folder: str | Path, files: Sequence[str]) -> list[str]:
+    """
+    What of a folder is not pushed, without what a training leaves and what is hidden.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of a checkpoint.
+        files (`Sequence[str]`):
+            What is pushed.
+
+    Returns:
+        `list[str]`: Names in the folder, those of folders with a `/` behind them.
+    """
+    pushed = {PurePosixPath(file).parts[0] for file in files}
+    entries = [entry for entry in sorted(Path(folder).iterdir()) if not _is_private(entry.name)]
+    return [f"{entry.name}{'/' * entry.is_dir()}" for entry in entries if entry.name not in pushed]
+
+
+def _matches(folder: Path, pattern: str) -> list[str]:
+    try:
+        return [file.relative_to(folder).as_posix() for file in folder.glob(pattern) if file.is_file()]
+    except (NotImplementedError, ValueError) as error:  # an absolute one, or none
+        raise ValueError(f"`include={pattern!r}` is no pattern of files in the folder: {one_line(error)}") from error
+
+
+def _is_private(file: str) -> bool:
+    return any(fnmatch(part, pattern) for part in PurePosixPath(file).parts for pattern in NEVER)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.symlink(source.resolve(), target)
+    except (OSError, NotImplementedError):  # Windows asks for a privilege
+        shutil.copyfile(source, target)
+
+
+__all__ = ["files_to_push", "push", "upload"]

@@ -12,8 +12,11 @@ from datasets import load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import maybe_apply_chat_template
 
+from trainer.escaping import one_line
+
 
 QUESTION = "Question: {question}\nAnswer:"
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
@@ -88,13 +91,16 @@ def load_task(
         [`Task`]
 
     Raises:
-        ValueError: If `kind` is unknown, if `limit` is below 1, if there are no rows, or if a row lacks a field or has
-            answers that are no text.
+        ValueError: If `kind` is unknown, if `limit` is below 1, if `source` cannot be read or has no rows, if a row
+            lacks a field or holds something else in it than `kind` reads, or if `chat` is asked for and the tokenizer
+            has no chat template.
     """
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, got {limit}.")
+    if chat and tokenizer.chat_template is None:
+        raise ValueError("`chat` asks through the chat template, and the tokenizer has none.")
     rows = load_rows(source)[:limit]
     if not rows:
         raise ValueError(f"{source!r} has no rows.")
@@ -113,6 +119,8 @@ def load_task(
             question, completion = row["prompt"].strip(), row["completion"].strip()
             row["prompt"] = [{"role": "user", "content": question}]
             row["completion"] = [{"role": "assistant", "content": completion}]
+        if not isinstance(row["prompt"], str) and tokenizer.chat_template is None:
+            raise ValueError(f"Row {number} of {source!r} is a chat, and the tokenizer has no chat template.")
         text = as_text([row], tokenizer)[0]
         texts.append({**text, "answers": row.get("answers") or [text["answer"]]})
     longest = max(len(tokenizer(row["answer"])["input_ids"]) for row in texts) + 2
@@ -140,16 +148,23 @@ def load_rows(source: str) -> list[dict]:
         `list[dict]`
 
     Raises:
-        ValueError: If a file has no rows.
+        ValueError: If there is no such file or dataset, if the Hub cannot be reached, or if the file is of another
+            format, broken or empty.
     """
-    if Path(source).is_file():
-        suffix = Path(source).suffix.lstrip(".").replace("jsonl", "json")
-        try:
-            return list(load_dataset(suffix, data_files=source, split="train"))
-        except ValueError as error:  # also of a file without rows
-            raise ValueError(f"{source!r} could not be read: {error}") from error
-    splits = load_dataset(source)
-    return list(splits["test" if "test" in splits else "train"])
+    path = Path(source)
+    is_file = path.is_file() or path.suffix in FORMATS
+    if is_file and (not path.is_file() or path.suffix not in FORMATS):
+        wrong = "is not there" if path.suffix in FORMATS else f"must end in {', '.join(FORMATS)}"
+        raise ValueError(f"The file {source!r} {wrong}.")
+    try:
+        if is_file:
+            return list(load_dataset(FORMATS[path.suffix], data_files=source, split="train"))
+        splits = load_dataset(source)
+        return list(splits["test" if "test" in splits else "train"])
+    except Exception as error:  # of datasets, of many kinds: StopIteration where a file is empty
+        what = "" if path.exists() else "is no file here, and from the Hub it "
+        reason = one_line(error.__cause__ or error) or "it is empty."
+        raise ValueError(f"{source!r} {what}could not be read: {reason}") from error
 
 
 def as_text(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
@@ -246,6 +261,8 @@ def _read_question(row: dict) -> dict:
     answers = [str(v) if isinstance(v, int | float) else v for v in (value if isinstance(value, list) else [value])]
     if not answers or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"`{name}` must be text, a number, or a list of at least one of them, got {row[name]!r}.")
+    if not isinstance(row["question"], str):
+        raise ValueError(f"`question` must be text, got {row['question']!r}.")
     return {
         "prompt": QUESTION.format(question=row["question"]),
         "completion": f" {answers[0]}",
@@ -253,8 +270,32 @@ def _read_question(row: dict) -> dict:
     }
 
 
+def _read_problem(row: dict) -> dict:
+    problem = _read_question(row)
+    if not any(final_number(answer) for answer in problem["answers"]):  # no answer would ever be right
+        raise ValueError(f"`answer` must end in `#### ` and a number, got {row['answer']!r}.")
+    return problem
+
+
+def _read_completion(row: dict) -> dict:
+    def is_chat(messages: object) -> bool:
+        return (
+            isinstance(messages, list)
+            and len(messages) > 0
+            and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+        )
+
+    both = [row["prompt"], row["completion"]]
+    if not all(isinstance(part, str) for part in both) and not all(is_chat(part) for part in both):
+        raise ValueError(
+            f"`prompt` and `completion` must both be text, or both lists of chat messages, got {both[0]!r} and "
+            f"{both[1]!r}."
+        )
+    return dict(row)
+
+
 KINDS = {
     "qa": Kind(["question", "answers or answer"], _read_question, closed_book, 24),
-    "gsm8k": Kind(["question", "answer"], _read_question, final_answer, 256),
-    "completions": Kind(["prompt", "completion"], dict, exact_match, 128),
+    "gsm8k": Kind(["question", "answer"], _read_problem, final_answer, 256),
+    "completions": Kind(["prompt", "completion"], _read_completion, exact_match, 128),
 }

@@ -6,6 +6,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from .escaping import hub_links, markdown, python_literal, without_marks
+
+
+QUESTION = "What is the capital of France?"
+START = "The capital of France is"
+
 
 def new_page(data: Any, model_name: str, citation: str, dataset_name: str | None = None) -> str:
     """
@@ -27,9 +33,9 @@ def new_page(data: Any, model_name: str, citation: str, dataset_name: str | None
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_suffix(".md")),
-        model_name=model_name,
-        base_model=data.get("base_model"),
-        dataset_name=dataset_name,
+        model_name=markdown(model_name),
+        base_links=hub_links(data.get("base_model") or []),
+        dataset_links=hub_links(dataset_name or [], "datasets/"),
         citation=citation,
     )
     return card.content
@@ -54,8 +60,8 @@ def get_block(page: str, name: str) -> str | None:
 
 def set_block(page: str, name: str, content: str) -> str:
     """
-    Replace what stands between the marks of a block. Text outside of blocks, and a block whose marks the owner of the
-    page took away, stay as they are.
+    Replace what stands between the marks of a block, each on a line of its own. Text outside of blocks, and a block
+    whose marks the owner of the page took away, stay as they are.
 
     Args:
         page (`str`):
@@ -63,28 +69,31 @@ def set_block(page: str, name: str, content: str) -> str:
         name (`str`):
             Of the block.
         content (`str`):
-            New content, without the marks.
+            New content. What reads like a mark in it is shown as text, and is none.
 
     Returns:
         `str`: The page.
     """
-    return _block(name).sub(lambda block: f"{block[1]}{content.strip()}\n{block[3]}", page, count=1)
+    content = without_marks(content.strip())
+    return _block(name).sub(lambda block: f"{block[1]}{content}\n{block[3]}", page, count=1)
 
 
 def _block(name: str) -> re.Pattern:
     """A block: the mark at its begin, its content, the mark at its end."""
     begin, end = f"<!-- sorted-llama: {name} -->", f"<!-- /sorted-llama: {name} -->"
-    return re.compile(f"({re.escape(begin)}\n)(.*?)({re.escape(end)})", re.DOTALL)
+    return re.compile(f"^({re.escape(begin)}\n)(.*?)^({re.escape(end)})$", re.DOTALL | re.MULTILINE)
 
 
 def has_blocks(page: str) -> bool:
     """Whether any block of ours is in the page."""
-    return re.search(r"<!-- sorted-llama: \w+ -->", page) is not None
+    return re.search(r"^<!-- sorted-llama: \w+ -->$", page, re.MULTILINE) is not None
 
 
-def use_block(name: str, exits: list[int], base: str | None = None, exit_heads: str = "shared") -> str:
+def use_block(
+    name: str, exits: list[int], base: str | None = None, exit_heads: str = "shared", chat: bool = False
+) -> str:
     """
-    The calls to paste, with the exits of this model.
+    The calls to paste, with the exits of this model: each prints its answer, on any machine.
 
     Args:
         name (`str`):
@@ -95,42 +104,53 @@ def use_block(name: str, exits: list[int], base: str | None = None, exit_heads: 
             Of an adapter, the model that it is for.
         exit_heads (`str`, *optional*, defaults to `"shared"`):
             Of an adapter, what its exits own.
+        chat (`bool`, *optional*, defaults to `False`):
+            Whether the tokenizer has a chat template, through which the model is asked.
 
     Returns:
         `str`: Markdown.
     """
+    if base == "":
+        return "The adapter's base has no id or folder that a call could name."
     lines = [
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'name = "{name}"',
+        f"name = {python_literal(name)}",
         "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
         "model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)",
     ]
     if base is not None:  # an adapter's folder holds no code, and PEFT drops weights that the base has no place for
-        own = "" if exit_heads == "shared" else f', exit_heads="{exit_heads}"'
+        own = "" if exit_heads == "shared" else f", exit_heads={python_literal(exit_heads)}"
         lines = [
             "```python",
             "from modeling_sorted_llama import SortedLlamaForCausalLM",
             "from peft import PeftModel",
             "from transformers import AutoTokenizer",
             "",
-            f'name = "{name}"',
+            f"name = {python_literal(name)}",
             "tokenizer = AutoTokenizer.from_pretrained(name)",
-            f'base = SortedLlamaForCausalLM.from_pretrained("{base}", exit_layers={exits}{own})',
+            f"base = SortedLlamaForCausalLM.from_pretrained({python_literal(base)}, exit_layers={exits}{own})",
             "model = PeftModel.from_pretrained(base, name)",
         ]
-    lines += ['inputs = tokenizer("The capital of France is", return_tensors="pt")', ""]
-    if len(exits) > 1:
-        low = exits[0]
+    if chat:
         lines += [
-            f"model.generate(**inputs, exit_layer={low}, max_new_tokens=32)  # {low} layers run, and no more",
-            "model.generate(**inputs, exit_threshold=0.9, max_new_tokens=32)  # each token at the exit that is sure",
-            f"model.generate(**inputs, assistant_early_exit={low}, max_new_tokens=32)  # full depth's tokens, drafted",
-            'model.generate(**inputs, exit_layer="auto", max_new_tokens=32)  # a depth for each row, from its prompt',
+            f'messages = [{{"role": "user", "content": "{QUESTION}"}}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ").to(model.device)",
         ]
     else:
-        lines += ["model.generate(**inputs, max_new_tokens=32)"]
+        lines += [f'inputs = tokenizer("{START}", return_tensors="pt").to(model.device)']
+    low = exits[0]
+    calls = {
+        f"exit_layer={low}, ": f"  # {low} of {exits[-1]} layers run, and no more",
+        "exit_threshold=0.9, ": "  # each token at the exit that is sure",
+        f"assistant_early_exit={low}, ": "  # full depth's answer, drafted",
+    }
+    for call, what in calls.items() if len(exits) > 1 else [("", "")]:
+        lines += ["", f"tokens = model.generate(**inputs, {call}max_new_tokens=32){what}"]
+        lines += ["print(tokenizer.decode(tokens[0], skip_special_tokens=True))"]
     lines += ["```"]
     if base is None:
         lines += [
@@ -169,7 +189,7 @@ def training_block(trainer: Any) -> str:
     }
     if not args.self_distillation_weight:
         del facts["self-distillation"]
-    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {markdown(value)} |" for name, value in facts.items())]
     evaluations = [entry for entry in state.log_history if f"eval_exit_{trainer.exit_layers[0]}_loss" in entry]
     if evaluations:
         last = evaluations[-1]

@@ -239,7 +239,8 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             page = new_page(ModelCard.load(path).data, model_name, self._paper["citation"], dataset_name)
             base = get_config_model_id(self.model.config) if is_peft_model(self.model) else None
             exit_heads = self.model.config.exit_heads
-            use = use_block(self.hub_model_id or self.args.output_dir, self.exit_layers, base, exit_heads)
+            chat = getattr(self.processing_class, "chat_template", None) is not None
+            use = use_block(self.hub_model_id or self.args.output_dir, self.exit_layers, base, exit_heads, chat)
             page = set_block(set_block(page, "training", training_block(self)), "use", use)
             path.write_text(page, encoding="utf-8")
 

@@ -271,7 +271,7 @@ def test_a_code_that_was_seen_is_of_no_use(healthy):
 
 def test_no_text_contains_the_code(monkeypatch):
     hashes = iter(["aaaaaaaa", "bbbbbbbb", "cccccccc"])
-    monkeypatch.setattr(judge, "_digest", lambda value: next(hashes))
+    monkeypatch.setattr(judge, "digest_of", lambda value: next(hashes))
     assert judge._nonce("is it aaaaaaaa?", "", "VERDICT bbbbbbbb: 1") == "cccccccc"
 
 

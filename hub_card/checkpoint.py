@@ -1,0 +1,157 @@
+"""A checkpoint from its folder or the Hub; what is wrong with it is told in a line, the cheap parts first."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from trainer.escaping import one_line
+
+
+def load_config(path: str | Path, revision: str | None = None) -> SortedLlamaConfig:
+    """
+    The configuration of a checkpoint.
+
+    Args:
+        path (`str` or `Path`):
+            Folder, or id on the Hub.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub. Defaults to the main branch.
+
+    Returns:
+        [`SortedLlamaConfig`]
+
+    Raises:
+        ValueError: If there is no such checkpoint, here or on the Hub, if the Hub cannot be reached, or if the
+            configuration is none of a Llama.
+    """
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        hint = ""
+        if (folder / "adapter_config.json").is_file():
+            hint = ", which holds an adapter: merge it into its base first"
+        raise ValueError(f"`path` must be the folder of a checkpoint, with a config.json, got {str(path)!r}{hint}.")
+    try:
+        return SortedLlamaConfig.from_pretrained(path, revision=revision)
+    except ValueError as error:
+        raise ValueError(f"`path={str(path)!r}`: {one_line(error)}") from error
+    except OSError as error:
+        what = "" if folder.exists() else "is no folder here, and the Hub gives no such model: "
+        raise ValueError(f"`path={str(path)!r}` {what}{one_line(error)}") from error
+    except (StrictDataclassError, AttributeError, TypeError) as error:  # of what is in the file
+        raise ValueError(f"`path={str(path)!r}`: its config.json is none of a Llama: {one_line(error)}") from error
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
+    """
+    The tokenizer of a checkpoint.
+
+    Args:
+        path (`str` or `Path`):
+            Folder, or id on the Hub.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub. Defaults to the main branch.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]
+
+    Raises:
+        ValueError: If there is none, or if its files are broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except Exception as error:  # the tokenizers library has no narrower one
+        raise ValueError(f"The tokenizer of {str(path)!r} could not be loaded: {one_line(error)}") from error
+
+
+def load_answering_tokenizer(path: str | Path) -> Any:
+    """
+    The tokenizer of a checkpoint, to ask questions with.
+
+    Args:
+        path (`str` or `Path`):
+            Folder, or id on the Hub.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]: With a token to pad with.
+
+    Raises:
+        ValueError: If there is none, if its files are broken, or if it has no end-of-text token.
+    """
+    tokenizer = load_tokenizer(path)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"The tokenizer of {str(path)!r} has no end-of-text token (`eos_token`), which ends answers.")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path: str | Path, dtype: str, device: str | None = None) -> Any:
+    """
+    A model to evaluate.
+
+    Args:
+        path (`str` or `Path`):
+            Folder, or id on the Hub.
+        dtype (`str`):
+            Type of the weights.
+        device (`str`, *optional*):
+            Defaults to a GPU where there is one.
+
+    Returns:
+        [`SortedLlamaForCausalLM`]
+
+    Raises:
+        ValueError: If there are no weights, if their files are broken, or if some are missing.
+    """
+    try:
+        model, info = SortedLlamaForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"The weights of {str(path)!r} could not be loaded: {one_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # would be random
+        raise ValueError(f"The weights of {str(path)!r} lack {len(missing)} tensors, {missing[0]} for example.")
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def check_device(device: str | None) -> None:
+    """
+    Check that a device is there.
+
+    Args:
+        device (`str`, *optional*):
+            As torch names it; `None` is the default, which always is.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if device is None:
+        return
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"`device` must be one that torch finds here, got {device!r}: {one_line(error)[:200]}"
+        ) from error
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """
+    Of some of every tensor's values: another training has another one.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+
+    Returns:
+        `str`
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        some = tensor.flatten()[:: max(tensor.numel() // 64, 1)]
+        digest.update(f"{name} {tuple(tensor.shape)} {some.float().tolist()}".encode())
+    return digest.hexdigest()

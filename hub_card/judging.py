@@ -1,0 +1,118 @@
+"""Exit against exit, or model against model: their answers, kept as they are made, and what a judge makes of them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
+from trainer.escaping import one_line
+
+from .checkpoint import check_device, fingerprint, load_answering_tokenizer, load_config, load_model
+from .judge import PairwiseResult, check_judge, connect, digest_of, judge_pairs, load_cache, open_cache, write_reply
+from .measure import answers
+from .record import write_json
+from .tasks import Task, load_task
+
+
+def judge_exits(
+    path: str,
+    exits: Sequence[int],
+    data: tuple[str, str],
+    judge: str,
+    base_url: str | None = None,
+    against: str | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 256,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    chat: bool = False,
+    output: str | Path = "judging.json",
+) -> PairwiseResult:
+    """
+    Let a chat model compare the answers of two exits, or of two models. Answers and replies are kept in files beside
+    the result: a stopped run goes on, and answers are not generated again.
+
+    Args:
+        path (`str`):
+            Model id or path.
+        exits (`Sequence[int]`):
+            Two exits, of the model and of what it is against.
+        data (`tuple[str, str]`):
+            Kind (see [`load_task`]) and file or dataset of what to answer.
+        judge (`str`):
+            Name of the judge at the endpoint.
+        base_url (`str`, *optional*):
+            The endpoint: see [`judge_pairs`].
+        against (`str`, *optional*):
+            Id or path of another model. Defaults to the same.
+        limit (`int`, *optional*):
+            Rows. Defaults to all.
+        max_new_tokens (`int`, *optional*, defaults to 256):
+            Length of an answer, at most.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            Type of the weights.
+        device (`str`, *optional*):
+            Defaults to a GPU where there is one.
+        chat (`bool`, *optional*, defaults to `False`):
+            Whether questions are asked through the chat template.
+        output (`str` or `Path`, *optional*, defaults to `"judging.json"`):
+            JSON file of the result.
+
+    Returns:
+        [`PairwiseResult`]
+
+    Raises:
+        ValueError: If an argument is out of range, or if a file cannot be read; before a model is loaded.
+        JudgeError: If the judge does not answer, before a model is loaded, or if a request fails in the end.
+    """
+    output = Path(output)
+    if not output.parent.is_dir() or output.is_dir():
+        raise ValueError(f"`output` must be a file in a folder that exists, got {str(output)!r}.")
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
+    check_device(device)
+    connect(base_url).close()  # there is a key
+    sides = list(zip((path, against or path), exits, strict=True))
+    for name, exit_layer in sides:
+        check_exit_layer(exit_layer, load_config(name).num_hidden_layers, "exits")
+    tokenizers = [load_answering_tokenizer(name) for name, _ in sides]
+    tasks = [load_task(*data, tokenizer, limit, chat) for tokenizer in tokenizers]
+    kept = output.with_suffix(".answers.jsonl")
+    load_cache(kept)
+    check_judge(judge, base_url)
+    said: list[list[str]] = []
+    model: Any = None
+    for (name, exit_layer), tokenizer, task in zip(sides, tokenizers, tasks, strict=True):
+        if not said or name != path:
+            model = None  # before the next one comes
+            model = load_model(name, dtype, device)
+        said.append(_answers(model, tokenizer, task, exit_layer, max_new_tokens, kept, f"{name}, exit {exit_layer}"))
+    prompts = [row["prompt"] for row in tasks[0].rows]
+    cache = output.with_suffix(".replies.jsonl")
+    result = judge_pairs(prompts, *said, model=judge, base_url=base_url, cache=cache)
+    write_json(output, {"exits": list(exits), "path": path, "against": against, **asdict(result)})
+    return result
+
+
+def _answers(
+    model: Any, tokenizer: Any, task: Task, exit_layer: int, max_new_tokens: int, kept: Path, progress: str
+) -> list[str]:
+    """Greedy answers of an exit: those that the file has, and the others, which are added to it."""
+    made_by = {"weights": fingerprint(model), "dtype": str(model.dtype), "max_new_tokens": max_new_tokens}
+    prompts = [row["prompt"] for row in task.rows]
+    keys = [digest_of({**made_by, "exit_layer": exit_layer, "prompt": prompt}) for prompt in prompts]
+    found = load_cache(kept)
+    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
+    if missing:
+        asked = list(missing.values())
+        texts = answers(model, tokenizer, asked, max_new_tokens, progress=one_line(progress), exit_layer=exit_layer)
+        new = dict(zip(missing, texts, strict=True))
+        with open_cache(kept) as file:
+            for key, text in new.items():
+                write_reply(file, key, text)
+        found |= new
+    return [found[key] for key in keys]
+
+
+__all__ = ["judge_exits"]
