@@ -1,12 +1,16 @@
 """The quality-speed plot of an evaluation."""
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
+from trainer.escaping import one_line
 
-# Okabe-Ito: told apart by colour-blind readers; middle grey reads on white and on dark
-COLORS = {"exit": "#0072B2", "threshold": "#D55E00", "draft": "#009E73"}
-PLACES = {"exit": ((0, 10), "center"), "threshold": ((-8, 0), "right"), "draft": ((0, -11), "center")}  # of labels
+
+# After Okabe and Ito, told apart by colour-blind readers, the blue lighter; all of them read on white and on dark
+COLORS = {"exit": "#1F83C6", "threshold": "#D55E00", "draft": "#009E73"}
+DIRECTIONS = {"exit": 90, "threshold": 180, "draft": 270, "peer": 0}  # of a label from its point, where there is room
 PEER = "#CC79A7"
 GREY = "#888888"
 LABELS = {"exit": "one exit for all tokens", "threshold": "exit_threshold", "draft": "assistant_early_exit (lossless)"}
@@ -40,47 +44,94 @@ def plot_quality_speed(
     full = f"exit {record['request']['exit_layers'][-1]}"
     speed_ups = {name: s["median"] / record["speed"][full]["median"] for name, s in record["speed"].items()}
     tasks = record["tasks"]
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4), dpi=150, squeeze=False)
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.4), dpi=150, squeeze=False)
+    labels = []
     for panel, (task, results) in zip(panels[0], tasks.items(), strict=True):
         scores = {name: 100 * values[results["metric"]] for name, values in results["settings"].items()}
         for kind, color in COLORS.items():
             # Drafting gives full depth's answers: its score is not measured again
             points = {
-                name.removeprefix(f"{kind} "): (speed_up, scores[full] if kind == "draft" else scores[name])
+                name.removeprefix(f"{kind} "): (speed_up, scores.get(full if kind == "draft" else name))
                 for name, speed_up in speed_ups.items()
-                if name.startswith(f"{kind} ") and (kind == "draft" or name in scores)
+                if name.startswith(f"{kind} ") and (full if kind == "draft" else name) in scores
             }
             if not points:
                 continue
             style = "none" if kind == "draft" else "--" if kind == "exit" else "-"
             marker = {"exit": "o", "threshold": "s", "draft": "^"}[kind]
             xs, ys = zip(*sorted(points.values()), strict=True)
-            panel.plot(xs, ys, color=color, marker=marker, linestyle=style, label=LABELS[kind])
-            offset, align = PLACES[kind]
-            for name, at in points.items():
-                panel.annotate(
-                    name, at, offset, textcoords="offset points", ha=align, va="center", fontsize=8, color=color
-                )
+            panel.plot(xs, ys, color=color, marker=marker, linestyle=style, label=LABELS[kind], clip_on=False)
+            labels += [(panel, name, at, kind, color) for name, at in points.items()]
         for name, peer in (peers or {}).items():
             theirs = f"exit {peer['request']['exit_layers'][-1]}"
             at = (
                 peer["speed"][theirs]["median"] / record["speed"][full]["median"],
                 100 * peer["tasks"][task]["settings"][theirs][results["metric"]],
             )
-            panel.plot(*at, color=PEER, marker="D", linestyle="none")
-            panel.annotate(name, at, (8, 0), textcoords="offset points", va="center", fontsize=8, color=PEER)
-        panel.set_title(task, color=GREY)
-        panel.set_xlabel("speed-up over full depth (tokens/s, measured)", color=GREY)
-        panel.set_ylabel(f"{results['metric'].replace('_', ' ')}, %", color=GREY)
-        panel.tick_params(colors=GREY)
-        panel.margins(0.12)
-        low, high = panel.get_ylim()
-        panel.set_ylim(min(low, high - 10), max(high, low + 10))
-        panel.grid(alpha=0.3)
-        for spine in panel.spines.values():
-            spine.set_color(GREY)
-    panels[0][0].legend(fontsize=8, frameon=False, labelcolor=GREY)
-    figure.tight_layout()
+            panel.plot(*at, color=PEER, marker="D", linestyle="none", clip_on=False)
+            labels.append((panel, name, at, "peer", PEER))
+        _dress(panel, task, results["metric"])
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8, frameon=False, labelcolor=GREY, loc="lower center", ncols=len(names))
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    _place(figure, labels)
     figure.savefig(path, transparent=True)
     pyplot.close(figure)
     return True
+
+
+def _dress(panel: Any, task: str, metric: str) -> None:
+    """Title, axes and grid; no axis shows what no score and no speed can be."""
+    panel.set_title(one_line(task), color=GREY, parse_math=False)
+    panel.set_xlabel("speed-up over full depth (tokens/s, measured)", color=GREY)
+    panel.set_ylabel(one_line(f"{metric.replace('_', ' ')}, %"), color=GREY, parse_math=False)
+    panel.tick_params(colors=GREY)
+    panel.margins(0.12)
+    low, high = max(panel.get_ylim()[0], 0), min(panel.get_ylim()[1], 100)
+    panel.set_ylim(max(min(low, high - 10), 0), min(max(high, low + 10), 100))
+    panel.set_xlim(left=max(panel.get_xlim()[0], 0))
+    panel.grid(alpha=0.3)
+    for spine in panel.spines.values():
+        spine.set_color(GREY)
+
+
+def _place(figure: Any, labels: list[tuple]) -> None:
+    """Write each label where it covers no point, no line and no other label, as near as there is room."""
+    renderer, pixels = figure.canvas.get_renderer(), figure.dpi / 72
+    taken = []
+    for panel in figure.axes:
+        for line in panel.get_lines():
+            at = panel.transData.transform(line.get_xydata())
+            taken += [_box(x, y, 8 * pixels, 8 * pixels) for x, y in at]
+            for (x0, y0), (x1, y1) in zip(at, at[1:], strict=False) if line.get_linestyle() != "None" else ():
+                steps = int(math.hypot(x1 - x0, y1 - y0) / (4 * pixels)) + 1
+                taken += [_box(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps, 1, 1) for i in range(steps)]
+    for panel, name, at, kind, color in labels:
+        style = {"fontsize": 8, "color": color, "ha": "center", "va": "center", "parse_math": False}
+        text = panel.text(0, 0, one_line(name), **style)
+        _, _, width, height = text.get_window_extent(renderer).bounds
+        text.remove()
+        width, height = width + 4 * pixels, height + pixels  # apart from the next one
+        ground, (x, y) = panel.get_window_extent(renderer).extents, panel.transData.transform(at)
+        tried = []
+        for away, turn in itertools.product((6, 14, 24, 36, 50), (0, 45, -45, 90, -90, 135, -135, 180)):
+            angle = math.radians(DIRECTIONS[kind] + turn)
+            dx, dy = (math.cos(angle) * (away * pixels + width / 2), math.sin(angle) * (away * pixels + height / 2))
+            box = _box(x + dx, y + dy, width, height)
+            covered = sum(_shared(box, other) for other in taken) + width * height - _shared(box, ground)
+            tried.append((round(covered), len(tried), away, (dx / pixels, dy / pixels), box))
+        _, _, away, place, box = min(tried, key=lambda one: one[:2])
+        arrow = {"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkB": 4} if away > 6 else None
+        panel.annotate(one_line(name), at, place, textcoords="offset points", arrowprops=arrow, **style)
+        taken.append(box)
+
+
+def _box(x: float, y: float, width: float, height: float) -> tuple[float, ...]:
+    """Left, bottom, right and top of a box around a point."""
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
+def _shared(box: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """Area that two boxes share."""
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    return max(width, 0) * max(min(box[3], other[3]) - max(box[1], other[1]), 0)

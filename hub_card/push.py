@@ -7,7 +7,6 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from httpx import HTTPError
 from huggingface_hub import HfApi
 
 from trainer.escaping import one_line
@@ -18,7 +17,7 @@ from .card import install, render_card
 # What transformers, tokenizers, PEFT and this project save in the folder of a model
 CHECKPOINT = [
     *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
-    *("model-*-of-*.safetensors", "model.*.safetensors", "model.*.safetensors.index.json"),
+    *("model-*-of-*.safetensors", "model.*.safetensors", "model.safetensors.index.*.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -137,7 +136,7 @@ def upload(
                 ignore_patterns=[],
                 commit_message=message,
             )
-        except (HTTPError, OSError, RuntimeError, ValueError) as error:  # of the client, the line and the Hub
+        except Exception as error:  # those of the Hub, its client and the line have no class of their own
             raise OSError(f"The push to {name!r} failed: {one_line(error)}") from error
     return commit.pr_url or commit.commit_url
 

@@ -191,7 +191,7 @@ def push_page(folder: Path) -> list[str]:
     main(["push", str(path), "user/page"])
     main(["push", str(path), "user/page", "--revision", "later"])
     (path / "notes.txt").write_text("An owner's own file")
-    main(["push", str(path), "user/page", "--create_pr"])
+    main(["push", str(path), "user/page", "--create_pr", "--include", "notes.txt"])
     try:
         main(["push", str(folder), "user/nothing"])
     except SystemExit as error:
@@ -235,6 +235,8 @@ def push_all(folder: str, out: str) -> None:
 # What a process without the project loads
 
 LOAD_ALL = """
+import contextlib
+import io
 import json
 import os
 
@@ -278,10 +280,10 @@ def paste(repo):
 
     with open(hf_hub_download(repo, "README.md")) as file:
         code = file.read().split("```python")[1].split("```")[0]
-    made = []
-    keep = "made.append(model.generate("
-    exec(code.replace("model.generate(", keep).replace("max_new_tokens=32)", "max_new_tokens=32))"), {"made": made})
-    return {"code": code, "tokens": [tokens.tolist() for tokens in made]}
+    made, printed = [], io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code.replace("print(", "made.append(tokens); print("), {"made": made})
+    return {"code": code, "tokens": [tokens.tolist() for tokens in made], "printed": printed.getvalue()}
 
 
 results = {}
@@ -561,12 +563,16 @@ def test_a_page_with_its_model_is_one_commit(hub, folder, pushed, loaded):
     page = files["README.md"].decode()
     assert "| `exit_layer=4` (full) |" in page and "| exits | 1, 2, 4 |" in page and "model-index" in page
     found = loaded("page")
-    assert 'name = "user/page"' in found["code"] and len(found["tokens"]) == 4
+    assert 'name = "user/page"' in found["code"] and len(found["tokens"]) == 3
     model = SortedLlamaForCausalLM.from_pretrained(folder / "all_checkpoints")
-    inputs = tiny_tokenizer()("The capital of France is", return_tensors="pt")
-    for tokens, call in zip(found["tokens"], [{"exit_layer": 1}, {"exit_threshold": 0.9}, {}, {}], strict=True):
-        if call or tokens is found["tokens"][2]:  # drafting gives full depth's tokens
-            assert tokens == model.generate(**inputs, **call, max_new_tokens=32).tolist()
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    text = tiny_tokenizer().apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    inputs = tiny_tokenizer()(text, add_special_tokens=False, return_tensors="pt")
+    printed = ""
+    for tokens, call in zip(found["tokens"], [{"exit_layer": 1}, {"exit_threshold": 0.9}, {}], strict=True):
+        assert tokens == model.generate(**inputs, **call, max_new_tokens=32).tolist()  # drafting: full depth's tokens
+        printed += tiny_tokenizer().decode(tokens[0], skip_special_tokens=True) + "\n"
+    assert found["printed"] == printed
 
 
 @pytest.mark.slow

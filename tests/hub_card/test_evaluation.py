@@ -2,12 +2,14 @@
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from hub_card import evaluate, evaluation, load_evaluation
 from hub_card.__main__ import main
@@ -16,7 +18,7 @@ from hub_card.cost import cost_of_exit
 from hub_card.measure import answers, teacher_forced
 from hub_card.tasks import load_task
 from modeling_sorted_llama import SortedLlamaForCausalLM
-from tests.tiny import reference_llama, save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
 
 
 EXITS = [1, 2, 4]
@@ -148,7 +150,16 @@ def test_other_exits_than_the_config_names(folder):
     [
         ({}, "nothing to evaluate"),
         ({"output": "nowhere/results.json"}, "`output` must be"),
-        ({"exit_layers": [1, 2]}, "`exit_layers` must be .* 4, got"),
+        ({"exit_layers": [1, 2]}, r"`exit_layers` must be .* ends in 2: pass \[1, 2, 4\]"),
+        ({"exit_layers": []}, "`exit_layers` must be .* is empty"),
+        ({"exit_layers": "1,2,4"}, r"`exit_layers` must be .* pass \[1,2,4\]"),
+        ({"exit_thresholds": [-0.1]}, "`exit_thresholds` must be finite numbers of at least 0, got -0.1"),
+        ({"exit_thresholds": [float("nan")]}, "`exit_thresholds` must be .* got nan"),
+        ({"exit_thresholds": ["0.5"]}, "`exit_thresholds` must be .* got '0.5'"),
+        ({"device": "cuda:99"}, "`device` must be one that torch finds here, got 'cuda:99'"),
+        ({"device": "gpu"}, "`device` must be one that torch finds here, got 'gpu'"),
+        ({"device": "meta"}, "`device` must be one that torch finds here, got 'meta'"),
+        ({"output": "."}, "`output` must be a file"),
         ({"exit_layers": [2, 1, 4]}, "`exit_layers` must be"),
         ({"exit_layers": [0, 4]}, "`exit_layers` must be"),
         ({"drafts": [4]}, "`drafts` must be an integer from 1 to 3, got 4"),
@@ -159,7 +170,8 @@ def test_other_exits_than_the_config_names(folder):
     ],
     ids=str,
 )
-def test_wrong_arguments(folder, options, message):
+def test_wrong_arguments_are_told_before_weights_are_loaded(folder, monkeypatch, options, message):
+    monkeypatch.setattr(evaluation, "load_model", None)
     with pytest.raises(ValueError, match=message):
         evaluate(str(folder / "model"), data(folder) if options else (), **QUICK | options)
     assert not (folder / "model" / "evaluation.json").exists()
@@ -245,19 +257,82 @@ def test_page(folder, capsys):
     assert len(values) == 3 * (2 + 1)
 
 
-def test_calls_on_the_page_run(folder, monkeypatch):
-    """As they stand there, with the folder for the name; the modes that are lossless give full depth's tokens."""
-    path = str(folder / "model")
-    write_card(path, name=path)
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "model" / "README.md").read_text(), re.DOTALL)
-    calls = [line for line in code.splitlines() if line.startswith("model.generate")]
-    names: dict = {}
-    exec(code.split("model.generate")[0], names)
-    found = {line.split("inputs, ")[1].split(",")[0]: eval(line, names) for line in calls}
-    assert list(found) == ["exit_layer=1", "exit_threshold=0.9", "assistant_early_exit=1", 'exit_layer="auto"']
-    for call, k in (("exit_layer=1", 1), ("assistant_early_exit=1", 4)):
-        reference = reference_llama(SortedLlamaForCausalLM.from_pretrained(path), k)
-        assert torch.equal(found[call], reference.generate(**names["inputs"], max_new_tokens=32))
+def test_calls_on_the_page_are_those_of_the_exits_and_of_the_tokenizer(folder):
+    """That they run: tests/trainer/test_model_card.py."""
+    path = folder / "model"
+    write_card(path, name=str(path))
+    (code,) = re.findall(r"```python\n(.*?)```", (path / "README.md").read_text(), re.DOTALL)
+    asked = re.findall(r"generate\(\*\*inputs, (.*?), max_new_tokens", code)
+    assert asked == ["exit_layer=1", "exit_threshold=0.9", "assistant_early_exit=1"]
+    assert "apply_chat_template" in code
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    (path / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(path)
+    write_card(path, name=str(path))
+    assert "apply_chat_template" not in (path / "README.md").read_text()
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "x"}))  # as older versions do
+    write_card(path, name=str(path))
+    assert "apply_chat_template" in (path / "README.md").read_text()
+
+
+def test_every_n_wherever_exits_are_asked_for(folder, capsys):
+    record = evaluate(str(folder / "model"), data(folder)[:1], exit_layers="every:2", **QUICK)
+    assert record["request"]["exit_layers"] == [2, 4]
+    quick = ["--exit_thresholds", "--num_timed", "1", "--max_new_tokens", "2", "--runs", "1", "--dtype", "float32"]
+    output = ["--output", str(folder / "out.json")]
+    for given, exits in (["every:3"], [3, 4]), (["1", "4"], [1, 4]):
+        asked = ["--data", f"qa={folder / 'trivia.jsonl'}", *quick, *output, "--overwrite", "--exit_layers", *given]
+        main(["evaluate", str(folder / "model"), *asked])
+        assert load_evaluation(folder / "out.json")["request"]["exit_layers"] == exits
+    for given, message in (["1", "x"], "got 'x' in"), (["1,4"], r"pass \[1,4\]"), (["every:0"], "got 'every:0'"):
+        with pytest.raises(SystemExit, match=message):
+            main(["evaluate", str(folder / "model"), "--data", "qa=x.jsonl", "--exit_layers", *given])
+
+
+def test_a_model_that_gives_no_numbers(folder):
+    model = tiny_sorted(exit_layers=EXITS)
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
+    model.save_pretrained(folder / "model")
+    with pytest.raises(ValueError, match="`tasks.trivia.exits.2.loss` must be a finite number, got nan"):
+        evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
+    assert not (folder / "model" / "evaluation.json").exists()
+
+
+def test_weights_that_are_missing_are_not_made_up(folder):
+    weights = load_file(folder / "model" / "model.safetensors")
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    save_file(weights, folder / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lack 1 tensors, model.layers.3.mlp.up_proj.weight"):
+        evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
+    (folder / "model" / "model.safetensors").write_text("no weights")
+    with pytest.raises(ValueError, match="The weights of .* could not be loaded"):
+        evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
+
+
+def test_the_revision_is_of_the_repository_that_holds_the_package(tmp_path, monkeypatch):
+    """Not of the one in whose environment it was installed, nor of one that a hook of git names."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    package = tmp_path / ".venv" / "hub_card"
+    package.mkdir(parents=True)
+    (package / "evaluation.py").write_text("")
+    monkeypatch.setattr(evaluation, "__file__", str(package / "evaluation.py"))
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    assert evaluation._git_revision() is None
+    git("add", "-f", ".venv")
+    git("commit", "-q", "-m", "ours")
+    assert evaluation._git_revision() == git("rev-parse", "HEAD")
+    (tmp_path / "other").mkdir()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other"))
+    revision = evaluation._git_revision()
+    monkeypatch.delenv("GIT_DIR")
+    assert revision == git("rev-parse", "HEAD")
 
 
 def test_nothing_unmeasured_is_shown(folder):

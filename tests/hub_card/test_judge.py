@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hub_card import judge
+from hub_card import judge, judging
 from hub_card.__main__ import main
 from hub_card.judge import DEFAULT_TEMPLATE, bootstrap_interval, judge_pairs, parse_verdict
 from hub_card.measure import answers
@@ -47,7 +47,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, fault)
         if isinstance(fault, int):
             return self.send(fault, {"error": {"message": f"fault {fault}"}})
-        reply = self.server.reply(*read_prompt(body))
+        probe = body["messages"][0]["content"] == "Say OK."
+        reply = "OK" if probe else self.server.reply(*read_prompt(body))
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
         self.send(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
 
@@ -533,25 +534,94 @@ def test_interval_by_seed_and_size():
         assert narrow == pytest.approx(wide / 2, rel=0.2)
 
 
-def test_command(tmp_path, monkeypatch, capsys):
-    """Exit against exit: their own answers reach the judge, and the result is written."""
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """The judging command for a tiny model and one row; a list of the prompts that answers were generated to."""
     model = tiny_sorted(initializer_range=0.2, exit_layers=[1, 2, 4])
     path = str(save_tiny(tmp_path / "model", model))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "go on", "completion": " and on"}')
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    with pytest.raises(SystemExit, match="OPENAI_API_KEY"):
-        main(["judge", "no model", "--exits", "1", "4", "--data", "completions=no file", "--judge", "m"])
-    with endpoint() as server:
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        arguments = ["--data", f"completions={tmp_path / 'rows.jsonl'}", "--judge", "m", "--base_url", url]
+    generated = []
+    monkeypatch.setattr(judging, "answers", lambda *a, **kw: generated.extend(a[2]) or answers(*a, **kw))
+
+    def run(server, *options, exits=("1", "4")):
+        arguments = ["--data", f"completions={tmp_path / 'rows.jsonl'}", "--judge", "m"]
         arguments += ["--max_new_tokens", "8", "--dtype", "float32", "--output", str(tmp_path / "judging.json")]
-        main(["judge", path, "--exits", "1", "4", *arguments])
-    found = json.loads((tmp_path / "judging.json").read_text())
-    texts = [answers(model, tiny_tokenizer(), ["go on"], 8, exit_layer=k)[0] for k in (1, 4)]
-    assert [read_prompt(body)[2:] for body in server.requests if read_prompt(body)[2] == texts[0]] == [tuple(texts)]
+        arguments += [] if server is None else ["--base_url", f"http://127.0.0.1:{server.server_port}/v1"]
+        main(["judge", path, "--exits", *exits, *arguments, *options])
+
+    run.model, run.generated, run.folder = model, generated, tmp_path
+    return run
+
+
+def test_command(command, capsys):
+    """Exit against exit: their own answers reach the judge, and the result is written."""
+    with endpoint() as server:
+        command(server)
+    found = json.loads((command.folder / "judging.json").read_text())
+    texts = [answers(command.model, tiny_tokenizer(), ["go on"], 8, exit_layer=k)[0] for k in (1, 4)]
+    probe, *asked = server.requests
+    assert probe["messages"][0]["content"] == "Say OK." and probe["max_tokens"] == asked[0]["max_tokens"]
+    assert [read_prompt(body)[2:] for body in asked if read_prompt(body)[2] == texts[0]] == [tuple(texts)]
     verdict = {"1": "a", "2": "b", "TIE": "tie"}[longer(*texts)]
     assert found["verdicts"] == [[verdict, verdict]] and found["exits"] == [1, 4]
     assert (
         f"{found['wins']} wins, {found['ties']} ties, {found['losses']} losses, 0 malformed" in capsys.readouterr().out
     )
+
+
+def test_a_judge_that_does_not_answer_is_found_before_a_model_is_loaded(command, monkeypatch):
+    monkeypatch.setattr(judging, "load_model", None)
+    with pytest.raises(SystemExit, match="OPENAI_API_KEY"):
+        command(None)
+    dead = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    dead.server_close()
+    monkeypatch.setattr(judging, "check_judge", lambda *a: judge.check_judge(*a, max_retries=0))
+    with pytest.raises(SystemExit, match=r"^The judge 'm' at http://127.0.0.1:\d+/v1/ does not answer: .*$"):
+        command(dead)
+    for fault, told in (404, "NotFoundError"), (401, "AuthenticationError"), ({"error": "no"}, "no chat completion"):
+        with endpoint(fault=lambda body, fault=fault: fault) as server:
+            with pytest.raises(SystemExit, match=told):
+                command(server)
+    assert not list(command.folder.glob("judging*"))
+
+
+def test_answers_are_not_generated_again(command):
+    """Those of other exits, lengths or weights are."""
+    with endpoint(fault=lambda body: None if "Say OK" in str(body) else 400) as server:
+        with pytest.raises(SystemExit, match="A request to model='m' failed"):
+            command(server)
+    assert command.generated == ["go on"] * 2 and not (command.folder / "judging.json").exists()
+    with endpoint() as server:
+        command(server)
+        assert len(command.generated) == 2
+        command(server, exits=("2", "4"))
+        assert len(command.generated) == 3
+        command(server, "--max_new_tokens", "9")
+        assert len(command.generated) == 5
+        command.model.lm_head.weight.data *= 2
+        command.model.save_pretrained(command.folder / "model")
+        command(server)
+    assert len(command.generated) == 7
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--exits", "0", "4"], "`exits` must be an integer from 1 to 4, got 0"),
+        (["--limit", "0"], "`limit` must be at least 1, got 0"),
+        (["--max_new_tokens", "0"], "`max_new_tokens` must be at least 1, got 0"),
+        (["--output", "nowhere/judging.json"], "`output` must be a file in a folder that exists"),
+        (["--data", "completions=no.jsonl"], "The file 'no.jsonl' is not there"),
+        (["--data", "poems=x"], "`kind` must be one of"),
+        (["--against", "no/such/model"], "`path='no/such/model'` is no folder here"),
+        (["--device", "gpu"], "`device` must be one that torch finds here, got 'gpu'"),
+    ],
+    ids=str,
+)
+def test_wrong_commands_ask_nobody(command, options, message):
+    with endpoint() as server:
+        with pytest.raises(SystemExit, match=message) as raised:
+            command(server, *options)
+    assert server.requests == [] and "\n" not in str(raised.value)

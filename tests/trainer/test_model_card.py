@@ -1,16 +1,21 @@
 """The page that a training leaves: its blocks, its recipe, its calls."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
+from huggingface_hub import ModelCardData
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
+from transformers import AutoTokenizer
 
-from tests.tiny import save_tiny, tiny_sorted
+from tests.tiny import run_as_stranger, save_tiny, tiny_sorted
 from tests.trainer.runs import EXITS, make_data, make_trainer
-from trainer.model_card import has_blocks, set_block
+from trainer.model_card import has_blocks, new_page, set_block
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -18,10 +23,32 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 @given(st.text(), st.text(), st.text(), st.text())
 def test_only_the_block_changes(before, old, after, new):
-    page = "{}<!-- sorted-llama: use -->\n{}\n<!-- /sorted-llama: use -->{}"
+    page = "{}\n<!-- sorted-llama: use -->\n{}\n<!-- /sorted-llama: use -->\n{}"
     found = set_block(page.format(before, old.strip(), after), "use", new)
     assert found == page.format(before, new.strip(), after)
     assert set_block(found, "exits", "x") == found and has_blocks(found) and not has_blocks("<!-- use -->")
+
+
+@pytest.mark.parametrize("mark", ["<!-- /sorted-llama: use -->", "<!-- sorted-llama: exits -->"])
+@pytest.mark.parametrize("content", ["x{}y", "x\n{}\ny", "{}"])
+def test_a_mark_in_the_content_ends_nothing(mark, content):
+    page = "<!-- sorted-llama: use -->\n<!-- /sorted-llama: use -->\n\nThe end.\n"
+    once = set_block(page, "use", content.format(mark))
+    assert set_block(once, "use", content.format(mark)) == once
+    assert set_block(once, "use", "") == set_block(page, "use", "") and set_block(once, "exits", "x") == once
+
+
+def test_a_mark_in_the_metadata_begins_nothing():
+    page = "---\nname: <!-- sorted-llama: use -->\n---\n<!-- sorted-llama: use -->\n<!-- /sorted-llama: use -->\n"
+    assert set_block(page, "use", "new").startswith("---\nname: <!-- sorted-llama: use -->\n---\n")
+
+
+def test_names_in_the_template_are_text():
+    data = ModelCardData(base_model=["base/llama", "a](b)"], tags=["x"])
+    page = new_page(data, "a\n# b <!-- /sorted-llama: about -->", "cite", "a|b")
+    assert "# a \\# b &lt;!-- /sorted-llama: about --" in page and page.count("\n# ") == 1
+    assert "Made from [base/llama](https://huggingface.co/base/llama), [a\\](b)](https://huggingface.co/a%5D" in page
+    assert "on [a\\|b](https://huggingface.co/datasets/a%7Cb)." in page
 
 
 def page_of(trainer, tmp_path):
@@ -48,26 +75,52 @@ def test_recipe_and_evaluation(tmp_path):
     assert "Not evaluated yet" in page and "tags:" in page and "sorted-llama" in page
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_calls_run_as_they_stand(tmp_path, lora):
+def printed_by(code, tmp_path, installed):
+    """What a block of code prints, in a process without this project, or with it."""
+    if not installed:
+        return run_as_stranger(code, folder=tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora, chat", [(False, False), (False, True), (True, True)])
+def test_the_code_on_the_page_runs_as_it_stands(tmp_path, lora, chat):
+    """Every call prints its answer, of the chat template where there is one; without a GPU."""
     base = save_tiny(tmp_path / "base", tiny_sorted(exit_layers=EXITS))
-    options = {}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = tokenizer.chat_template if chat else None
+    options = {"processing_class": tokenizer}
     if lora:  # whose exits own weights, which the base that the page loads has to have a place for
         saved = [f"exit_norms.{k}" for k in EXITS[:-1]]
-        options = {"peft_config": LoraConfig(r=2, modules_to_save=saved), "exit_heads": "lens", "detach_exits": True}
+        options |= {"peft_config": LoraConfig(r=2, modules_to_save=saved), "exit_heads": "lens", "detach_exits": True}
         options["exit_learning_rate"] = 0.1
-    trainer = make_trainer(tmp_path / "out", str(base), save_strategy="steps", save_steps=2, **options)
+    out = tmp_path / 'an "odd" $name'
+    trainer = make_trainer(out, base, **options)
     trainer.train()
     trainer.save_model()
-    page = page_of(trainer, tmp_path / "out")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert ("PeftModel" in code) == lora
-    names: dict = {}
-    exec(code.split("model.generate")[0], names)
-    for call in re.findall(r"^model\.generate.*$", code, re.MULTILINE):
-        assert eval(call, names).shape[1] > names["inputs"]["input_ids"].shape[1]
-    inputs = torch.arange(3, 23).view(2, 10)
-    with torch.no_grad():
-        for k in EXITS:
-            expected = trainer.model.eval()(inputs, exit_layer=k).logits
-            torch.testing.assert_close(names["model"].eval()(inputs, exit_layer=k).logits, expected)
+    (code,) = re.findall(r"```python\n(.*?)```", page_of(trainer, out), re.DOTALL)
+    assert ("PeftModel" in code) == lora and ("apply_chat_template" in code) == chat and "auto" not in code
+    printed = printed_by(code, tmp_path, installed=lora)
+
+    if chat:
+        asked = [{"role": "user", "content": "What is the capital of France?"}]
+        text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    else:
+        inputs = tokenizer("The capital of France is", return_tensors="pt")
+    model = trainer.model.merge_and_unload() if lora else trainer.model
+    full = model.extract_submodel(EXITS[-1])
+    decoding = [(model.extract_submodel(1), {}), (model, {"exit_threshold": 0.9}), (full, {})]
+    tokens = [llama.eval().generate(**inputs, max_new_tokens=32, **mode)[0] for llama, mode in decoding]
+    expected = "".join(tokenizer.decode(row, skip_special_tokens=True) + "\n" for row in tokens)
+    assert printed == expected.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def test_an_adapter_whose_base_has_no_name(tmp_path):
+    trainer = make_trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    assert "```python" not in page_of(trainer, tmp_path)
