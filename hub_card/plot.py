@@ -113,7 +113,7 @@ def _place(figure: Any, labels: list[tuple]) -> None:
         text.remove()
         width, height = width + 4 * pixels, height + pixels  # apart from the next one
         ground, (x, y) = panel.get_window_extent(renderer).extents, panel.transData.transform(at)
-        tried = []
+        tried: list[tuple] = []
         for away, turn in itertools.product((6, 14, 24, 36, 50), (0, 45, -45, 90, -90, 135, -135, 180)):
             angle = math.radians(DIRECTIONS[kind] + turn)
             dx, dy = (math.cos(angle) * (away * pixels + width / 2), math.sin(angle) * (away * pixels + height / 2))
