@@ -5,10 +5,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from .heads_sorted_llama import is_matrix_product, is_sharded
 
 
 # Size of the one float32 tile of logits. On a CPU 64 MiB already keep the matrix products near their peak; an
@@ -74,11 +77,12 @@ def multi_exit_loss(
         hidden_states (`Sequence[torch.Tensor]`, each of shape `(num_tokens, hidden_size)`):
             Normed hidden states of each exit, shallow to deep; row `t` predicts `labels[t]`.
         lm_head (`torch.nn.Module` or `Sequence[torch.nn.Module]`):
-            The head, or one for each exit. An `nn.Linear` without bias takes the fused products, also where FSDP or
-            DeepSpeed shards its weight; any other module (LoRA on the head, a quantized head) is called a tile at a
-            time.
+            The head, or one for each exit. What [`is_matrix_product`] knows to be one takes the fused products, also
+            where FSDP or DeepSpeed shards its weight. Any other module (adapters, quantization, hooks, a bias) is
+            called: with one row, which tells its vocabulary and what it trains, then with the `(1, rows, hidden_size)`
+            of each tile and exit.
         labels (`torch.Tensor` of shape `(num_tokens,)`, int64):
-            Token to predict for each row. There may be none: the loss is then 0.
+            Token to predict for each row, within the vocabulary. There may be none: the loss is then 0.
         exit_loss_weights (`Sequence[float]`, *optional*):
             Weight of each exit. Defaults to 1.0 each.
         reduction (`str`, *optional*, defaults to `"sum"`):
@@ -102,7 +106,8 @@ def multi_exit_loss(
         [`MultiExitLossOutput`]
 
     Raises:
-        ValueError: If an option has a value that is not allowed.
+        ValueError: If an option has a value that is not allowed, or, on a CPU, if a label is no token (an accelerator
+            finds that by an assertion of its own).
     """
     check_loss_options(reduction, loss_type, label_smoothing, self_distillation_weight, self_distillation_temperature)
     weights = [1.0] * len(hidden_states) if exit_loss_weights is None else list(exit_loss_weights)
@@ -113,14 +118,15 @@ def multi_exit_loss(
 
     with gathered(exit_heads):
         heads: dict[int, _Head] = {}  # each once, by identity
-        for head in exit_heads:
+        for head, states in zip(exit_heads, hidden_states, strict=True):
             if id(head) not in heads:  # a sharded one is gathered here
-                heads[id(head)] = _Head(head, number=len(heads))
+                heads[id(head)] = _Head(head, len(heads), states)
         deepest = heads[id(exit_heads[-1])]
-        device = deepest.params[0].device if deepest.is_linear else hidden_states[-1].device
+        device = deepest.params[0].device if deepest.is_product else hidden_states[-1].device
         # With the model split across devices the backbone can end on another one than the head's
         hidden_states = [states.to(device) for states in hidden_states]
         labels = labels.to(device)
+        _check_labels(labels, min(head.vocab_size for head in heads.values()))
         num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
         if not isinstance(num_items, torch.Tensor):
             num_items = torch.full((), num_items, device=device)
@@ -185,17 +191,45 @@ class _Objective:
     temperature: float
 
 
-class _Head:
-    """A head and those of its parameters that the sweep needs: its whole weight, or what is trained in it."""
+def _check_labels(labels: torch.Tensor, vocab_size: int) -> None:
+    if labels.device.type != "cpu" or labels.numel() == 0:  # elsewhere to read them would wait for the device
+        return
+    lowest, highest = labels.min().item(), labels.max().item()
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"`labels` must be tokens from 0 to {vocab_size - 1}, which the head knows, got {wrong}.")
 
-    def __init__(self, module: nn.Module, number: int):
+
+class _Head:
+    """A head, the size of its vocabulary, and the tensors that its gradients are for."""
+
+    def __init__(self, module: nn.Module, number: int, states: torch.Tensor):
         self.module, self.number = module, number
-        weight = _linear_weight(module)
-        self.is_linear = weight is not None
-        self.params = [p for p in module.parameters() if p.requires_grad] if weight is None else [weight]
+        self.is_product = is_matrix_product(module)
+        if self.is_product:
+            weight: Any = module.weight
+            self.params = [weight.full_tensor() if is_sharded(weight) else weight]
+            self.vocab_size = self.params[0].shape[0]
+        else:
+            row = states.detach()[:1] if len(states) else states.new_zeros(1, states.shape[-1])
+            output = module(row.unsqueeze(0))
+            self.params, self.vocab_size = _leaves(output), output.shape[-1]
 
     def tile(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]):
-        return _LinearTile(*params, *grads) if self.is_linear else _ModuleTile(self.module, params, grads)
+        return _LinearTile(*params, *grads) if self.is_product else _ModuleTile(self, params, grads)
+
+
+def _leaves(output: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that `backward` on `output` would give a gradient: a head may read others than its parameters."""
+    found, seen, nodes = [], set(), [output.grad_fn]  # type: ignore[var-annotated]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [child for child, _ in node.next_functions]
+            if hasattr(node, "variable"):  # where gradients accumulate
+                found.append(node.variable)
+    return found
 
 
 class _MultiExitLoss(torch.autograd.Function):
@@ -208,9 +242,7 @@ class _MultiExitLoss(torch.autograd.Function):
         wants_grad = [needs_grad and tensor.requires_grad for tensor in tensors]
         # The gradients that `backward` hands out: hidden states first, then one buffer for each parameter of the heads
         grads = [
-            torch.zeros(tensor.shape, dtype=tensor.dtype if i < num_exits else torch.float32, device=tensor.device)
-            if wanted
-            else None
+            torch.zeros_like(tensor, dtype=tensor.dtype if i < num_exits else torch.float32) if wanted else None
             for i, (tensor, wanted) in enumerate(zip(tensors, wants_grad))
         ]
         tiles, start = [], num_exits
@@ -226,7 +258,7 @@ class _MultiExitLoss(torch.autograd.Function):
 
         losses, correct, agreeing, divergences = (torch.zeros(num_exits, device=device) for _ in range(4))
         softens = distills and temperature != 1  # else one softmax serves both losses of an exit
-        rows = _rows_per_tile(device, tiles[-1].vocab_size, live_tiles=1 + distills + softens)
+        rows = _rows_per_tile(device, max(tile.vocab_size for tile in tiles), live_tiles=1 + distills + softens)
         for start in range(0, labels.numel(), rows):
             tile = slice(start, start + rows)
             target = labels[tile].unsqueeze(-1)
@@ -349,25 +381,29 @@ class _LinearTile:
 class _ModuleTile:
     """Logits and gradients of any head (LoRA, quantized, hooked), by calling it a tile at a time."""
 
-    def __init__(self, lm_head: nn.Module, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]):
-        self.lm_head, self.params, self.grads = lm_head, params, grads
-        self.vocab_size = lm_head.out_features
+    def __init__(self, head: _Head, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]):
+        self.lm_head, self.params, self.grads = head.module, params, grads
+        self.vocab_size = head.vocab_size
         self.wants_grad = any(grad is not None for grad in grads)
 
     def logits(self, states: torch.Tensor, needs_grad: bool) -> torch.Tensor:
         with torch.set_grad_enabled(needs_grad):
-            self.states = states.detach().requires_grad_(needs_grad)
-            self.output = self.lm_head(self.states).to(self.states.device)  # hooks may run it on another device
-        return self.output.detach().to(torch.float32, copy=True)
+            self.states = states.detach().unsqueeze(0).requires_grad_(needs_grad)  # a batch, as Llama passes one
+            self.output = self.lm_head(self.states).to(states.device)  # hooks may run it on another device
+        return self.output.detach().squeeze(0).to(torch.float32, copy=True)
 
     def accumulate(
         self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice, trains_head: bool
     ) -> None:
-        grad_output, params = grad_logits.to(self.output.dtype), self.params if trains_head else ()
-        grads = torch.autograd.grad(self.output, (self.states, *params), grad_output, allow_unused=True)
-        self.output = None
-        if grad_states is not None:
-            grad_states[tile] = grads[0]
+        output, self.output = self.output, None
+        if not output.requires_grad:  # a hook may cut it off
+            return
+        params = self.params if trains_head else ()
+        grad_output = grad_logits.to(output.dtype).view_as(output)
+        # What the head reads may have been computed once for all of its calls: its graph has to stay
+        grads = torch.autograd.grad(output, (self.states, *params), grad_output, retain_graph=True, allow_unused=True)
+        if grad_states is not None and grads[0] is not None:
+            grad_states[tile] = grads[0].squeeze(0)
         for total, grad in zip(self.grads, grads[1:]):
             if total is not None and grad is not None:
                 total.add_(grad)
@@ -389,20 +425,6 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _rows_per_tile(device: torch.device, vocab_size: int, live_tiles: int) -> int:
     tile_bytes = _TILE_BYTES_CPU if device.type == "cpu" else _TILE_BYTES_ACCELERATOR
     return max(1, tile_bytes // (4 * vocab_size * live_tiles))
-
-
-def _linear_weight(lm_head: nn.Module) -> torch.Tensor | None:
-    """The `[vocab, hidden]` weight of a plain, bias-free linear head, made whole under FSDP; `None` for any other."""
-    weight = getattr(lm_head, "weight", None)
-    if (
-        not isinstance(lm_head, nn.Linear)
-        or lm_head.bias is not None
-        or hasattr(lm_head, "_hf_hook")  # accelerate's offloading brings the weight in when the module is called
-        or not weight.is_floating_point()
-        or weight.shape != (lm_head.out_features, lm_head.in_features)
-    ):
-        return None
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # a DTensor under FSDP
 
 
 def gather_in_backward(model: nn.Module, modules: Sequence[nn.Module]) -> None:

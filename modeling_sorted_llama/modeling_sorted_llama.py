@@ -42,6 +42,7 @@ from .generation_sorted_llama import (
     read_decoding_fields,
     row_hooks,
 )
+from .heads_sorted_llama import ExitHead, is_matrix_product
 from .loss_sorted_llama import MultiExitLossOutput, check_loss_options, gather_in_backward, gathered, multi_exit_loss
 
 
@@ -140,7 +141,7 @@ class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 FOLD_ERROR = (
     "An exit with `exit_heads='lens'` is a plain Llama once its matrix is folded into the LM head, which takes a "
-    "linear head in floating point, got {}: dequantize or merge it first."
+    "linear head in floating point without bias, hooks or adapters, got {}: dequantize, merge or remove them first."
 )
 
 
@@ -176,12 +177,13 @@ class ExitLens(LlamaRMSNorm):
 
     def fold(self, head: nn.Module) -> tuple[LlamaRMSNorm, nn.Linear]:
         """A plain norm, around the same gain, and the head that reads it as `head` reads this lens."""
-        if not isinstance(head, nn.Linear):
-            raise ValueError(FOLD_ERROR.format(type(head).__name__))
+        if not is_matrix_product(head):
+            raise ValueError(FOLD_ERROR.format(head))
         norm = LlamaRMSNorm(len(self.weight), self.variance_epsilon)
         norm.weight = self.weight
-        folded = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-        folded.weight = nn.Parameter(fold_lens(head.weight, self.matrix))
+        weight: Any = head.weight
+        folded = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        folded.weight = nn.Parameter(fold_lens(weight, self.matrix))
         return norm, folded
 
 
@@ -491,7 +493,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.exit_lm_heads = nn.ModuleDict(
             {
-                str(k): nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+                str(k): ExitHead(nn.Parameter(torch.empty(self.config.vocab_size, self.config.hidden_size)))
                 for k in self.config.own_exits
                 if self.config.exit_heads == "separate"
             }
@@ -522,10 +524,13 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         for k, head in self.exit_lm_heads.items():
-            resized: Any = copy.deepcopy(self.get_output_embeddings())  # new rows are what the shared head has got
-            kept = min(resized.out_features, head.out_features)
-            resized.weight.data[:kept] = head.get_parameter("weight").data[:kept]
-            self.exit_lm_heads[k] = resized.requires_grad_(head.get_parameter("weight").requires_grad)
+            own = head.get_parameter("weight")
+            rows: Any = (
+                self.get_output_embeddings().weight.detach().clone()
+            )  # new ones are what the shared head has got
+            kept = min(len(rows), len(own))
+            rows[:kept] = own.detach()[:kept]
+            self.exit_lm_heads[k] = ExitHead(nn.Parameter(rows, own.requires_grad))
         return embeddings
 
     @classmethod
@@ -951,6 +956,7 @@ def _share_modules(source: LlamaForCausalLM, cls: type[LlamaForCausalLM], config
         norm = source.model.exit_norm(config.num_hidden_layers)
         if str(config.num_hidden_layers) in source.exit_lm_heads:
             head = source.exit_lm_heads[str(config.num_hidden_layers)]
+            head = head.to_linear() if isinstance(head, ExitHead) else head
         if isinstance(norm, ExitLens):
             norm, head = norm.fold(head)
             memo[id(head.weight)] = head.weight
@@ -988,8 +994,12 @@ def _copy_own(source: LlamaForCausalLM, target: SortedLlamaForCausalLM, memo: di
             if device.type != "meta":  # else hooks bring in the layer
                 target.model.exit_norms[k].to(device)
         for k in target.exit_lm_heads:
-            own = k in own_norms
-            target.exit_lm_heads[k] = copy.deepcopy(source.exit_lm_heads[k], memo) if own else _whole_copy(head)
+            if k in own_norms:
+                target.exit_lm_heads[k] = copy.deepcopy(source.exit_lm_heads[k], memo)
+            elif is_matrix_product(head):
+                target.exit_lm_heads[k] = ExitHead(_whole_copy(head).get_parameter("weight"))
+            else:
+                target.exit_lm_heads[k] = _whole_copy(head)
 
 
 def _whole_copy(module: nn.Module) -> nn.Module:

@@ -186,7 +186,7 @@ def test_generation_at_an_exit(exit_heads, call, strategy):
     ids=str,
 )
 def test_lossless_modes_give_full_depths_tokens(exit_heads, call):
-    model, inputs = sorted_llama(exit_heads), prompts()
+    model, inputs = sorted_llama(exit_heads), prompts((6, 5, 4))  # long enough that no exit agrees by chance
     expected = reference(model, 4).generate(**inputs, do_sample=False, max_new_tokens=20)
     assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=20, **call), expected)
 
@@ -238,7 +238,7 @@ def test_loss_and_gradients(exit_heads, detached, weights):
                 param.grad = param.grad if "exit_" in name else None
     assert outputs.exit_losses.tolist() == pytest.approx([loss.item() for loss in losses], rel=1e-5)
     for name, param in model.named_parameters():
-        torch.testing.assert_close(found[name], param.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[name], param.grad, rtol=1e-4, atol=5e-6)
 
 
 def test_resizing_the_vocabulary():
