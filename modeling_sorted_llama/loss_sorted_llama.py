@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -401,12 +401,28 @@ class _ModuleTile:
         params = self.params if trains_head else ()
         grad_output = grad_logits.to(output.dtype).view_as(output)
         # What the head reads may have been computed once for all of its calls: its graph has to stay
-        grads = torch.autograd.grad(output, (self.states, *params), grad_output, retain_graph=True, allow_unused=True)
+        with _without_hooks(params):  # they are for the gradient that `backward` hands out
+            grads = torch.autograd.grad(
+                output, (self.states, *params), grad_output, retain_graph=True, allow_unused=True
+            )
         if grad_states is not None and grads[0] is not None:
             grad_states[tile] = grads[0].squeeze(0)
         for total, grad in zip(self.grads, grads[1:]):
             if total is not None and grad is not None:
                 total.add_(grad)
+
+
+@contextmanager
+def _without_hooks(tensors: Sequence[torch.Tensor]):
+    """Context in which the tensors' own hooks (`register_hook`) do not run."""
+    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
 
 
 def _soften(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

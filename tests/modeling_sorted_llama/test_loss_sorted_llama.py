@@ -18,9 +18,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_sorted_llama import loss_sorted_llama, multi_exit_loss
+from modeling_sorted_llama.heads_sorted_llama import ExitHead, is_matrix_product
 from tests.tiny import reference_llama, tiny_sorted
 
 
@@ -342,7 +344,184 @@ def test_exits_that_do_not_train_their_head(small_tiles, make_head, trains_head,
             assert_near(actual, expected)
 
 
-def test_hooked_head_is_called(small_tiles):
+class _Scaled(nn.Linear):
+    def forward(self, states):
+        return 0.5 * super().forward(states)
+
+
+class _Squared(nn.Module):
+    def forward(self, weight):
+        return 0.5 * weight.square()
+
+
+class _ReadsOthers(nn.Module):
+    """A head that reads a tensor which is none of its parameters, as PEFT's tied trainable tokens do."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.others = head, [torch.linspace(0.5, 2, 17, requires_grad=True)]
+
+    def forward(self, states):
+        return self.head(states) * self.others[0]
+
+
+class _Computed(nn.Module):
+    """A head whose weight was computed once, before the loss: all calls share that graph."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+        self.weight = [head.weight.tanh()]
+
+    def forward(self, states):
+        return F.linear(states, self.weight[0])
+
+
+def subclass(head):
+    scaled = _Scaled(head.in_features, head.out_features, bias=False)
+    scaled.weight = head.weight
+    return scaled
+
+
+def own_forward(head):
+    forward = head.forward
+    head.forward = lambda states: forward(states).tanh()
+    return head
+
+
+def parametrized(head):
+    nn.utils.parametrize.register_parametrization(head, "weight", _Squared())
+    return head
+
+
+def weight_normed(head):
+    nn.utils.parametrizations.weight_norm(head)
+    head.parametrizations.weight.original0.data *= 2
+    return head
+
+
+def hooked(register, hook, **kwargs):
+    def register_on(head):
+        getattr(head, register)(hook, **kwargs)
+        return head
+
+    return register_on
+
+
+def parameter_hooked(head):
+    head = biased_head(head)
+    head.bias.register_hook(lambda grad: 0.5 * grad)
+    return head
+
+
+# Each changes what the head computes, or its gradient
+CALLED_HEADS = {
+    "forward hook": hooked("register_forward_hook", lambda module, args, output: output.tanh()),
+    "forward hook with kwargs": hooked(
+        "register_forward_hook", lambda m, a, k, output: 0.7 * output, with_kwargs=True
+    ),
+    "forward pre-hook": hooked("register_forward_pre_hook", lambda module, args: (0.3 * args[0],)),
+    "full backward hook": hooked("register_full_backward_hook", lambda module, grads, _: (0.5 * grads[0],)),
+    "full backward pre-hook": hooked("register_full_backward_pre_hook", lambda module, grads: (0.5 * grads[0],)),
+    "hook that detaches": hooked("register_forward_hook", lambda m, a, output: output.detach() + m.weight.sum(1)),
+    "hook to another dtype": hooked("register_forward_hook", lambda module, args, output: output.double()),
+    "hook on a parameter": parameter_hooked,
+    "subclass": subclass,
+    "forward of its own": own_forward,
+    "parametrization": parametrized,
+    "weight norm": weight_normed,
+    "pruning": lambda head: prune.l1_unstructured(head, "weight", 0.5),
+    "sequence": lambda head: nn.Sequential(nn.LayerNorm(8), head),
+    "tensors of others": _ReadsOthers,
+    "computed weight": _Computed,
+    "compiled": lambda head: torch.compile(subclass(head), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("name", CALLED_HEADS)
+def test_head_with_something_on_it_is_called(small_tiles, name):
+    """Loss and gradients of the naive sum, whose logits each come from a call of the head."""
+    torch.manual_seed(0)
+    states, head, labels = make_inputs()
+    plain = naive_loss(states, copy.deepcopy(head), labels)
+    plain = (plain[0].detach(), *gradients(plain[0], states))
+    head = CALLED_HEADS[name](head)
+    assert not is_matrix_product(head)
+    tensors = (*states, *head.parameters(), *getattr(head, "others", ()))
+    loss, losses, *_ = naive_loss(states, head, labels, [1.0, 1.0, 1.0])
+    expected = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=True)
+    fused = multi_exit_loss(states, head, labels)
+    actual = torch.autograd.grad(fused.loss, tensors, allow_unused=True)
+    assert_near(fused.exit_losses, losses.float())
+    for tensor, *grads in zip(tensors, actual, expected, strict=True):
+        assert_near(*(torch.zeros_like(tensor) if grad is None else grad for grad in grads))
+    if name not in ("hook to another dtype", "hook on a parameter"):
+        assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip((loss, *expected), plain, strict=False))
+    with torch.no_grad():
+        assert_near(multi_exit_loss(states, head, labels).exit_losses, losses.float())
+
+
+def test_hooks_on_all_modules_see_the_head(small_tiles):
+    states, head, labels = make_inputs()
+    register = torch.nn.modules.module.register_module_forward_hook
+    handle = register(lambda module, args, output: output.tanh() if module is head else None)
+    try:
+        loss, *_ = naive_loss(states, head, labels)
+        fused = multi_exit_loss(states, head, labels)
+    finally:
+        handle.remove()
+    assert_near(fused.loss, loss)
+    assert is_matrix_product(head)
+
+
+def test_hooks_see_every_row_of_every_exit(small_tiles):
+    """After a call with a single row, in tiles, each a batch of one: what the head is given, and what comes out."""
+    states, head, labels = make_inputs()
+    seen = []
+    head.register_forward_hook(lambda module, args, output: seen.append((args[0].detach(), output.detach())))
+    multi_exit_loss(states, head, labels)
+    (first, _), *calls = seen
+    assert first.shape == (1, 1, 8)
+    rows = sorted(row.tolist() for states_, _ in calls for row in states_[0])
+    assert rows == sorted(row.tolist() for tensor in states for row in tensor)
+    for states_, output in calls:
+        torch.testing.assert_close(output, states_ @ head.weight.T)
+
+
+def test_patched_linear_is_called(monkeypatch, small_tiles):
+    """Where a library has put another forward into `nn.Linear`."""
+    states, head, labels = make_inputs()
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, states: F.linear(states, self.weight).tanh())
+    assert_near(multi_exit_loss(states, head, labels).loss, naive_loss(states, head, labels)[0])
+
+
+def test_calling_a_plain_head_is_not_needed(monkeypatch):
+    states, head, labels = make_inputs()
+    monkeypatch.setattr(F, "linear", None)
+    for plain in (head, ExitHead(head.weight)):
+        assert is_matrix_product(plain)
+        multi_exit_loss(states, plain, labels).loss.backward()
+
+
+@pytest.mark.parametrize("make_head", [lambda head: head, lora_head], ids=["linear", "lora"])
+@pytest.mark.parametrize("wrong", [17, -1, -100])
+def test_labels_that_are_no_tokens(make_head, wrong):
+    states, head, labels = make_inputs()
+    labels[3] = wrong
+    with pytest.raises(ValueError, match=f"`labels` must be tokens from 0 to 16.*got {wrong}"):
+        multi_exit_loss(states, make_head(head), labels)
+
+
+def test_no_labelled_token_with_a_called_head():
+    states, head, _ = make_inputs()
+    head = lora_head(head)
+    fused = multi_exit_loss([s[:0] for s in states], head, torch.empty(0, dtype=torch.long))
+    assert fused.loss == 0
+    for grad in gradients(fused.loss, [p for p in head.parameters() if p.requires_grad]):
+        assert grad.eq(0).all()
+
+
+def test_offloaded_head_is_called(small_tiles):
     """A head whose weight some hook brings in (accelerate's offloading) is called, not read."""
     states, head, labels = make_inputs()
     expected = naive_loss(states, head, labels)[0]
