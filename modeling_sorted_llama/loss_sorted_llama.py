@@ -207,8 +207,7 @@ class _Head:
         self.module, self.number = module, number
         self.is_product = is_matrix_product(module)
         if self.is_product:
-            weight: Any = module.weight
-            self.params = [weight.full_tensor() if is_sharded(weight) else weight]
+            self.params = [_whole_weight(module)]
             self.vocab_size = self.params[0].shape[0]
         else:
             row = states.detach()[:1] if len(states) else states.new_zeros(1, states.shape[-1])
@@ -217,6 +216,18 @@ class _Head:
 
     def tile(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]):
         return _LinearTile(*params, *grads) if self.is_product else _ModuleTile(self, params, grads)
+
+
+def _whole_weight(head: nn.Module) -> torch.Tensor:
+    weight: Any = head.weight
+    if not is_sharded(weight):
+        return weight
+    from torch.distributed.fsdp import FSDPModule  # not in every build of torch, as shards are not
+    from torch.distributed.tensor import Partial
+
+    # Where FSDP2 wraps the head alone, its own backward, which averages over the ranks' tokens, does not run
+    averaged = [Partial("avg")] * weight.device_mesh.ndim if isinstance(head, FSDPModule) else None
+    return weight.full_tensor(grad_placements=averaged)
 
 
 def _leaves(output: torch.Tensor) -> list[torch.Tensor]:

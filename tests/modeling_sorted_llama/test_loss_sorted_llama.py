@@ -594,7 +594,7 @@ from tests.tiny import tiny_sorted
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-for tied in (True, False):
+for tied, own_unit in ((True, False), (False, False), (False, True)):
     input_ids = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(0))
     whole = tiny_sorted(tie_word_embeddings=tied)
     whole(input_ids=input_ids, labels=input_ids).loss.backward()
@@ -602,6 +602,8 @@ for tied in (True, False):
     mesh = init_device_mesh("cpu", (2,))
     for layer in sharded.model.layers:
         fully_shard(layer, mesh=mesh)
+    if own_unit:  # as size-based wrapping makes of a large head
+        fully_shard(sharded.lm_head, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     row = input_ids[rank : rank + 1]
     loss = sharded(input_ids=row, labels=row).loss  # FSDP averages the gradients of the ranks' rows
