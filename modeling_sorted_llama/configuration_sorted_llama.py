@@ -3,9 +3,11 @@
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from transformers import LlamaConfig
 
 
@@ -19,6 +21,7 @@ AUTO_MAP = {
 
 # What this config adds to Llama's
 SORTED_FIELDS = ("exit_layers", "exit_layer", "exit_loss_weights", "exit_heads")
+DEPTH_FIELDS = ("num_hidden_layers", *SORTED_FIELDS)
 
 
 def as_int(value: Any) -> int | None:
@@ -171,6 +174,34 @@ def check_exit_loss_weights(weights: Any, num_exits: int, name: str = "exit_loss
     return [float(w) for w in weights]
 
 
+class ModelPath(str):
+    """
+    A model's id or path, with the depth that the model has in memory. It is for those who load a model a second time
+    by `config._name_or_path`, as TRL's trainers make their reference: the second has the depth of the first. Copied,
+    pickled or written to a file it is the plain text.
+
+    Args:
+        path (`str`):
+            The id or path.
+        depth_fields (`dict[str, Any]`):
+            Values of `DEPTH_FIELDS`, which go before those in the checkpoint's `config.json`.
+    """
+
+    depth_fields: dict[str, Any]
+
+    def __new__(cls, path: str, depth_fields: dict[str, Any]):
+        self = super().__new__(cls, path)
+        self.depth_fields = depth_fields
+        return self
+
+    def __reduce_ex__(self, protocol):
+        return str, (str(self),)
+
+
+for _representer in (yaml.representer.SafeRepresenter, yaml.representer.Representer):  # in model cards
+    _representer.add_representer(ModelPath, yaml.representer.SafeRepresenter.represent_str)
+
+
 class SortedLlamaConfig(LlamaConfig):
     r"""
     Configuration of a [`SortedLlamaForCausalLM`]. Every argument of [`~transformers.LlamaConfig`] keeps its meaning;
@@ -249,6 +280,14 @@ class SortedLlamaConfig(LlamaConfig):
             )
 
     @property
+    def _name_or_path(self) -> ModelPath:  # transformers' name
+        return ModelPath(self.__dict__.get("_name_or_path", ""), {name: getattr(self, name) for name in DEPTH_FIELDS})
+
+    @_name_or_path.setter
+    def _name_or_path(self, path: str) -> None:
+        self.__dict__["_name_or_path"] = str(path)
+
+    @property
     def own_exits(self) -> list[int]:
         """The exits that do not read through the final norm and the LM head as full depth does."""
         return self.exit_layers[:-1] if self.exit_heads != "shared" else []
@@ -263,13 +302,15 @@ class SortedLlamaConfig(LlamaConfig):
             )
         if config_dict:  # any Llama is a sorted model without trained exits
             config_dict["model_type"] = cls.model_type
+        kwargs.setdefault("name_or_path", pretrained_model_name_or_path)  # as the Auto classes hand it to `from_dict`
         return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         # The depth fields depend on one another, so overrides must be there at construction, where they are checked
-        overrides = {name: kwargs.pop(name) for name in ("num_hidden_layers", *SORTED_FIELDS) if name in kwargs}
-        config_dict = {key: value for key, value in config_dict.items() if key != "model_type"}
+        overrides = {name: kwargs.pop(name) for name in DEPTH_FIELDS if name in kwargs}
+        in_memory = getattr(kwargs.get("name_or_path"), "depth_fields", {})
+        config_dict = {**{key: value for key, value in config_dict.items() if key != "model_type"}, **in_memory}
         if "num_hidden_layers" in overrides:
             config_dict = _cut_exits(config_dict, overrides["num_hidden_layers"])
         return super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -286,10 +327,15 @@ class SortedLlamaConfig(LlamaConfig):
             ValueError: If a value is out of range.
         """
         if "num_hidden_layers" in config_dict:
-            fields = {name: getattr(self, name) for name in ("num_hidden_layers", *SORTED_FIELDS)}
+            fields = {name: getattr(self, name) for name in DEPTH_FIELDS}
             config_dict = {**_cut_exits(fields, config_dict["num_hidden_layers"]), **config_dict}
         super().update(config_dict)
         self._check_exits()
+
+    def to_dict(self) -> dict[str, Any]:
+        """See [`~transformers.PreTrainedConfig.to_dict`]."""
+        _share_llamas_adapters()
+        return super().to_dict()
 
     def to_llama(self, num_hidden_layers: int | None = None) -> LlamaConfig:
         """
@@ -337,6 +383,17 @@ class SortedLlamaConfig(LlamaConfig):
         new = cls(**{**fields, **kwargs}, attn_implementation=config._attn_implementation)
         new.name_or_path = config.name_or_path
         return new
+
+
+def _share_llamas_adapters() -> None:
+    """
+    Have PEFT know a sorted Llama's default target modules: a Llama's. It looks them up by model type, in the dict that
+    it has just asked `to_dict` for. Nothing happens before somebody has imported PEFT, which is not done here: remote
+    code that imports a package asks everyone to install it.
+    """
+    for targets in list(vars(sys.modules.get("peft.utils.constants", object)).values()):
+        if isinstance(targets, dict) and "llama" in targets:
+            targets.setdefault("sorted_llama", targets["llama"])
 
 
 def _cut_exits(config_dict: dict[str, Any], num_hidden_layers: int) -> dict[str, Any]:

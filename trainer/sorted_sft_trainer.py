@@ -4,7 +4,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import peft.utils.constants
 import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard
@@ -22,12 +21,6 @@ from .atomic_saves import AtomicSaves
 from .exit_table import ExitTableCallback
 from .model_card import new_page, set_block, training_block, use_block
 from .sorted_sft_config import SortedSFTConfig
-
-
-# PEFT's default target modules, by model type: a sorted Llama has a Llama's
-for _targets in vars(peft.utils.constants).values():
-    if isinstance(_targets, dict) and "llama" in _targets:
-        _targets.setdefault("sorted_llama", _targets["llama"])
 
 
 class SortedSFTTrainer(AtomicSaves, SFTTrainer):
