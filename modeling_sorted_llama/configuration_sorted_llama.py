@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from transformers import LlamaConfig
 
 
@@ -198,8 +197,10 @@ class ModelPath(str):
         return str, (str(self),)
 
 
-for _representer in (yaml.representer.SafeRepresenter, yaml.representer.Representer):  # in model cards
-    _representer.add_representer(ModelPath, yaml.representer.SafeRepresenter.represent_str)
+# Model cards name the base model by it; transformers has imported PyYAML, remote code may not
+_yaml = sys.modules["yaml"].representer
+for _representer in (_yaml.SafeRepresenter, _yaml.Representer):
+    _representer.add_representer(ModelPath, _yaml.SafeRepresenter.represent_str)
 
 
 class SortedLlamaConfig(LlamaConfig):

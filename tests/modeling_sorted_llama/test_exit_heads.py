@@ -1,8 +1,10 @@
 """Exits that own a norm and a head (`exit_heads="separate"`) or a matrix before it (`"lens"`), against plain ones."""
 
+import copy
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
 from tests.tiny import prompts, reference_llama, run_as_stranger, save_tiny, tiny_fields, tiny_llama, tiny_sorted
@@ -253,6 +255,56 @@ def test_resizing_the_vocabulary():
     model.resize_token_embeddings(200)
     ids = inputs["input_ids"].clamp(max=199)
     assert model(input_ids=ids, labels=ids).exit_losses.isfinite().all()
+
+
+def test_own_heads_are_left_out_as_the_lm_head_is(tmp_path):
+    """Of adapters on all linear layers and of quantization; a sub-model's head is an `nn.Linear` again."""
+    peft, bitsandbytes = pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
+    model = sorted_llama("separate", hidden_size=64)
+    lora = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear"))
+    plain = peft.get_peft_model(tiny_llama(hidden_size=64), peft.LoraConfig(target_modules="all-linear"))
+    assert lora.peft_config["default"].target_modules == plain.peft_config["default"].target_modules
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    quantized = SortedLlamaForCausalLM.from_pretrained(save_tiny(tmp_path, model), quantization_config=quantization)
+    linear4bit = {n for n, module in quantized.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    assert linear4bit and all(name.startswith("model.layers.") for name in linear4bit)
+    assert torch.equal(quantized.exit_head(2).weight, model.exit_head(2).weight)
+    extracted = model.extract_submodel(2)
+    assert type(extracted.lm_head) is torch.nn.Linear
+    assert extracted.lm_head.weight is model.exit_head(2).weight
+
+
+def test_own_heads_are_trained_through_peft():
+    """`modules_to_save` puts a wrapper in the place of the head, which is called: the naive sum's gradients."""
+    peft = pytest.importorskip("peft")
+    model, ids = sorted_llama("separate"), prompts((6, 6))["input_ids"]
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["exit_lm_heads.1"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    loss = model(input_ids=ids, labels=ids).loss
+    naive = sum(model(input_ids=ids, labels=ids, exit_layer=k).loss for k in EXITS)
+    torch.testing.assert_close(loss, naive)
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    assert any("exit_lm_heads" in name for name in trained)
+    found, expected = (torch.autograd.grad(x, trained.values()) for x in (loss, naive))
+    for name, grad, reference_grad in zip(trained, found, expected, strict=True):
+        torch.testing.assert_close(grad, reference_grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("change", ["hook", "bias", "adapter"])
+def test_lens_is_not_folded_into_a_head_that_does_more_than_multiply(change):
+    """It would be lost without a word."""
+    model = sorted_llama("lens", tie_word_embeddings=False)
+    if change == "hook":
+        model.lm_head.register_forward_hook(lambda module, args, output: output.tanh())
+    elif change == "bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.ones(259))
+    else:
+        peft = pytest.importorskip("peft")
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["lm_head"]), model)
+    with pytest.raises(ValueError, match="`exit_heads='lens'`.*without bias, hooks or adapters, got"):
+        model.extract_submodel(2)
+    model.extract_submodel(4)
 
 
 SCRIPT = """

@@ -1,6 +1,10 @@
 """Training the model itself: `labels=`, checkpointing, compilation, autocast, PEFT, and plain `Trainer`."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from tests.tiny import reference_llama, tiny_llama, tiny_sorted
+from tests.tiny import reference_llama, run_as_stranger, save_tiny, tiny_llama, tiny_sorted
 
 
 EXITS = [1, 2, 4]
@@ -366,19 +370,85 @@ def test_bf16_weights():
 
 def lora(model, **options):
     peft = pytest.importorskip("peft")
-    import trainer  # noqa: F401  (tells PEFT that a sorted Llama has a Llama's target modules)
-
     torch.manual_seed(0)
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options))
 
 
-def test_peft_default_targets_are_llamas():
-    mine = lora(tiny_sorted())
-    theirs = lora(tiny_llama())
+METHODS = ["LoraConfig", "AdaLoraConfig", "IA3Config", "LoHaConfig", "BOFTConfig", "VeraConfig", "LNTuningConfig"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_default_targets_are_llamas(method):
+    peft = pytest.importorskip("peft")
+    options = {"total_step": 10} if method == "AdaLoraConfig" else {}
+    mine, theirs = (
+        peft.get_peft_model(model, getattr(peft, method)(task_type="CAUSAL_LM", **options))
+        for model in (tiny_sorted(), tiny_llama())
+    )
     assert mine.peft_config["default"].target_modules == theirs.peft_config["default"].target_modules
     assert {n for n, p in mine.named_parameters() if p.requires_grad} == {
         n for n, p in theirs.named_parameters() if p.requires_grad
     }
+
+
+LORA = """
+import sys
+
+folder, *steps = sys.argv[1:]
+for step in steps:
+    if step == "peft":
+        import peft
+    elif step == "package":
+        from modeling_sorted_llama import SortedLlamaForCausalLM
+        assert "peft" in sys.modules or steps[0] != "peft"
+        assert "trainer" not in sys.modules
+    elif step == "load":
+        model = SortedLlamaForCausalLM.from_pretrained(folder)
+    else:
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
+print(sorted(model.peft_config["default"].target_modules))
+"""
+
+
+@pytest.mark.parametrize("steps", ["peft package load", "package load peft"])
+def test_peft_knows_the_targets_whatever_is_imported_first(tmp_path, steps):
+    folder, root = save_tiny(tmp_path / "model", tiny_sorted()), str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", LORA, folder, *steps.split()]
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert "['q_proj', 'v_proj']" in run.stdout, run.stderr
+
+
+def test_peft_knows_the_targets_of_remote_code(tmp_path):
+    folder = save_tiny(tmp_path / "model", tiny_sorted())
+    assert "['q_proj', 'v_proj']" in run_as_stranger(LORA, folder, "remote", "peft", folder=tmp_path)
+
+
+NEW_TOKENS = [
+    {"modules_to_save": ["embed_tokens", "lm_head"]},
+    {"modules_to_save": ["lm_head"]},
+    {"trainable_token_indices": {"embed_tokens": [97, 98]}},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", NEW_TOKENS, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_peft_on_head_and_embeddings(tied, options, training):
+    """The loss and the gradients are those of each exit's own logits, and nothing else gets a gradient."""
+    options = {"target_modules": ["q_proj"], **options}
+    model, inputs = lora(tiny_sorted(tie_word_embeddings=tied), **options).train(training), batch()
+    inputs["input_ids"][:, 4] = 98
+    expected = gradients(model, naive_loss(model, inputs))
+    output = model(**inputs)
+    torch.testing.assert_close(output.loss, naive_loss(model, inputs))
+    assert_same_gradients(gradients(model, output.loss), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).loss, output.loss)
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "lm_head"]}], ids=["default", "head"])

@@ -1,13 +1,31 @@
 """What sorted training composes with: TRL's other trainers and its dataset formats."""
 
+import copy
+import json
+import math
+import pickle
+
 import pytest
 import torch
+import yaml
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
 
-from tests.tiny import reference_llama, save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
+from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from tests.tiny import reference_llama, run_as_stranger, save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
 from tests.trainer.runs import EXITS, logged, make_args, make_data, make_trainer, naive_means, text
 from trainer import SortedSFTTrainer
 
@@ -72,6 +90,142 @@ def test_grpo_at_an_exit(tmp_path, exit_layer):
     assert len(logged(trainer, "reward")) == 2
     changed = {name for name, param in model.named_parameters() if (param != before[name]).any()}
     assert {int(name.split(".")[2]) for name in changed if "layers" in name} == set(range(exit_layer))
+
+
+# References that a trainer loads a second time, by the policy's path
+
+
+def loaded_at_2(folder):
+    return SortedLlamaForCausalLM.from_pretrained(folder, exit_layer=2)
+
+
+def changed_to_2(folder):
+    model = SortedLlamaForCausalLM.from_pretrained(folder)
+    model.config.exit_layer = 2
+    return model
+
+
+def first_2_layers(folder):
+    return SortedLlamaForCausalLM.from_pretrained(folder, num_hidden_layers=2)
+
+
+def full_depth_of_a_shallow_checkpoint(folder):
+    return SortedLlamaForCausalLM.from_pretrained(folder, exit_layer=None)
+
+
+@pytest.mark.parametrize("load", [loaded_at_2, changed_to_2, first_2_layers, full_depth_of_a_shallow_checkpoint])
+def test_dpo_starts_from_a_reference_of_the_policys_depth(tmp_path, load):
+    """Before the first step policy and reference are one model: the loss is that of a coin."""
+    saved = tiny_sorted()
+    if load is full_depth_of_a_shallow_checkpoint:
+        saved.config.exit_layer = 2
+    model = load(save_tiny(tmp_path / "model", saved))
+    args = DPOConfig(str(tmp_path), max_length=64, **{**TINY_RUN, "learning_rate": 0.0, "max_steps": 1})
+    trainer = DPOTrainer(model, args=args, train_dataset=preferences(), processing_class=tiny_tokenizer())
+    trainer.train()
+    assert trainer.ref_model is not None
+    assert logged(trainer, "loss") == pytest.approx([math.log(2)], rel=1e-6)
+
+
+def test_reference_depths_of_other_trainers(tmp_path):
+    folder = save_tiny(tmp_path / "model", tiny_sorted())
+    judged = [{"prompt": text(i, 2), "completion": text(i + 2, 3), "label": i % 2 == 0} for i in range(6)]
+    grpo = {"beta": 0.1, "num_generations": 2, "per_device_train_batch_size": 2}
+    rewards = {"reward_funcs": lambda completions, **_: [1.0 for _ in completions]}
+    prompts_only = preferences().select_columns("prompt")
+    for trainer_class, config, data, kwargs in (
+        (
+            KTOTrainer,
+            KTOConfig(str(tmp_path), per_device_train_batch_size=2, **TINY_RUN),
+            Dataset.from_list(judged),
+            {},
+        ),
+        (GRPOTrainer, GRPOConfig(str(tmp_path), **grpo, **TINY_RUN), prompts_only, rewards),
+        (RLOOTrainer, RLOOConfig(str(tmp_path), **grpo, **TINY_RUN), prompts_only, rewards),
+    ):
+        model = loaded_at_2(folder)
+        trainer = trainer_class(model, args=config, train_dataset=data, processing_class=tiny_tokenizer(), **kwargs)
+        inputs = {"input_ids": torch.arange(3, 11)[None]}
+        logits = trainer.ref_model(**inputs).logits
+        torch.testing.assert_close(logits, reference_llama(tiny_sorted(), 2)(**inputs).logits)
+
+
+SORTED = {"exit_layers": [1, 2, 4], "exit_loss_weights": [1.0, 0.5, 2.0], "exit_layer": 2, "exit_heads": "lens"}
+
+
+@pytest.mark.parametrize("load", [SortedLlamaConfig.from_pretrained, AutoConfig.from_pretrained])
+def test_a_configs_path_carries_its_depth(tmp_path, load):
+    """What is passed goes before it, and the plain path is the checkpoint, as ever."""
+    folder = save_tiny(tmp_path / "model", tiny_sorted())
+    config = load(folder, **SORTED)
+    again = load(config._name_or_path)
+    assert {name: getattr(again, name) for name in SORTED} == SORTED
+    assert load(config._name_or_path, exit_layer=None).exit_layer is None
+    assert load(config._name_or_path, exit_layer=1).exit_layer == 1
+    cut = load(load(folder, exit_layer=1)._name_or_path, num_hidden_layers=2)
+    assert (cut.num_hidden_layers, cut.exit_layers, cut.exit_layer) == (2, [1, 2], 1)
+    assert load(load(folder, num_hidden_layers=3)._name_or_path).num_hidden_layers == 3
+    for plain in (folder, str(config._name_or_path), copy.deepcopy(config._name_or_path)):
+        assert load(plain).to_dict() == load(folder).to_dict()
+        assert load(plain).exit_layer is None
+    loaded = SortedLlamaForCausalLM.from_pretrained(folder, exit_layer=2)
+    loaded.config.exit_layer = 1
+    assert load(copy.deepcopy(loaded).config._name_or_path).exit_layer == 1
+
+
+def test_a_configs_path_is_a_text_in_files(tmp_path):
+    folder = save_tiny(tmp_path / "model", tiny_sorted())
+    path = SortedLlamaConfig.from_pretrained(folder, exit_layer=2)._name_or_path
+    assert path == folder and isinstance(path, str) and hash(path) == hash(folder)
+    assert json.loads(json.dumps({"base_model": path})) == {"base_model": folder}
+    for dump in (yaml.dump, yaml.safe_dump):
+        assert dump({"base_model": path}) == dump({"base_model": folder})
+    for copied in (copy.copy(path), copy.deepcopy(path), pickle.loads(pickle.dumps(path))):
+        assert type(copied) is str and copied == folder
+    assert type(SortedLlamaConfig.from_pretrained(folder).to_dict()["_name_or_path"]) is str
+    assert "_name_or_path" not in json.loads((tmp_path / "model" / "config.json").read_text())
+
+
+RELOAD = """
+import pickle
+from transformers import AutoModelForCausalLM
+
+first = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, exit_layer=2)
+for path in (first.config._name_or_path, pickle.loads(pickle.dumps(first.config._name_or_path))):
+    print(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).config.exit_layer)
+"""
+
+
+def test_a_path_carries_the_depth_without_this_project(tmp_path):
+    folder = save_tiny(tmp_path / "model", tiny_sorted())
+    assert run_as_stranger(RELOAD, folder, folder=tmp_path).split() == ["2", "None"]
+
+
+def test_a_reward_model_is_a_plain_llama(tmp_path):
+    """A sorted model is none, and TRL says so; the sub-model of an exit becomes one."""
+    model = tiny_sorted()
+    folder = save_tiny(tmp_path / "model", model)
+    arguments = {"train_dataset": preferences(), "processing_class": tiny_tokenizer()}
+    config = RewardConfig(str(tmp_path), **TINY_RUN)
+    with pytest.raises(ValueError, match="SortedLlamaConfig.*AutoModelForSequenceClassification"):
+        RewardTrainer(folder, args=config, **arguments)
+    with pytest.raises(ValueError, match="num_labels"):
+        RewardTrainer(loaded_at_2(folder), args=config, **arguments)
+    plain = save_tiny(tmp_path / "plain", model.extract_submodel(2))
+    assert RewardTrainer(plain, args=config, **arguments).model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("auto_class", [AutoPeftModelForCausalLM, AutoModelForCausalLM])
+def test_adapter_of_an_exit_is_loaded_by_its_path(tmp_path, auto_class):
+    """What the adapter's file knows of its base is the path: the depth is an argument again."""
+    model = get_peft_model(
+        loaded_at_2(save_tiny(tmp_path / "model", tiny_sorted())),
+        LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    inputs = {"input_ids": torch.arange(3, 11)[None]}
+    loaded = auto_class.from_pretrained(tmp_path / "adapter", exit_layer=2).eval()
+    torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
 
 
 # Quantized and sharded weights
