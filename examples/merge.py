@@ -12,14 +12,49 @@ exit of the result is made of the same exit of its parts.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from os import PathLike
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoTokenizer
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+
+
+PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+COMBINATIONS = ("linear", "cat", "svd", *PRUNING, *(f"{name}_svd" for name in PRUNING))
+
+# What checkpoints must share to be averaged weight by weight: the shapes, and what the weights mean
+SHARED_FIELDS = (
+    "exit_layers",
+    "exit_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "rope_parameters",
+)
+
+
+def check_weights(weights: Sequence[float] | None, num_parts: int) -> list[float]:
+    """The weights, equal ones of sum 1 by default; a ValueError unless there is one finite number a part."""
+    if weights is None:
+        return [1 / num_parts] * num_parts
+    if len(weights) != num_parts:
+        raise ValueError(
+            f"`weights` must hold one number for each of the {num_parts} parts, got {len(weights)}: {list(weights)}."
+        )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"`weights` must be finite numbers, got {list(weights)}.")
+    return list(weights)
 
 
 def merge_adapters(
@@ -39,8 +74,9 @@ def merge_adapters(
         adapters (`Sequence[str]`): Folders or Hub ids of the adapters.
         weights (`Sequence[float]`, *optional*): Share of each. Default to equal ones that sum to 1.
         combination_type (`str`, *optional*, defaults to `"linear"`):
-            `"linear"`, `"cat"`, `"svd"`, `"ties"`, `"dare_linear"`, `"dare_ties"` or another of PEFT's.
-        density (`float`, *optional*): Share of the values that the pruning ones keep.
+            `"linear"`, `"cat"`, `"svd"`, `"ties"`, `"dare_linear"`, `"dare_ties"`, `"magnitude_prune"`, or one of the
+            last four with `"_svd"` behind it.
+        density (`float`, *optional*): Share of the values that those four keep, above 0 and at most 1; they need it.
         exit_layers (`Sequence[int]`, *optional*): The adapters' exits. Default to the base's.
         exit_heads (`str`, *optional*): What the adapters' exits own. Defaults to the base's.
 
@@ -48,20 +84,52 @@ def merge_adapters(
         [`SortedLlamaForCausalLM`]: With the adapters merged into its weights.
 
     Raises:
-        ValueError: If neither the arguments nor the base say what the exits are.
+        ValueError: Before a model is loaded, if neither the arguments nor the base say what the exits are, if there is
+            not one finite weight for each adapter, or if the adapters cannot be combined so.
     """
+    weights = check_weights(weights, len(adapters))
+    check_adapters(adapters, combination_type, density)
     fields = {"exit_layers": exit_layers and list(exit_layers), "exit_heads": exit_heads}
-    sorted_base = SortedLlamaForCausalLM.from_pretrained(base, **{k: v for k, v in fields.items() if v is not None})
-    if sorted_base.config.exit_layers is None:
+    config = SortedLlamaConfig.from_pretrained(base, **{k: v for k, v in fields.items() if v is not None})
+    if config.exit_layers is None:
         raise ValueError(f"The base {str(base)!r} names no exits: pass the adapters' `exit_layers`.")
+    sorted_base = SortedLlamaForCausalLM.from_pretrained(base, config=config)
     names = [f"adapter_{i}" for i in range(len(adapters))]
-    weights = list(weights or [1 / len(names)] * len(names))
     model = PeftModel.from_pretrained(sorted_base, adapters[0], adapter_name=names[0])
     for name, folder in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(folder, adapter_name=name)
     model.add_weighted_adapter(names, weights, "merged", combination_type=combination_type, density=density)
     model.set_adapter("merged")
     return model.merge_and_unload()
+
+
+def check_adapters(adapters: Sequence[str | PathLike], combination_type: str, density: float | None) -> None:
+    """
+    Check how adapters are to be combined, from their configurations.
+
+    Raises:
+        ValueError: If one is missing or no LoRA, if they have no common rank where one is needed, or if
+            `combination_type` or `density` is not allowed.
+    """
+    if combination_type not in COMBINATIONS:
+        raise ValueError(f"`combination_type` must be one of {', '.join(COMBINATIONS)}, got {combination_type!r}.")
+    prunes = combination_type.startswith(PRUNING)
+    if prunes and (density is None or not 0 < density <= 1):
+        raise ValueError(
+            f"`density`, the share that `combination_type={combination_type!r}` keeps, must be above 0 and at most 1, "
+            f"got {density!r}."
+        )
+    if not prunes and density is not None:
+        raise ValueError(f"`density={density}` has no effect with `combination_type={combination_type!r}`.")
+    configs = [PeftConfig.from_pretrained(str(folder)) for folder in adapters]
+    for folder, config in zip(adapters, configs, strict=True):
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"PEFT combines LoRA adapters, got {config.peft_type} ({folder}).")
+    ranks = [max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r for config in configs]
+    if len(set(ranks)) > 1 and combination_type != "cat" and not combination_type.endswith("svd"):
+        raise ValueError(
+            f"`combination_type={combination_type!r}` needs adapters of one rank, got {ranks}: 'cat' and 'svd' do not."
+        )
 
 
 def average_checkpoints(
@@ -78,24 +146,24 @@ def average_checkpoints(
         [`SortedLlamaForCausalLM`]: In the first one's dtype; summed in float32.
 
     Raises:
-        ValueError: If the checkpoints have different exits, or if there is not one weight for each.
+        ValueError: Before a model is loaded, if the checkpoints have different exits or shapes, or if there is not one
+            finite weight for each, of a sum that is not 0.
     """
-    weights = [1.0] * len(checkpoints) if weights is None else list(weights)
-    if len(weights) != len(checkpoints):
-        raise ValueError(
-            f"`weights` must hold one number a checkpoint, got {weights} for {len(checkpoints)} checkpoints."
-        )
+    weights = check_weights(weights, len(checkpoints))
+    if sum(weights) == 0:
+        raise ValueError(f"`weights` must not sum to 0, which is what they are divided by, got {weights}.")
+    first, *others = [SortedLlamaConfig.from_pretrained(folder) for folder in checkpoints]
+    for folder, config in zip(checkpoints[1:], others, strict=True):
+        for field in SHARED_FIELDS:
+            if getattr(config, field) != getattr(first, field):
+                raise ValueError(
+                    f"All checkpoints need the same `{field}`, got {getattr(first, field)!r} ({checkpoints[0]}) and "
+                    f"{getattr(config, field)!r} ({folder})."
+                )
     merged = SortedLlamaForCausalLM.from_pretrained(checkpoints[0])
     total = {name: weights[0] / sum(weights) * w.float() for name, w in merged.state_dict().items()}
     for folder, weight in zip(checkpoints[1:], weights[1:], strict=True):
         model = SortedLlamaForCausalLM.from_pretrained(folder)
-        for field in ("exit_layers", "exit_heads"):
-            first, other = getattr(merged.config, field), getattr(model.config, field)
-            if other != first:
-                raise ValueError(
-                    f"All checkpoints need the same `{field}`, got {first!r} ({checkpoints[0]}) and {other!r} "
-                    f"({folder})."
-                )
         for name, values in model.state_dict().items():
             total[name] += weight / sum(weights) * values.float()
     with torch.no_grad():
@@ -112,17 +180,24 @@ def main() -> None:
     parser.add_argument("--exit_layers", nargs="+", type=int, help="the adapters' exits; default: the base's")
     parser.add_argument("--exit_heads", help="what the adapters' exits own; default: as the base's")
     parser.add_argument("--weights", nargs="+", type=float, help="default: equal")
-    parser.add_argument("--combination_type", default="linear", help="of adapters, as in PEFT (default: linear)")
-    parser.add_argument("--density", type=float, help="of ties, dare_linear and dare_ties")
+    parser.add_argument("--combination_type", choices=COMBINATIONS, help="of adapters, as in PEFT (default: linear)")
+    parser.add_argument("--density", type=float, help=f"of {', '.join(PRUNING)}")
     parser.add_argument("--output_dir", required=True)
     args = parser.parse_args()
-    if args.adapters:
-        if args.base is None:
-            parser.error("--adapters needs --base, the model that they were trained on")
-        options = args.weights, args.combination_type, args.density, args.exit_layers, args.exit_heads
-        model = merge_adapters(args.base, args.adapters, *options)
-    else:
-        model = average_checkpoints(args.checkpoints, args.weights)
+    of_adapters = ("base", "exit_layers", "exit_heads", "combination_type", "density")
+    given = [f"--{name}" for name in of_adapters if getattr(args, name) is not None]
+    if args.checkpoints and given:
+        parser.error(f"{', '.join(given)}: for --adapters, not for --checkpoints")
+    if args.adapters and args.base is None:
+        parser.error("--adapters needs --base, the model that they were trained on")
+    try:
+        if args.adapters:
+            options = args.weights, args.combination_type or "linear", args.density, args.exit_layers, args.exit_heads
+            model = merge_adapters(args.base, args.adapters, *options)
+        else:
+            model = average_checkpoints(args.checkpoints, args.weights)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"merge.py: {' '.join(str(error).split())}") from error
     model.save_pretrained(args.output_dir)
     AutoTokenizer.from_pretrained(args.base or args.checkpoints[0]).save_pretrained(args.output_dir)
     print(f"A sorted model with exits {model.config.exit_layers}: {args.output_dir}")

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel
 
 from modeling_sorted_llama import SortedLlamaForCausalLM
 from tests.tiny import prompts, reference_llama, save_tiny, tiny_sorted
@@ -32,7 +32,8 @@ def test_adapters_are_merged(merge, trained_adapters, tmp_path, combination):
     """One sorted model, whose every exit is that of a plain Llama with the merged weights."""
     base, adapters = trained_adapters
     torch.manual_seed(0)
-    merged = merge.merge_adapters(base, adapters, weights=[0.7, 0.3], combination_type=combination, density=0.5)
+    density = {"density": 0.5} if combination in merge.PRUNING else {}
+    merged = merge.merge_adapters(base, adapters, weights=[0.7, 0.3], combination_type=combination, **density)
     merged.save_pretrained(tmp_path)
     loaded = SortedLlamaForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.exit_layers == EXITS
@@ -95,8 +96,104 @@ def test_checkpoints_that_cannot_be_averaged(merge, tmp_path):
     folders = [save_tiny(tmp_path / "a", tiny_sorted()), save_tiny(tmp_path / "b", tiny_sorted(exit_layers=[3, 4]))]
     with pytest.raises(ValueError, match=r"exit_layers.*\[1, 2, 4\].*\[3, 4\]"):
         merge.average_checkpoints(folders)
-    with pytest.raises(ValueError, match=r"weights.*\[1.0\].*2 checkpoints"):
-        merge.average_checkpoints([folders[0], folders[0]], weights=[1.0])
+    other = save_tiny(tmp_path / "c", tiny_sorted(vocab_size=300))
+    with pytest.raises(ValueError, match=r"vocab_size.*259.*300"):
+        merge.average_checkpoints([folders[0], other])
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    """Models are not loaded for arguments that cannot be right."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(SortedLlamaForCausalLM, "from_pretrained", refuse)
+
+
+@pytest.mark.parametrize(
+    "weights, named",
+    [
+        ([1.0], r"one number for each of the 2 parts, got 1: \[1.0\]"),
+        ([1.0, 2.0, 3.0], "each of the 2 parts, got 3"),
+        ([], "each of the 2 parts, got 0"),
+        ([1.0, float("nan")], "finite numbers, got .*nan"),
+        ([float("inf"), 1.0], "finite numbers, got .*inf"),
+    ],
+)
+def test_wrong_weights(merge, trained_adapters, nothing_is_loaded, weights, named):
+    base, adapters = trained_adapters
+    for call in (
+        lambda: merge.merge_adapters(base, adapters, weights),
+        lambda: merge.average_checkpoints([base] * 2, weights),
+    ):
+        with pytest.raises(ValueError, match=f"`weights` must .*{named}"):
+            call()
+
+
+def test_weights_of_checkpoints_that_sum_to_nothing(merge, trained_adapters, nothing_is_loaded):
+    with pytest.raises(ValueError, match=r"`weights` must not sum to 0.*\[1.0, -1.0\]"):
+        merge.average_checkpoints([trained_adapters[0]] * 2, [1.0, -1.0])
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"combination_type": "mean"}, "`combination_type` must be one of linear, .*'mean'"),
+        ({"density": 0.5}, "`density=0.5` has no effect with `combination_type='linear'`"),
+        ({"combination_type": "ties"}, "`density`.*got None"),
+        ({"combination_type": "dare_ties_svd", "density": 0.0}, "`density`.*got 0.0"),
+        ({"combination_type": "ties", "density": float("nan")}, "`density`.*got nan"),
+        ({"exit_layers": [2, 3]}, "`exit_layers` must be.*ends in 3"),
+    ],
+    ids=str,
+)
+def test_adapters_that_cannot_be_combined_so(merge, trained_adapters, nothing_is_loaded, options, named):
+    base, adapters = trained_adapters
+    with pytest.raises(ValueError, match=named):
+        merge.merge_adapters(base, adapters, **options)
+
+
+def test_adapters_of_other_kinds(merge, trained_adapters, nothing_is_loaded, tmp_path):
+    base, adapters = trained_adapters
+    LoraConfig(r=8, target_modules=["q_proj"]).save_pretrained(tmp_path / "wide")
+    IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(tmp_path / "ia3")
+    with pytest.raises(ValueError, match=r"needs adapters of one rank, got \[4, 8\]"):
+        merge.merge_adapters(base, [adapters[0], tmp_path / "wide"])
+    with pytest.raises(ValueError, match="LoRA adapters, got .*IA3"):
+        merge.merge_adapters(base, [adapters[0], tmp_path / "ia3"])
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--adapters", "A", "B", "--base", "BASE", "--weights", "1"], "merge.py: `weights` must .* 2 parts, got 1"),
+        (["--adapters", "A", "nowhere", "--base", "BASE"], "merge.py: .*nowhere"),
+        (["--adapters", "A", "B", "--base", "nowhere"], "merge.py: .*nowhere"),
+        (["--checkpoints", "BASE", "nowhere"], "merge.py: .*nowhere"),
+        (["--checkpoints", "BASE", "A"], "merge.py: .*"),
+    ],
+    ids=str,
+)
+def test_errors_of_the_command_are_one_line(
+    merge, trained_adapters, nothing_is_loaded, tmp_path, monkeypatch, arguments, named
+):
+    base, (first, second) = trained_adapters
+    paths = {"A": str(first), "B": str(second), "BASE": base, "nowhere": str(tmp_path / "nowhere")}
+    command = ["merge.py", *(paths.get(argument, argument) for argument in arguments)]
+    monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=named) as error:
+        merge.main()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [["--density", "0.5"], ["--base", "x"], ["--exit_layers", "1", "4"]], ids=str)
+def test_options_of_adapters_are_refused_for_checkpoints(merge, monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["merge.py", "--checkpoints", "a", "b", "--output_dir", "out", *option])
+    with pytest.raises(SystemExit):
+        merge.main()
+    assert f"{option[0]}: for --adapters" in capsys.readouterr().err
 
 
 def test_command(merge, tmp_path, monkeypatch, capsys):
