@@ -303,7 +303,8 @@ class SortedLlamaConfig(LlamaConfig):
             )
         if config_dict:  # any Llama is a sorted model without trained exits
             config_dict["model_type"] = cls.model_type
-        kwargs.setdefault("name_or_path", pretrained_model_name_or_path)  # as the Auto classes hand it to `from_dict`
+        if hasattr(pretrained_model_name_or_path, "depth_fields"):  # the Auto classes hand it to `from_dict` so
+            kwargs.setdefault("name_or_path", pretrained_model_name_or_path)
         return config_dict, kwargs
 
     @classmethod

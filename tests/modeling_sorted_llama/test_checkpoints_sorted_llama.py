@@ -30,6 +30,7 @@ REMOTE_CODE = [
     "cache_sorted_llama.py",
     "configuration_sorted_llama.py",
     "generation_sorted_llama.py",
+    "heads_sorted_llama.py",
     "loss_sorted_llama.py",
     "modeling_sorted_llama.py",
 ]
