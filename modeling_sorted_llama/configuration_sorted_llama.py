@@ -198,9 +198,10 @@ class ModelPath(str):
 
 
 # Model cards name the base model by it; transformers has imported PyYAML, remote code may not
-_yaml = sys.modules["yaml"].representer
-for _representer in (_yaml.SafeRepresenter, _yaml.Representer):
-    _representer.add_representer(ModelPath, _yaml.SafeRepresenter.represent_str)
+if "yaml" in sys.modules:
+    _yaml = sys.modules["yaml"].representer
+    for _representer in (_yaml.SafeRepresenter, _yaml.Representer):
+        _representer.add_representer(ModelPath, _yaml.SafeRepresenter.represent_str)
 
 
 class SortedLlamaConfig(LlamaConfig):
