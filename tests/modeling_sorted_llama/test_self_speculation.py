@@ -1058,12 +1058,18 @@ class Decoding:
             exit_hidden_states=tuple(normed if agrees[k] else other for k in exits), last_hidden_state=normed
         )
 
-        def head(states, depth):
+        def head(states, depth, rows):
             clock.now += look
             return model.lm_head(states)
 
         sequences = SimpleNamespace(
-            model=model, head=head, prompt={}, prompt_size=6, batch_size=1, max_length=6 + max_new_tokens
+            model=model,
+            head=head,
+            prompt={},
+            prompt_size=6,
+            prompt_length=6,
+            batch_size=1,
+            max_length=6 + max_new_tokens,
         )
         with torch.no_grad():
             self.plan = LearnedDrafts(SelfSpeculation(4, exits, None, "constant", None, None, 2), sequences, outputs)
