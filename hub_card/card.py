@@ -12,7 +12,7 @@ from yaml import YAMLError
 
 from modeling_sorted_llama import SortedLlamaConfig
 from trainer.escaping import code_span, markdown, one_line
-from trainer.model_card import get_block, has_blocks, new_page, set_block, use_block
+from trainer.model_card import get_block, new_page, open_page, set_block, use_block
 from trainer.sorted_sft_trainer import SortedSFTTrainer
 
 from .checkpoint import load_config
@@ -202,17 +202,7 @@ def _check_peer(record: dict[str, Any] | None, name: str, peer: dict[str, Any]) 
 def _open_page(page_file: Path, model_name: str, base_model: str | None) -> ModelCard:
     """The page that is there, with our blocks; or a new one."""
     data = ModelCardData(model_name=model_name, base_model=base_model, tags=TAGS)
-    new = ModelCard(new_page(data, model_name, SortedSFTTrainer._paper["citation"]))
-    if not page_file.is_file():
-        return new
-    card = ModelCard(page_file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    if not has_blocks(card.content):  # somebody else's page: it stays, below ours
-        old = card.text.strip()
-        for name, value in card.data.to_dict().items():
-            new.data[name] = value
-        new.text = f"{new.text.rstrip()}\n\n{old}\n"
-        return new
-    return card
+    return open_page(page_file, new_page(data, model_name, SortedSFTTrainer._paper["citation"]))
 
 
 def _training_from_config(config: SortedLlamaConfig) -> str:

@@ -38,7 +38,7 @@ class AtomicSaves(Trainer):
     _unfinished: str | None = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call:  # part of a checkpoint, or about to be pushed
+        if self._unfinished is not None:  # part of a checkpoint
             super().save_model(output_dir, _internal_call=True)
             return
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
@@ -59,11 +59,13 @@ class AtomicSaves(Trainer):
                     if os.path.exists(os.path.join(output_dir, config)):
                         os.remove(os.path.join(output_dir, config))
                 for name in sorted(os.listdir(whole), key=lambda name: name in CONFIGS):
+                    if name == "README.md" and os.path.exists(os.path.join(output_dir, name)):
+                        continue  # PEFT makes one with every adapter
                     if os.path.isdir(os.path.join(output_dir, name)):
                         shutil.rmtree(os.path.join(output_dir, name))
                     os.replace(os.path.join(whole, name), os.path.join(output_dir, name))
                 _delete(unfinished)
-        if self.args.push_to_hub:
+        if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model, trial: Any) -> None:

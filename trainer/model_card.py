@@ -1,13 +1,18 @@
 """The page of a checkpoint, as training knows it: a template of named blocks, which the evaluation fills up later."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
+from transformers.utils import logging
+from yaml import YAMLError
 
-from .escaping import hub_links, markdown, python_literal, without_marks
+from .escaping import hub_links, markdown, one_line, python_literal, without_marks
 
+
+logger = logging.get_logger(__name__)
 
 QUESTION = "What is the capital of France?"
 START = "The capital of France is"
@@ -39,6 +44,65 @@ def new_page(data: Any, model_name: str, citation: str, dataset_name: str | None
         citation=citation,
     )
     return card.content
+
+
+def open_page(file: Path, new: str) -> ModelCard:
+    """
+    The page that is there, with our blocks.
+
+    Args:
+        file (`Path`):
+            The page.
+        new (`str`):
+            A page with our blocks, metadata included: for where none is, or above somebody else's, whose metadata
+            stay.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]
+
+    Raises:
+        ValueError, TypeError, YAMLError: If the file is no text in UTF-8, or its metadata cannot be read.
+    """
+    card = ModelCard(new)
+    if not file.is_file():
+        return card
+    old = ModelCard(file.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
+    if has_blocks(old.text):
+        return old
+    if old.text.strip().startswith(ModelCard.from_template(ModelCardData()).text.strip()):
+        return card  # the Hub's form, which PEFT leaves with every adapter, and nobody has filled in
+    for name, value in old.data.to_dict().items():
+        card.data[name] = value
+    card.text = f"{card.text.rstrip()}\n\n{old.text.strip()}\n"
+    return card
+
+
+def update_page(file: Path, new: str) -> None:
+    """
+    Write what a training knows into the page that is there: its blocks and its metadata, and nothing else. A page that
+    cannot be read stays as it is, with a warning.
+
+    Args:
+        file (`Path`):
+            The page.
+        new (`str`):
+            The page that the training would write if there was none.
+    """
+    try:
+        card = open_page(file, new)
+    except (ValueError, TypeError, YAMLError) as error:
+        logger.warning(f"The page {str(file)!r} could not be read, and stays as it is: {one_line(error)}")
+        return
+    for name in ("about", "use", "training"):
+        card.text = set_block(card.text, name, get_block(new, name) or "")
+    data: Any = ModelCard(new).data
+    data.tags = list(dict.fromkeys([*(card.data.tags or []), *(data.tags or [])]))
+    for name, value in vars(data).items():
+        if value is not None:
+            card.data[name] = value
+    temporary = file.with_name(f"_{file.name}.{os.getpid()}")  # nothing that begins with `_` is pushed
+    card.save(temporary)
+    temporary.replace(file)
 
 
 def get_block(page: str, name: str) -> str | None:
@@ -190,7 +254,7 @@ def training_block(trainer: Any) -> str:
     if not args.self_distillation_weight:
         del facts["self-distillation"]
     lines = ["| | |", "|---|---|", *(f"| {name} | {markdown(value)} |" for name, value in facts.items())]
-    evaluations = [entry for entry in state.log_history if f"eval_exit_{trainer.exit_layers[0]}_loss" in entry]
+    evaluations = [entry for entry in state.log_history if f"eval_exit_{trainer.exit_layers[0]}_agreement" in entry]
     if evaluations:
         last = evaluations[-1]
         lines += ["", f"Evaluation during training, after {last['step']} steps:", ""]

@@ -1,14 +1,20 @@
 """Configuration of [`SortedSFTTrainer`]."""
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
-from modeling_sorted_llama.configuration_sorted_llama import check_exit_layers, check_exit_loss_weights
+from modeling_sorted_llama.configuration_sorted_llama import (
+    as_int,
+    check_exit_layers,
+    check_exit_loss_weights,
+    exit_spacing,
+    is_number,
+)
 
 
 @dataclass
@@ -17,7 +23,8 @@ class SortedSFTConfig(SFTConfig):
     Configuration class for the [`SortedSFTTrainer`].
 
     It adds the exits to [`~trl.SFTConfig`], whose parameters all keep their meaning. The defaults train the objective
-    of the paper (arXiv 2309.08968, section 3): every exit at every step, weight 1, summed.
+    of the paper (arXiv 2309.08968, section 3): every exit at every step, weight 1, summed. `bf16` is
+    `False` where neither it nor `use_cpu` is set and no accelerator knows bfloat16: [`~trl.SFTConfig`] would refuse.
 
     Parameters:
         exit_layers (`list[int]` or `str`, *optional*):
@@ -42,7 +49,7 @@ class SortedSFTConfig(SFTConfig):
             shallow to deep, after each `n`th of the training. Take `"random"` or `"rotate"` where many exits make a
             step too dear.
         exits_per_step (`int`, *optional*, defaults to `1`):
-            With `"random"` and `"rotate"`, number of exits beside the full depth that a step trains.
+            With `"random"` and `"rotate"`, number of exits beside the full depth that a step trains; at most all.
         trainable (`str`, *optional*, defaults to `"all"`):
             `"all"` weights, or `"exits"`: intermediate classifier tuning (ICT, the paper's baseline), which freezes
             the backbone and trains what reads the exits: the final norm and the LM head (a tied head is untied), or,
@@ -69,7 +76,8 @@ class SortedSFTConfig(SFTConfig):
             seems to drown the others.
 
     Raises:
-        ValueError: At construction, if a value is out of range. What depends on the model's depth is checked by the
+        ValueError: At construction, if a value is out of range, or if `exits_per_step` or
+            `self_distillation_temperature` would have no effect. What depends on the model's depth is checked by the
             trainer before it touches the data.
     """
 
@@ -143,6 +151,10 @@ class SortedSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        # `SFTConfig` takes bfloat16 where nothing is said, and then refuses a machine that has no accelerator for it
+        can_bf16 = self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()
+        if self.bf16 is None and not can_bf16:
+            self.bf16 = False
         super().__post_init__()
         self.exit_layers = self._read_exit_layers()
         self.exit_loss_weights = self._read_exit_loss_weights()
@@ -156,30 +168,40 @@ class SortedSFTConfig(SFTConfig):
             _check_number("full_depth_weight", self.full_depth_weight, 0)
         _check_number("self_distillation_weight", self.self_distillation_weight, 0)
         _check_number("self_distillation_temperature", self.self_distillation_temperature, 0, exclusive=True)
-        if type(self.exits_per_step) is not int or self.exits_per_step < 1:
+        number = as_int(self.exits_per_step)
+        if number is None or number < 1:
             raise ValueError(f"`exits_per_step` must be an integer of at least 1, got {self.exits_per_step!r}.")
+        self.exits_per_step = number
+        if number != 1 and self.exit_schedule not in ("random", "rotate"):
+            raise ValueError(
+                f"`exits_per_step={number}` has no effect with `exit_schedule={self.exit_schedule!r}`: choose "
+                "'random' or 'rotate'."
+            )
+        if self.self_distillation_temperature != 1 and not self.self_distillation_weight:
+            raise ValueError(
+                f"`self_distillation_temperature={self.self_distillation_temperature!r}` has no effect without a "
+                "`self_distillation_weight` above 0."
+            )
 
     def _read_exit_layers(self) -> Any:
         exits: Any = self.exit_layers
-        if isinstance(exits, list) and len(exits) == 1 and isinstance(exits[0], str) and exits[0].startswith("every:"):
-            exits = exits[0]
-        if isinstance(exits, str):
-            _spacing(exits)
-        elif exits is not None:
-            if isinstance(exits, (list, tuple)):
-                exits = [int(k) if isinstance(k, str) and k.isdecimal() else k for k in exits]
-            # The full depth is not known here: the last exit stands for it until the trainer has the model
-            depth = exits[-1] if isinstance(exits, (list, tuple)) and exits and type(exits[-1]) is int else 1
-            exits = check_exit_layers(exits, max(depth, 1))
-        return exits
+        if isinstance(exits, (list, tuple)):  # from the command line
+            if len(exits) == 1 and isinstance(exits[0], str) and not exits[0].isdecimal():
+                (exits,) = exits
+            else:
+                exits = [int(k) if isinstance(k, str) and k.isdecimal() and len(k) < 10 else k for k in exits]
+        if exits is None or (isinstance(exits, str) and exit_spacing(exits) is not None):
+            return exits
+        return check_exit_layers(exits, None)
 
     def _read_exit_loss_weights(self) -> Any:
         weights: Any = self.exit_loss_weights
-        if isinstance(weights, (list, tuple)) and all(isinstance(w, str) for w in weights):
-            if len(weights) == 1 and not _is_number(weights[0]):
-                weights = weights[0]
+        if isinstance(weights, (list, tuple)) and all(isinstance(w, str) for w in weights):  # from the command line
+            numbers = [_to_float(w) for w in weights]
+            if len(weights) == 1 and numbers[0] is None:
+                (weights,) = weights
             else:
-                weights = [float(w) if _is_number(w) else w for w in weights]
+                weights = [w if number is None else number for w, number in zip(weights, numbers, strict=True)]
         if isinstance(weights, str):
             _rule_of_weights(weights)
         elif weights is not None:
@@ -201,10 +223,31 @@ class SortedSFTConfig(SFTConfig):
         Raises:
             ValueError: If the exits do not end in `num_hidden_layers`.
         """
-        if isinstance(self.exit_layers, str):
-            spacing = _spacing(self.exit_layers)
-            return [*range(spacing, num_hidden_layers, spacing), num_hidden_layers]
         return None if self.exit_layers is None else check_exit_layers(self.exit_layers, num_hidden_layers)
+
+    def check_exits(self, exit_layers: list[int]) -> None:
+        """
+        Check what needs exits below full depth.
+
+        Args:
+            exit_layers (`list[int]`):
+                The exits.
+
+        Raises:
+            ValueError: If `exit_schedule`, `exits_per_step` or `self_distillation_weight` would have no effect.
+        """
+        others = len(exit_layers) - 1
+        if self.exit_schedule in ("random", "rotate") and self.exits_per_step > others:
+            raise ValueError(
+                f"`exits_per_step={self.exits_per_step}` counts exits below full depth, and "
+                f"`exit_layers={exit_layers}` has {others} of them."
+            )
+        if not others and (self.exit_schedule != "all" or self.self_distillation_weight):
+            raise ValueError(
+                f"`exit_schedule={self.exit_schedule!r}` and `self_distillation_weight="
+                f"{self.self_distillation_weight!r}` concern exits below full depth: `exit_layers={exit_layers}` has "
+                "none."
+            )
 
     def weights_of(self, exit_layers: list[int], default: list[float] | None = None) -> list[float] | None:
         """
@@ -255,37 +298,26 @@ class SortedSFTConfig(SFTConfig):
         return [*others, full_depth]
 
 
-def _spacing(exit_layers: str) -> int:
-    """The N of `"every:N"`."""
-    spacing = exit_layers.removeprefix("every:")
-    if spacing == exit_layers or not spacing.isdecimal() or int(spacing) < 1:
-        raise ValueError(
-            f"`exit_layers` must be a list of integers or 'every:N' with N of at least 1, got {exit_layers!r}."
-        )
-    return int(spacing)
-
-
 def _rule_of_weights(rule: str):
     """From exits to their weights."""
-    budget = rule.removeprefix("budget:")
+    budget = _to_float(rule.removeprefix("budget:")) if rule.startswith("budget:") else None
     if rule == "uniform":
         return lambda exits: [1.0] * len(exits)
     if rule == "linear":
         return lambda exits: [k / exits[-1] for k in exits]
-    if budget != rule and _is_number(budget) and 0 <= float(budget) < math.inf:
-        return lambda exits: [float(budget) / (len(exits) - 1) for _ in exits[:-1]] + [1.0]
+    if budget is not None and is_number(budget) and budget >= 0:
+        return lambda exits: [budget / (len(exits) - 1) for _ in exits[:-1]] + [1.0]
     raise ValueError(
         "`exit_loss_weights` must be a list of numbers, 'uniform', 'linear' or 'budget:B' with a finite B of at least "
         f"0, got {rule!r}."
     )
 
 
-def _is_number(text: str) -> bool:
+def _to_float(text: str) -> float | None:
     try:
-        float(text)
+        return float(text)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
@@ -294,7 +326,6 @@ def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 
 def _check_number(name: str, value: Any, least: float, exclusive: bool = False) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < least or (exclusive and value == least):
+    if not is_number(value) or value < least or (exclusive and value == least):
         bound = f"above {least}" if exclusive else f"of at least {least}"
         raise ValueError(f"`{name}` must be a finite number {bound}, got {value!r}.")

@@ -1,15 +1,20 @@
 """Sorted Fine-Tuning (SoFT): TRL's `SFTTrainer` with the summed loss of several exits."""
 
+import copy
 import functools
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard
-from peft import PeftModel
-from transformers import AutoProcessor, LlamaForCausalLM, PreTrainedModel, TrainingArguments
-from transformers.utils import is_rich_available
+from peft import PeftModel, PeftType
+from transformers import AutoProcessor, LlamaForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_rich_available, logging
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
@@ -17,10 +22,13 @@ from modeling_sorted_llama import SortedLlamaForCausalLM
 from modeling_sorted_llama.cache_sorted_llama import index_tensor
 from modeling_sorted_llama.loss_sorted_llama import gathered
 
-from .atomic_saves import AtomicSaves
+from .atomic_saves import STATE, AtomicSaves
 from .exit_table import ExitTableCallback
-from .model_card import new_page, set_block, training_block, use_block
+from .model_card import new_page, set_block, training_block, update_page, use_block
 from .sorted_sft_config import SortedSFTConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 class SortedSFTTrainer(AtomicSaves, SFTTrainer):
@@ -133,6 +141,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
                 "`exit_layers` is not set, neither in the `SortedSFTConfig` nor in the model's config: pass a list "
                 f"that ends in the full depth, {config.num_hidden_layers}, or a spacing such as 'every:4'."
             )
+        args.check_exits(self.exit_layers)
         weights = config.exit_loss_weights if self.exit_layers == config.exit_layers else None
         self.exit_loss_weights = args.weights_of(self.exit_layers, weights)
         exit_heads = args.exit_heads or config.exit_heads
@@ -195,6 +204,14 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         if args.log_exit_grad_norms:
             base = self.model.get_base_model() if is_peft_model(self.model) else self.model
             base.model.register_forward_hook(self._watch_gradients, with_kwargs=True)
+        self.add_callback(
+            _TrainedAs(
+                exit_layers=self.exit_layers,
+                exit_heads=exit_heads,
+                trainable=args.trainable,
+                exit_learning_rate=args.exit_learning_rate,
+            )
+        )
         if is_rich_available() and not args.disable_tqdm:
             self.add_callback(ExitTableCallback)
 
@@ -225,17 +242,27 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        model_name = model_name or Path(self.args.output_dir).resolve().name
-        super().create_model_card(model_name, dataset_name, tags)  # the metadata is TRL's, the page ours
-        if self.is_world_process_zero():
-            path = Path(self.args.output_dir) / "README.md"
-            page = new_page(ModelCard.load(path).data, model_name, self._paper["citation"], dataset_name)
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        model_name = model_name or folder.resolve().name
+        folder.mkdir(parents=True, exist_ok=True)
+        # TRL makes the metadata, and would write over the page that is there
+        with TemporaryDirectory(prefix="_", dir=folder) as elsewhere:
+            args, self.args = self.args, copy.copy(self.args)
+            self.args.output_dir = elsewhere
+            try:
+                super().create_model_card(model_name, dataset_name, tags)
+            finally:
+                self.args = args
+            data = ModelCard.load(Path(elsewhere) / "README.md").data
             base = get_config_model_id(self.model.config) if is_peft_model(self.model) else None
             exit_heads = self.model.config.exit_heads
             chat = getattr(self.processing_class, "chat_template", None) is not None
+            page = new_page(data, model_name, self._paper["citation"], dataset_name)
             use = use_block(self.hub_model_id or self.args.output_dir, self.exit_layers, base, exit_heads, chat)
             page = set_block(set_block(page, "training", training_block(self)), "use", use)
-            path.write_text(page, encoding="utf-8")
+            update_page(folder / "README.md", page)
 
     def _owned_by_exits(self) -> dict[str, torch.nn.Parameter]:
         """What the exits below full depth own of the weights that are trained."""
@@ -258,7 +285,9 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
     @torch.no_grad()
     def _add_to_sums(self, exits, inputs, outputs, num_items_in_batch) -> None:
         """Sums over tokens since the last log, kept on the device: reading them there would wait for every step."""
-        labels = inputs["shift_labels"] if inputs.get("shift_labels") is not None else inputs["labels"][..., 1:]
+        labels = inputs.get("shift_labels")
+        if labels is None:  # the first token has no logits before it, unless virtual tokens stand there
+            labels = inputs["labels"] if self._has_virtual_tokens() else inputs["labels"][..., 1:]
         labelled = (labels != -100).sum().to(outputs.exit_losses.device)
         present = inputs.get("attention_mask")
         present = present.sum() if present is not None else labels.new_tensor(inputs["input_ids"].numel())
@@ -274,6 +303,13 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         self._add("present", present.to(labelled.device))
         for name, values in sums.items():
             self._add(name, values, exits)
+
+    def _has_virtual_tokens(self) -> bool:
+        """Whether PEFT puts embeddings before the tokens; a prefix is put into the cache."""
+        if not is_peft_model(self.model):
+            return False
+        adapter = self.model.active_peft_config
+        return adapter.is_prompt_learning and adapter.peft_type not in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
     def _add(self, name: str, values: torch.Tensor, exits: list[int] | None = None) -> None:
         """Add to the sums of the mode that the model is in; with `exits`, a value for each of them."""
@@ -300,8 +336,10 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         for name, value in zip(("grad_norm", "batches"), norm):
             self._add(name, value.unsqueeze(0), [exit_layer])
 
-    def train(self, *args, **kwargs):
-        self._sums["train"].clear()  # steps after the last log of a former run
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint:
+            self._check_resumed(resume_from_checkpoint)
+        self._sums["train"].clear()  # steps that a former run was stopped after
         if not self.args.disable_tqdm:
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             total = sum(p.numel() for p in self.model.parameters())
@@ -309,7 +347,29 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
                 f"SoFT of exits {', '.join(map(str, self.exit_layers))}: {trained / 1e6:,.1f} M of "
                 f"{total / 1e6:,.1f} M parameters are trained ({trained / max(total, 1):.1%})."
             )
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_resumed(self, checkpoint: Any) -> None:
+        """Raise where a checkpoint's optimizer belongs to other weights than those that are trained now."""
+        if checkpoint is True:
+            folder = self.args.output_dir
+            checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+            if checkpoint is None:
+                return  # `Trainer` says so
+        (now,) = [callback.facts for callback in self.callback_handler.callbacks if isinstance(callback, _TrainedAs)]
+        then = _trained_as(Path(checkpoint))
+        if then is None:
+            logger.warning(f"{checkpoint} does not say which exits it was trained with; those of now go on with it.")
+            return
+        different = {name: value for name, value in then.items() if now[name] != value}
+        if different:
+            as_then = ", ".join(f"{name}={value!r}" for name, value in different.items())
+            as_now = ", ".join(f"{name}={now[name]!r}" for name in different)
+            raise ValueError(
+                f"`resume_from_checkpoint`: {str(checkpoint)!r} was trained with `{as_then}`, and this is `{as_now}`: "
+                f"its optimizer is not made for that. Go on with `{as_then}`, or train from its weights: pass the "
+                "checkpoint as `model`, and no `resume_from_checkpoint`."
+            )
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._sums["eval"].clear()
@@ -319,7 +379,8 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs and self._sums["train"]:
+        # A window of steps, or at the end of the training, which counts its operations, what is left of one
+        if ("loss" in logs or "total_flos" in logs) and self._sums["train"]:
             logs.update(self._exit_metrics("train", prefix=""))
         super().log(logs, start_time)
 
@@ -350,6 +411,32 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         return {**metrics, f"{prefix}mean_token_accuracy": accuracy, f"{prefix}num_tokens": self._num_tokens}
 
 
+class _TrainedAs(TrainerCallback, ExportableState):
+    """Writes into every checkpoint what decides which weights its optimizer is for."""
+
+    def __init__(self, **facts: Any):
+        self.facts = facts
+
+    def state(self) -> dict[str, Any]:
+        return {"args": self.facts, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # resumed from an older checkpoint
+
+
+def _trained_as(checkpoint: Path) -> dict[str, Any] | None:
+    """What [`_TrainedAs`] wrote; else what the config says; `None` for an adapter that was trained without it."""
+    states = {}
+    if (checkpoint / STATE).is_file():
+        states = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["stateful_callbacks"]
+    if _TrainedAs.__name__ in states:
+        return states[_TrainedAs.__name__]["args"]
+    if not (checkpoint / "config.json").is_file():
+        return None
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return {name: config.get(name, default) for name, default in (("exit_layers", None), ("exit_heads", "shared"))}
+
+
 def _load_sorted(model_id: str, args: SortedSFTConfig, quantization_config: Any) -> SortedLlamaForCausalLM:
     """Load a model as `SFTTrainer` does, but as a sorted one: its own loading picks a plain Llama's class."""
     model_init_kwargs = dict(args.model_init_kwargs or {})
@@ -378,7 +465,12 @@ def _as_sorted(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMode
     sorted_model = SortedLlamaForCausalLM.from_llama(base)
     if base is model:
         return sorted_model
-    model.base_model.model = sorted_model
+    if model.active_peft_config.is_prompt_learning:  # without layers of its own around the base
+        model.base_model = sorted_model
+    else:
+        model.base_model.model = sorted_model
+    if hasattr(model, "base_model_prepare_inputs_for_generation"):  # the plain Llama's
+        model.base_model_prepare_inputs_for_generation = model.base_model.prepare_inputs_for_generation
     return model
 
 
