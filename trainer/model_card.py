@@ -93,13 +93,14 @@ def update_page(file: Path, new: str) -> None:
     except (ValueError, TypeError, YAMLError) as error:
         logger.warning(f"The page {str(file)!r} could not be read, and stays as it is: {one_line(error)}")
         return
+    known: Any = card.data
     for name in ("about", "use", "training"):
         card.text = set_block(card.text, name, get_block(new, name) or "")
     data: Any = ModelCard(new).data
-    data.tags = list(dict.fromkeys([*(card.data.tags or []), *(data.tags or [])]))
+    data.tags = list(dict.fromkeys([*(known.tags or []), *(data.tags or [])]))
     for name, value in vars(data).items():
         if value is not None:
-            card.data[name] = value
+            known[name] = value
     temporary = file.with_name(f"_{file.name}.{os.getpid()}")  # nothing that begins with `_` is pushed
     card.save(temporary)
     temporary.replace(file)

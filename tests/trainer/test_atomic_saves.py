@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -13,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests.tiny import tiny_llama
@@ -24,7 +26,7 @@ OPTIONS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_tota
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
-def train(folder: Path, options: dict, kill_at: int | None = None, count=None) -> None:
+def train(folder: Path, options: dict, kill_at: int | None = None, count=None, by=signal.SIGKILL) -> None:
     """Resume what is in `folder` and end it; killed before the `kill_at`-th change of a file there."""
     changes = 0
 
@@ -36,7 +38,7 @@ def train(folder: Path, options: dict, kill_at: int | None = None, count=None) -
             if count is not None:
                 count.value = changes
             if changes == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), by)
 
     sys.addaudithook(before_change)
     torch.set_num_threads(1)
@@ -45,18 +47,18 @@ def train(folder: Path, options: dict, kill_at: int | None = None, count=None) -
     trainer.save_model()
 
 
-def run(folder, options, kill_at=None, seconds=None):
+def run(folder, options, kill_at=None, seconds=None, by=signal.SIGKILL):
     """In a process of its own: whether it came to its end, and how many files it changed."""
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("fork")  # torch is loaded already
     count = context.Value("i", 0)
-    process = context.Process(target=train, args=(folder, options, kill_at, count))
+    process = context.Process(target=train, args=(folder, options, kill_at, count, by))
     process.start()
     process.join(seconds)
     if process.is_alive():
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
+    assert process.exitcode in (0, -signal.SIGKILL, -by)
     return process.exitcode == 0, count.value
 
 
@@ -98,8 +100,9 @@ def test_killed_at_any_file(tmp_path, undisturbed):
     """Ten times, before a file of the output folder changes, so also within saves and deletions."""
     draw = random.Random(0)
     folder, kills = tmp_path / "run", 0
-    for _ in range(10):
-        ended, _ = run(folder, OPTIONS, kill_at=draw.randint(1, undisturbed[1] // 4))
+    for i in range(10):
+        by = (signal.SIGKILL, signal.SIGTERM)[i % 2]
+        ended, _ = run(folder, OPTIONS, kill_at=draw.randint(1, undisturbed[1] // 4), by=by)
         kills += not ended
         check(folder, OPTIONS)
     assert run(folder, OPTIONS)[0]
@@ -130,6 +133,138 @@ def test_best_checkpoint_survives(tmp_path):
     for folder in (best, "checkpoint-5"):
         state = json.loads((tmp_path / folder / "trainer_state.json").read_text())
         assert state["best_model_checkpoint"] == str(tmp_path / best)
+
+
+def written(folder, name):
+    """Another way to write the path of `folder`."""
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    return {"./": f"./{folder.name}", "/": f"{folder}/", "..": f"{folder}/../{folder.name}", "link": str(link)}[name]
+
+
+@pytest.mark.parametrize("name", ["./", "/", "..", "link"])
+@pytest.mark.parametrize("limit", [1, 2])
+def test_best_checkpoint_survives_however_its_folder_is_written(tmp_path, monkeypatch, name, limit):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = {**BEST_IS_NOT_LAST, "max_steps": 4, "save_total_limit": limit, "metric_for_best_model": "exit_1_loss"}
+    deleted = []
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **kw: (deleted.append(Path(path).name), rmtree(path, **kw)))
+    trainer = make_trainer(written(folder, name), tiny_llama(initializer_range=0.02), **options)
+    trainer.train()
+    best = f"checkpoint-{trainer.state.best_global_step}"
+    assert trainer.state.best_global_step < 4
+    assert {p.name for p in folder.glob("checkpoint-*")} == ({best} if limit == 1 else {best, "checkpoint-4"})
+    assert_equal_weights(trainer.model, AutoModelForCausalLM.from_pretrained(folder / best), 0.0)
+    assert not any(path.startswith("checkpoint-") for path in deleted)  # renamed before
+
+
+def test_checkpoint_that_cannot_be_deleted_stays_for_the_next_save(tmp_path, monkeypatch):
+    """A file of it is in use: the training goes on, and neither a model nor a checkpoint is made of what is left."""
+    unlink, busy = os.unlink, ["checkpoint-1", "checkpoint-2"]
+
+    def unlink_unless_busy(path, *args, dir_fd=None, **kwargs):
+        where = os.path.abspath(path) if dir_fd is None else f"{os.readlink(f'/proc/self/fd/{dir_fd}')}/{path}"
+        if where.endswith("model.safetensors") and any(f"/{name}/" in where for name in busy):
+            raise OSError(16, "Device or resource busy", where)
+        return unlink(path, *args, dir_fd=dir_fd, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", unlink_unless_busy)
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    for steps in (3, 4):  # the second run saves under the names of the first
+        trainer = make_trainer(tmp_path, max_steps=steps, **options)
+        trainer.train()
+        trainer.save_model()
+        assert trainer.state.global_step == steps
+        assert [p.name for p in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{steps}"]
+    assert any(tmp_path.glob("_unfinished*/**/model.safetensors"))
+    busy.clear()
+    trainer.save_model()
+    assert not list(tmp_path.glob("_unfinished*"))
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_checkpoint_that_cannot_be_renamed_stays_whole(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def rename_unless_busy(source, target):
+        if Path(source) == tmp_path / "checkpoint-1":
+            raise OSError(16, "Device or resource busy", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_unless_busy)
+    make_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
+
+
+def test_only_what_a_run_saved_is_deleted(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    make_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-best", "checkpoint-3"}
+
+
+class At(TrainerCallback):
+    """Calls a function after a step."""
+
+    def __init__(self, step, function):
+        self.step, self.function = step, function
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.function()
+
+
+def test_folder_that_vanishes_is_made_again(tmp_path):
+    options = {**BEST_IS_NOT_LAST, "max_steps": 3, "save_total_limit": 1, "metric_for_best_model": "exit_1_loss"}
+    vanish = At(2, lambda: shutil.rmtree(tmp_path / "out"))
+    trainer = make_trainer(tmp_path / "out", tiny_llama(initializer_range=0.02), callbacks=[vanish], **options)
+    trainer.train()
+    assert trainer.state.global_step == 3 and trainer.state.best_global_step < 3
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-3")
+
+
+def test_runs_in_one_folder_take_turns(tmp_path):
+    """Neither deletes what the other is writing, and both come to their ends."""
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    tmp_path = tmp_path / "run"
+    tmp_path.mkdir()
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(2)
+
+    def train_with_the_other(seed):
+        torch.set_num_threads(1)
+        trainer = make_trainer(tmp_path, tiny_llama(seed), callbacks=[At(0, start.wait)], **options)
+        trainer.train()
+        trainer.save_model()
+
+    processes = [context.Process(target=train_with_the_other, args=(seed,)) for seed in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    check(tmp_path, options)
+    assert not list(tmp_path.glob("_unfinished*"))
+
+
+def test_checkpoint_at_sigterm_is_whole_or_not_there(tmp_path):
+    """transformers' `enable_jit_checkpoint` marks the place of a checkpoint before it is written."""
+    seen = []
+    trainer = make_trainer(tmp_path, callbacks=[At(1, lambda: CheckpointManager(trainer).execute_jit_checkpoint())])
+    save = trainer._save_optimizer_and_scheduler
+    trainer._save_optimizer_and_scheduler = lambda folder: (
+        seen.append((tmp_path / "checkpoint-1").exists()),
+        save(folder),
+    )
+    trainer.train()
+    assert seen == [False]
+    check(tmp_path, {"save_total_limit": 1})
+    assert (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
+    assert not (tmp_path / "checkpoint-1" / "checkpoint-is-incomplete.txt").exists()
 
 
 def test_checkpoint_of_a_former_run_is_replaced(tmp_path):
