@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -73,6 +73,79 @@ def test_recipe_and_evaluation(tmp_path):
         values = [metrics[f"eval_exit_{k}_{name}"] for name in ("loss", "mean_token_accuracy", "agreement")]
         assert f"| {k} | {values[0]:.3f} | {100 * values[1]:.1f} % | {100 * values[2]:.1f} % |" in page
     assert "Not evaluated yet" in page and "tags:" in page and "sorted-llama" in page
+
+
+def edited(page):
+    """What a user and `hub_card card` write into a page."""
+    page = page.replace("Not evaluated yet", "81 % at exit 1. Not evaluated yet").replace(
+        "<!-- /sorted-llama: limits -->\n", "<!-- /sorted-llama: limits -->\n\nOur own words.\n"
+    )
+    page = page.replace("<!-- sorted-llama: about -->\n", "").replace("<!-- /sorted-llama: about -->\n", "")
+    page = page.replace("One Llama checkpoint that", "Our Llama that")
+    return page.replace("---\n", "---\nlicense: apache-2.0\nlanguage: de\nmy_field: [1, 2]\n", 1).replace(
+        "tags:\n", "tags:\n- ours\n"
+    )
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_others_wrote_stays_at_every_save(tmp_path, lora):
+    """Text outside of blocks, the evaluation's block, blocks without marks, metadata; PEFT writes pages of its own."""
+    options = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])} if lora else {}
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, **options)
+    file = tmp_path / "README.md"
+    file.write_text(edited(page_of(trainer, tmp_path)))
+    before = file.read_text()
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # as `push_to_hub` does
+    page = page_of(trainer, tmp_path)
+    for kept in ("81 % at exit 1", "Our own words.", "Our Llama that"):
+        assert page.count(kept) == 1
+    assert "| optimization | 2 steps of 2 rows" in page
+    old, data = ModelCard(before).data, ModelCard(page).data
+    assert data.to_dict() == {**old.to_dict(), "tags": data.tags}
+    assert (data.license, data.language, data.my_field) == ("apache-2.0", "de", [1, 2])
+    assert set(data.tags) == {"ours", *old.tags} and len(data.tags) == len(set(data.tags))
+    mask = r"(<!-- sorted-llama: (?:use|training) -->\n).*?(<!-- /)"
+    same, then = (re.sub(mask, r"\1\2", ModelCard(p).text, flags=re.DOTALL) for p in (page, before))
+    assert same == then
+
+
+def test_page_of_somebody_else_stays_below(tmp_path):
+    theirs = "---\nlicense: mit\ntags: [theirs]\n---\n# Mine\n\nAll about it.\n"
+    (tmp_path / "README.md").write_text(theirs)
+    trainer = make_trainer(tmp_path)
+    page = page_of(trainer, tmp_path)
+    assert page_of(trainer, tmp_path) == page
+    data = ModelCard(page).data
+    assert data.license == "mit" and {"theirs", "sorted-llama"} <= set(data.tags)
+    assert has_blocks(page) and page.endswith("# Mine\n\nAll about it.\n")
+
+
+def test_empty_form_of_peft_is_no_page(tmp_path):
+    trainer = make_trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer.save_model()
+    assert "More Information Needed" in (tmp_path / "README.md").read_text()
+    assert "More Information Needed" not in page_of(trainer, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", b"---\na: [\n---\nx", b"---\n- a\n---\nx"], ids=str)
+def test_page_that_cannot_be_read_stays_and_is_told(tmp_path, monkeypatch, content):
+    said = []
+    monkeypatch.setattr("trainer.model_card.logger.warning", said.append)
+    (tmp_path / "README.md").write_bytes(content)
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    assert (tmp_path / "README.md").read_bytes() == content
+    assert len(said) == 1 and "README.md" in said[0] and "stays as it is" in said[0]
+
+
+def test_evaluation_in_the_metadata_stays(tmp_path):
+    trainer = make_trainer(tmp_path)
+    card = ModelCard(page_of(trainer, tmp_path))
+    card.data.eval_results = [EvalResult("text-generation", "qa", "qa", "f1", 0.5)]
+    card.save(tmp_path / "README.md")
+    (result,) = ModelCard(page_of(trainer, tmp_path)).data.eval_results
+    assert (result.metric_type, result.metric_value) == ("f1", 0.5)
 
 
 def printed_by(code, tmp_path, installed):

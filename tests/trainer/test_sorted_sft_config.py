@@ -1,8 +1,14 @@
 """`SortedSFTConfig`: ranges, spacings, command lines and YAML files."""
 
+import math
+
+import numpy as np
 import pytest
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, TrlParser
 
+from tests.trainer.runs import make_trainer
 from trainer import SortedSFTConfig
 
 
@@ -36,7 +42,9 @@ def test_every_default_of_sft_is_kept():
     assert differing <= {"logging_dir"}  # holds the time
 
 
-@pytest.mark.parametrize("exits", [[4], [1, 4], [1, 2, 3, 4], (2, 4), ["1", "4"]], ids=str)
+@pytest.mark.parametrize(
+    "exits", [[4], [1, 4], [1, 2, 3, 4], (2, 4), ["1", "4"], np.array([2, 4]), torch.tensor([4])], ids=str
+)
 def test_lists(exits):
     config = make(exit_layers=exits)
     assert config.exits_of(4) == [int(k) for k in exits]
@@ -90,12 +98,38 @@ def test_spacing(spacing, depth, exits):
         "every: 2",
         ["every:0"],
         ["every:"],
+        [10**400, 4],
+        ["9" * 5000],
+        [math.nan],
     ],
-    ids=str,
+    ids=lambda exits: str(exits)[:30],
 )
 def test_wrong_exit_layers(exits):
     with pytest.raises(ValueError, match="`exit_layers` must be"):
         make(exit_layers=exits)
+
+
+@pytest.mark.parametrize(
+    "exits, said",
+    [
+        ("10,20,30", r"a text is not taken apart, pass \[10,20,30\]"),
+        (["10,20,30"], r"a text is not taken apart, pass \[10,20,30\]"),  # `--exit_layers 10,20,30`
+        ("[10, 20]", r"a text is not taken apart, pass \[10, 20\]"),
+        ([], "which is empty"),
+        ([20, 10, 30], "not ascending: 10 behind 20"),
+        ([10, 10], "not ascending: 10 twice"),
+        ([0, 4], r"got 0 in \[0, 4\]"),
+    ],
+    ids=str,
+)
+def test_wrong_exit_layers_are_told_as_what_they_are(exits, said):
+    with pytest.raises(ValueError, match=f"`exit_layers` must be.*{said}"):
+        make(exit_layers=exits)
+
+
+def test_exit_that_is_too_deep_is_told():
+    with pytest.raises(ValueError, match="got 5 in .* the model has 4 layers"):
+        make(exit_layers=[1, 5]).exits_of(4)
 
 
 @pytest.mark.parametrize("exits", [[1, 2], [1, 5], [8]], ids=str)
@@ -114,7 +148,7 @@ def test_weights(weights):
 @pytest.mark.parametrize(
     "weights",
     [[], [1.0], [1.0] * 4, [0, 0, 0], [-1, 1, 1], [float("nan"), 1, 1], [float("inf"), 1, 1], [True, 1, 1], "111"]
-    + [["1", 1, 1], 1.0],
+    + [["1", 1, 1], 1.0, [10**400, 1, 1], ["1", "1", "x"]],
     ids=str,
 )
 def test_wrong_weights(weights):
@@ -196,3 +230,92 @@ def test_dict_round_trip(exits):
     again = SortedSFTConfig(**config.to_dict())
     assert again.exits_of(4) == config.exits_of(4)
     assert again.exit_loss_reduction == "mean"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["exit_learning_rate", "full_depth_weight", "self_distillation_weight", "self_distillation_temperature"],
+)
+@pytest.mark.parametrize("value", [10**400, math.nan, -math.inf, True, "1", [1.0], 1j], ids=lambda v: str(v)[:30])
+def test_numbers_that_are_none(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be a finite number"):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("value", [10**400, math.nan, 1.5, True, "1", None], ids=lambda v: str(v)[:30])
+def test_exits_per_step_that_are_none(value):
+    with pytest.raises(ValueError, match="`exits_per_step"):
+        make(exits_per_step=value)
+
+
+@pytest.mark.parametrize("schedule", ["all", "grow"])
+def test_exits_per_step_without_a_choice_of_exits_is_refused(schedule):
+    with pytest.raises(ValueError, match=f"`exits_per_step=2` has no effect with `exit_schedule='{schedule}'`"):
+        make(exits_per_step=2, exit_schedule=schedule)
+    assert make(exits_per_step=np.int64(2), exit_schedule="rotate").exits_per_step == 2
+
+
+def test_temperature_without_distillation_is_refused():
+    with pytest.raises(ValueError, match="`self_distillation_temperature=2.0` has no effect"):
+        make(self_distillation_temperature=2.0)
+    assert make(self_distillation_temperature=2.0, self_distillation_weight=0.1).self_distillation_temperature == 2.0
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"exit_layers": [4], "exit_schedule": "random"}, "`exits_per_step=1` .* has 0 of them"),
+        ({"exit_layers": [1, 2, 4], "exit_schedule": "rotate", "exits_per_step": 3}, "`exits_per_step=3` .* has 2 of"),
+        ({"exit_layers": "every:9", "exit_schedule": "grow"}, "`exit_schedule='grow'` .* has none"),
+        ({"exit_layers": [4], "self_distillation_weight": 0.5}, "`self_distillation_weight=0.5` .* has none"),
+    ],
+    ids=str,
+)
+def test_options_for_exits_that_the_model_lacks_are_refused(tmp_path, options, said):
+    with pytest.raises(ValueError, match=said):
+        make_trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"exit_schedule": "random", "exits_per_step": 2},
+        {"self_distillation_weight": 1.0, "self_distillation_temperature": 2.0},
+        {"exit_layers": "every:2", "exit_loss_weights": "budget:0.3", "exit_heads": "lens", "detach_exits": True},
+    ],
+    ids=str,
+)
+def test_every_option_survives_dict_and_yaml(tmp_path, options):
+    import yaml
+
+    config = SortedSFTConfig("unused", **options)
+    ours = {name: value for name, value in config.to_dict().items() if name not in vars(SFTConfig("x", bf16=False))}
+    assert SortedSFTConfig(**config.to_dict()).to_dict() == config.to_dict()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"output_dir": "unused", **ours}))
+    (again,) = TrlParser((SortedSFTConfig,)).parse_args_and_config(["--config", str(tmp_path / "config.yaml")])
+    assert {name: getattr(again, name) for name in ours} == ours
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_bfloat16_is_what_the_machine_can_do_unless_it_is_said(monkeypatch, has_bf16):
+    """Nothing that is said is overridden, and where `SFTConfig` takes the defaults, they are its."""
+    for module in ("trainer.sorted_sft_config", "transformers.training_args"):
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: has_bf16)
+    assert SortedSFTConfig("unused").bf16 is has_bf16
+    assert SortedSFTConfig("unused", fp16=True).bf16 is False
+    assert SortedSFTConfig("unused", bf16=False).bf16 is False
+    assert SortedSFTConfig("unused", use_cpu=True).bf16 is SFTConfig("unused", use_cpu=True).bf16 is True
+    if has_bf16:
+        assert SortedSFTConfig("unused", bf16=True).bf16 is SFTConfig("unused").bf16 is True
+    else:
+        for config_class in (SFTConfig, SortedSFTConfig):
+            with pytest.raises(ValueError, match="doesn't support bf16"):
+                config_class("unused", bf16=True)
+
+
+def test_defaults_train_on_this_machine(tmp_path):
+    trainer = make_trainer(tmp_path, use_cpu=False, bf16=None)
+    trainer.train()
+    assert trainer.args.bf16 is is_torch_bf16_gpu_available()
+    assert trainer.state.global_step == 2
