@@ -5,8 +5,8 @@ Fine-tune a Llama into several models in one checkpoint (SoFT).
         --exit_layers 10 15 20 30 --output_dir out
     python examples/train.py --config examples/train.yaml --exit_layers every:5
 
-LoRA: `--use_peft --lora_r 16 --learning_rate 2e-4`; with `--load_in_4bit` QLoRA. Without a GPU: `--use_cpu
---bf16 false`. Several GPUs, or several processes on CPUs (for which accelerate itself, with `--cpu`, wants MPI):
+LoRA: `--use_peft --lora_r 16 --learning_rate 2e-4`; with `--load_in_4bit` QLoRA. Without a GPU it trains in
+float32. Several GPUs, or several processes on CPUs (for which accelerate itself, with `--cpu`, wants MPI):
 
     accelerate launch --num_processes 8 examples/train.py --config examples/train.yaml
     torchrun --nproc_per_node 2 examples/train.py --config examples/train.yaml --use_cpu --bf16 false
