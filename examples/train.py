@@ -1,15 +1,19 @@
 """
 Fine-tune a Llama into several models in one checkpoint (SoFT).
 
-    python examples/train.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name trl-lib/Capybara \
-        --exit_layers 10 15 20 30 --output_dir out
-    python examples/train.py --config examples/train.yaml --exit_layers every:5
+```shell
+python examples/train.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name trl-lib/Capybara \
+    --exit_layers 10 15 20 30 --output_dir out
+python examples/train.py --config examples/train.yaml --exit_layers every:5
+```
 
 LoRA: `--use_peft --lora_r 16 --learning_rate 2e-4`; with `--load_in_4bit` QLoRA. Without a GPU it trains in
 float32. Several GPUs, or several processes on CPUs (for which accelerate itself, with `--cpu`, wants MPI):
 
-    accelerate launch --num_processes 8 examples/train.py --config examples/train.yaml
-    torchrun --nproc_per_node 2 examples/train.py --config examples/train.yaml --use_cpu --bf16 false
+```shell
+accelerate launch --num_processes 8 examples/train.py --config examples/train.yaml
+torchrun --nproc_per_node 2 examples/train.py --config examples/train.yaml --use_cpu --bf16 false
+```
 
 `--dataset_name` is a dataset of the Hub or a local .json, .jsonl, .csv or .parquet file, in any format that TRL's
 SFTTrainer takes. `--eval_strategy epoch` evaluates every exit on the test split; where there is none, a tenth of the

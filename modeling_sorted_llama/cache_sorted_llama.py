@@ -199,8 +199,18 @@ class SortedCache(Cache):
     Example:
 
     ```python
-    >>> turn = model.generate(**inputs, assistant_early_exit=10, return_dict_in_generate=True)
-    >>> next_turn = model.generate(**longer_inputs, cache=turn.cache, exit_threshold=0.9)
+    >>> from modeling_sorted_llama import SortedLlamaForCausalLM
+    >>> from transformers import AutoTokenizer
+
+    >>> model = SortedLlamaForCausalLM.from_pretrained("user/sorted-llama")
+    >>> tokenizer = AutoTokenizer.from_pretrained("user/sorted-llama")
+    >>> messages = [{"role": "user", "content": "What is the capital of Peru?"}]
+    >>> inputs = tokenizer.apply_chat_template(
+    ...     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    ... )
+    >>> turn = model.generate(**inputs, assistant_early_exit=10, max_new_tokens=8, return_dict_in_generate=True)
+    >>> next_turn = model.generate(turn.sequences, cache=turn.cache, exit_threshold=0.9, max_new_tokens=8)
+    >>> print(tokenizer.decode(next_turn[0], skip_special_tokens=True))
     ```
     """
 

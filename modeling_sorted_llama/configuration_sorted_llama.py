@@ -234,6 +234,8 @@ class SortedLlamaConfig(LlamaConfig):
     >>> from modeling_sorted_llama import SortedLlamaConfig
 
     >>> config = SortedLlamaConfig(num_hidden_layers=30, exit_layers=[10, 15, 20, 30])
+    >>> print(config.exit_layers)
+    [10, 15, 20, 30]
     ```
     """
 

@@ -477,8 +477,12 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
 
     >>> model = SortedLlamaForCausalLM.from_pretrained("user/sorted-llama")
     >>> tokenizer = AutoTokenizer.from_pretrained("user/sorted-llama")
-    >>> inputs = tokenizer("The capital of France is", return_tensors="pt")
-    >>> model.generate(**inputs, exit_layer=12, max_new_tokens=8)
+    >>> messages = [{"role": "user", "content": "What is the capital of Peru?"}]
+    >>> inputs = tokenizer.apply_chat_template(
+    ...     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    ... )
+    >>> tokens = model.generate(**inputs, exit_layer=10, max_new_tokens=8)
+    >>> print(tokenizer.decode(tokens[0], skip_special_tokens=True))
     ```
     """
 
