@@ -145,10 +145,7 @@ CACHES = {
     "static": {"cache_implementation": "static"},
     "offloaded": {"cache_implementation": "offloaded"},
     "offloaded_static": {"cache_implementation": "offloaded_static"},
-    "quantized": {
-        "cache_implementation": "quantized",
-        "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 4},
-    },
+    "quantized": {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
 }
 
 
@@ -157,8 +154,6 @@ CACHES = {
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("kind", CACHES)
 def test_cache_kinds(kind, beams, depth):
-    if kind == "quantized":
-        pytest.importorskip("optimum.quanto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = tiny_sorted(hidden_size=64).to(device)
     arguments = {key: value.to(device) for key, value in prompts().items()}
