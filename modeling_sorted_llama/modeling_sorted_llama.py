@@ -21,6 +21,14 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+
+if not __package__:
+    raise ImportError(
+        f"`import modeling_sorted_llama` found {__file__}, the code in a checkpoint's folder, not the package of that "
+        "name: Python looks into the working directory (or the script's folder) first. Work in another folder, or "
+        "start Python with `-P`."
+    )
+
 from .cache_sorted_llama import CACHE_NAME, SortedCache, is_sorted_cache
 from .configuration_sorted_llama import (
     AUTO_MAP,

@@ -3,6 +3,8 @@
 import ast
 import json
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -470,3 +472,21 @@ def test_remote_code_beside_the_installed_package(tmp_path):
     assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP
     assert all((again / name).exists() for name in REMOTE_CODE)
     assert_same_weights(SortedLlamaForCausalLM.from_pretrained(again), model)
+
+
+@pytest.mark.slow
+def test_a_checkpoints_folder_that_hides_the_package_says_so(tmp_path):
+    """In that folder `import modeling_sorted_llama` finds the checkpoint's file; with `-P`, as elsewhere, the package."""
+    save_tiny(tmp_path, tiny_sorted())
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "HF_HUB_OFFLINE": "1"}
+    code = "import modeling_sorted_llama; print(modeling_sorted_llama.__file__)"
+    hidden, found = (
+        subprocess.run(
+            [sys.executable, *flags, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        for flags in ([], ["-P"])
+    )
+    assert hidden.returncode and "attempted relative import" not in hidden.stderr
+    last = hidden.stderr.splitlines()[-1]
+    assert last.startswith("ImportError:") and str(tmp_path / "modeling_sorted_llama.py") in last and "`-P`" in last
+    assert found.stdout.strip() == str(PACKAGE / "__init__.py"), found.stderr
