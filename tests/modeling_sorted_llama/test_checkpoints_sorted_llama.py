@@ -476,7 +476,7 @@ def test_remote_code_beside_the_installed_package(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoints_folder_that_hides_the_package_says_so(tmp_path):
-    """In that folder `import modeling_sorted_llama` finds the checkpoint's file; with `-P`, as elsewhere, the package."""
+    """There `import modeling_sorted_llama` finds the checkpoint's file; with `-P`, as elsewhere, the package."""
     save_tiny(tmp_path, tiny_sorted())
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "HF_HUB_OFFLINE": "1"}
     code = "import modeling_sorted_llama; print(modeling_sorted_llama.__file__)"
