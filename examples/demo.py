@@ -14,16 +14,27 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import torch
 from datasets import Dataset
 from exit_results import ExitResult, default_exits, evaluate_exits, format_table
 from facts import build_facts
+from huggingface_hub.utils import enable_progress_bars
+from plan import FIXED, Plan, make_plan
 from plot import plot_quality_speed
 from smollm2 import SMOLLM2, fetch_model
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    set_seed,
+)
 from transformers.utils import logging
 
 from hub_card.evaluation import write_json
@@ -33,6 +44,7 @@ from modeling_sorted_llama import SortedLlamaForCausalLM
 from trainer import SortedSFTConfig, SortedSFTTrainer
 
 
+BATCH_SIZE = 16
 MAX_TEST_ROWS = 400
 
 # Runs where neither this project's packages nor its folder can be imported
@@ -67,37 +79,32 @@ def main() -> None:
     parser.add_argument("--model", default=SMOLLM2, help="model id or path of a Llama")
     parser.add_argument("--data", help="prompt/completion file (TRL's formats); default: the built-in facts")
     parser.add_argument("--output_dir", default="out/demo")
-    parser.add_argument("--max_steps", type=int, default=400)
+    parser.add_argument("--max_steps", type=int, default=400, help="of training, at most")
+    parser.add_argument("--minutes", type=float, default=8, help="for all of it: steps and questions are made to fit")
     args = parser.parse_args()
     started = time.monotonic()
-    logging.set_verbosity_error()
+    hide_what_others_print()
 
     # 1. The model and the data
-    model_path = fetch_model(args.model)
+    output_dir = Path(args.output_dir)
+    try:
+        model_path, exits, tokenizer, train_rows, test_rows = check(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(" ".join(str(error).split()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = faster_dtype(device)
-    model = SortedLlamaForCausalLM.from_pretrained(model_path, dtype=dtype).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    depth = model.config.num_hidden_layers
-    exits = default_exits(depth)
-    train_rows, test_rows = build_facts() if args.data is None else hold_out(load_rows(args.data))
-    test_rows = test_rows[:MAX_TEST_ROWS]
-    print(f"{len(train_rows)} rows to train on, {len(test_rows)} held out; exits {exits}; {device}, {dtype}")
+    print(f"{len(train_rows)} rows to train on, {len(test_rows)} held out; exits {exits}; {device}")
+
+    def load(dtype: str, path: str | Path = model_path) -> SortedLlamaForCausalLM:
+        return SortedLlamaForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
 
     # 2. Where an interrupted run goes on
-    output_dir = Path(args.output_dir)
     final = output_dir / "final"
+    held_out = output_dir / "held_out.jsonl"
     state_file = output_dir / "demo.json"
-    settings = {
-        "model": args.model,
-        "data": args.data,
-        "max_steps": args.max_steps,
-        "exits": exits,
-        "dtype": str(dtype),
-    }
+    settings = {**vars(args), "exits": exits, "device": device}
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
     checkpoint = last_checkpoint(output_dir)
-    if state.get("settings") == settings and "after" not in state:
+    if state.get("settings") == settings and "plan" in state and "after" not in state:
         print(f"Going on with the interrupted run from {checkpoint or 'its start'}.")
     else:
         if state:
@@ -105,25 +112,47 @@ def main() -> None:
         state, checkpoint = {"settings": settings}, None
         remove(output_dir)
 
-    # 3. Every exit before
-    if "before" not in state:
-        print("\nBefore: what the exits of the untouched model are worth (a minute or so) ...")
-        state["before"] = [asdict(r) for r in evaluate_exits(model, tokenizer, test_rows, exits)]
-        output_dir.mkdir(parents=True, exist_ok=True)
+    # 3. What fits into the time, measured on this machine
+    if "plan" not in state:
+        print("Measuring this machine ...")
+        deadline = started + 60 * args.minutes
+        plan = make_plan(load, tokenizer, train_rows, test_rows, exits, BATCH_SIZE, args.max_steps, deadline)
+        state["plan"] = asdict(plan)
         write_json(state_file, state)
+    plan = Plan(**state["plan"])
+    test_rows = test_rows[: plan.num_questions]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in test_rows), encoding="utf-8")
+    print(
+        f"Plan: {plan.steps} steps of {plan.step_seconds:.2f} s, {plan.num_questions} questions before and after; "
+        f"about {(plan.seconds + FIXED) / 60:.0f} minutes in all.\n"
+        f"Faster here: {plan.train_dtype} to train, {plan.answer_dtype} to answer many questions at once, "
+        f"{plan.decode_dtype} to decode one row."
+    )
+    if plan.steps < args.max_steps:
+        print(
+            f"{args.max_steps} steps would take longer than {args.minutes:g} minutes here, and make better exits: "
+            f"--minutes {(plan.seconds + FIXED + (args.max_steps - plan.steps) * plan.step_seconds) / 60 + 1:.0f}"
+        )
+
+    # 4. Every exit before
+    if "before" not in state:
+        print("\nBefore: what the exits of the untouched model are worth ...")
+        models = load(plan.answer_dtype), load(plan.decode_dtype)
+        state["before"] = [asdict(r) for r in evaluate_exits(*models, tokenizer, test_rows, exits)]
+        write_json(state_file, state)
+        del models
     before = [ExitResult(**r) for r in state["before"]]
     print(f"\nBefore SoFT\n{format_table(before)}\n")
-    del model
 
-    # 4. Sorted Fine-Tuning
+    # 5. Sorted Fine-Tuning
     set_seed(0)
     trainer = SortedSFTTrainer(
         model=model_path,
         args=SortedSFTConfig(
             output_dir=str(output_dir),
             exit_layers=exits,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=16,
+            max_steps=plan.steps,
+            per_device_train_batch_size=BATCH_SIZE,
             learning_rate=1e-3,
             lr_scheduler_type="cosine",
             warmup_steps=5,
@@ -131,7 +160,7 @@ def main() -> None:
             max_length=256,
             train_sampling_strategy="group_by_length",
             gradient_checkpointing=False,
-            bf16=dtype == torch.bfloat16,
+            bf16=plan.train_dtype == "bfloat16",
             use_cpu=device == "cpu",
             logging_steps=10,
             save_steps=70,
@@ -144,15 +173,19 @@ def main() -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ExitProgressCallback())
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.model.to(dtype).save_pretrained(final)
+    trainer.model.to(getattr(torch, plan.decode_dtype)).save_pretrained(final)
     tokenizer.save_pretrained(final)
+    trainer.args.output_dir = str(final)  # where the page belongs, and what its calls name
+    trainer.create_model_card()
+    del trainer
     # What is measured is what was saved: `.to` rounds the rotary frequencies too, and loading does not
-    model = SortedLlamaForCausalLM.from_pretrained(final, dtype=dtype).to(device).eval()
+    model = load(plan.decode_dtype, final)
 
-    # 5. Every exit after
+    # 6. Every exit after
     print("\nAfter: the same questions ...")
-    after = evaluate_exits(model, tokenizer, test_rows, exits)
-    print(f"\nAfter SoFT, one checkpoint (speed: one row, {dtype}, {device})\n{format_table(after)}\n")
+    after = evaluate_exits(load(plan.answer_dtype, final), model, tokenizer, test_rows, exits)
+    dtypes = f"one row, {plan.decode_dtype}, {device}; answers: {plan.answer_dtype}"
+    print(f"\nAfter SoFT, one checkpoint (speed: {dtypes})\n{format_table(after)}\n")
     for question in pick_questions(test_rows):
         row = as_text([question], tokenizer)[0]
         print(f"{row['prompt']}   [{row['task']}; right: {row['answer']}]")
@@ -162,7 +195,7 @@ def main() -> None:
     plot_path = output_dir / "quality_speed.png"
     plot_quality_speed(before, after, plot_path)
 
-    # 6. The checkpoint, and a process that has only transformers
+    # 7. The checkpoint, and a process that has only transformers
     row = as_text(test_rows[:1], tokenizer)[0]
     here = first_line(answers(model, tokenizer, [row["prompt"]], exit_layer=exits[0])[0])
     there = reload_elsewhere(final, row["prompt"], exits[0])
@@ -175,32 +208,51 @@ def main() -> None:
     )
     print(
         f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.\n"
-        f"  checkpoint  {final}\n  plot        {plot_path}\n  numbers     {state_file}\n\nNext:\n"
-        f"  .venv/bin/python -m hub_card evaluate {final} --data completions=my_held_out.jsonl\n"
+        f"  checkpoint  {final}\n  plot        {plot_path}\n  numbers     {state_file}\n  questions   {held_out}\n\n"
+        "Next:\n"
+        f"  .venv/bin/python -m hub_card evaluate {final} --data completions={held_out}\n"
         f"  .venv/bin/python -m hub_card card {final}\n"
-        f"  .venv/bin/python examples/train.py --model_name_or_path {final} --dataset_name my.jsonl\n"
+        f"  .venv/bin/python examples/train.py --model_name_or_path {final} --dataset_name {held_out}\n"
         f'  .venv/bin/python -c "from transformers import pipeline; '
         f"print(pipeline('text-generation', '{final}', trust_remote_code=True, exit_layer={exits[1]})"
         "('The capital of Peru is Lima. Question: What is the capital of Peru? Answer:'))\""
     )
 
 
-def faster_dtype(device: str) -> torch.dtype:
-    """bfloat16 where this device multiplies it faster than float32: CPUs without the instructions emulate it."""
-    if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        for _ in range(5):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            seconds[dtype] = min(seconds.get(dtype, 1.0), time.perf_counter() - start)
-    return min(seconds, key=seconds.__getitem__)
+def hide_what_others_print() -> None:
+    """Bars of loaders, notices of libraries about each other; a model's download keeps its bar."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    enable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def check(args: argparse.Namespace) -> tuple[str, list[int], PreTrainedTokenizerBase, list[dict], list[dict]]:
+    """Path of the model, exits, tokenizer, rows to train on and rows held out, once nothing is wrong with them."""
+    if args.max_steps < 1 or args.minutes <= 0:
+        raise ValueError("`--max_steps` and `--minutes` must be greater than 0.")
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    train_rows, test_rows = build_facts() if args.data is None else hold_out(load_rows(args.data))
+    model_path = fetch_model(args.model)
+    config = AutoConfig.from_pretrained(model_path)
+    if config.model_type not in ("llama", "sorted_llama"):
+        raise ValueError(f"`--model` must be a Llama, and {args.model} is of the kind {config.model_type!r}.")
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    as_text([*train_rows, *test_rows], tokenizer)  # a chat needs a template
+    return model_path, default_exits(config.num_hidden_layers), tokenizer, train_rows, test_rows[:MAX_TEST_ROWS]
 
 
 def hold_out(rows: list[dict], share: float = 0.1) -> tuple[list[dict], list[dict]]:
     """A seeded split into rows to train on and rows held out."""
+    for number, row in enumerate(rows):
+        for field in ("prompt", "completion"):
+            if not row.get(field):
+                raise ValueError(f"Row {number} of `--data` lacks a {field}: {str(row)[:100]}.")
+    if len(rows) < 2:
+        raise ValueError(f"`--data` must have at least 2 rows, to train on and to hold out, got {len(rows)}.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     num_test = max(1, int(len(rows) * share))
     return [rows[i] for i in order[num_test:]], [rows[i] for i in order[:num_test]]
@@ -233,7 +285,12 @@ def last_checkpoint(output_dir: Path) -> str | None:
 
 def remove(output_dir: Path) -> None:
     """Remove what an earlier run left in `output_dir`, and nothing else."""
-    for path in (output_dir / "final", output_dir / "demo.json", *output_dir.glob("checkpoint-*")):
+    for path in (
+        output_dir / "final",
+        output_dir / "demo.json",
+        output_dir / "held_out.jsonl",
+        *output_dir.glob("checkpoint-*"),
+    ):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -11,6 +11,9 @@ from hub_card.tasks import as_text, first_line
 from modeling_sorted_llama import SortedLlamaForCausalLM
 
 
+NUM_TIMED_TOKENS = 24
+
+
 @dataclass
 class ExitResult:
     """
@@ -41,8 +44,14 @@ def default_exits(depth: int) -> list[int]:
     return sorted({max(1, depth // 3), max(1, depth // 2), max(1, 2 * depth // 3), depth})
 
 
+def answer_length(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the longest of the right answers needs, 128 at most."""
+    return min(max(len(tokenizer(row["answer"])["input_ids"]) for row in as_text(rows, tokenizer)) + 1, 128)
+
+
 def evaluate_exits(
     model: SortedLlamaForCausalLM,
+    timed: SortedLlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict],
     exits: list[int],
@@ -52,7 +61,9 @@ def evaluate_exits(
 
     Args:
         model ([`SortedLlamaForCausalLM`]):
-            The model, in the dtype and on the device that its speed is measured in.
+            The model, in the dtype that answers many questions fastest.
+        timed ([`SortedLlamaForCausalLM`]):
+            The same, in the dtype that its speed at one row is measured in.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         rows (`Sequence[dict]`):
@@ -63,17 +74,15 @@ def evaluate_exits(
     Returns:
         `list[ExitResult]`: One for each of `exits`.
     """
-    model.eval()
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    longest = answer_length(rows, tokenizer)
     rows = as_text(rows, tokenizer)
     prompts, wanted = [row["prompt"] for row in rows], [row["answer"] for row in rows]
-    longest = max(len(tokenizer(text)["input_ids"]) for text in wanted) + 1
-    losses = teacher_forced(model, tokenizer, rows, exits).losses.mean(1).tolist()
-    speeds = decoding_speeds(model, tokenizer, prompts[:1], {str(k): {"exit_layer": k} for k in exits}, ends=False)
+    settings = {str(k): {"exit_layer": k} for k in exits}
+    speeds = decoding_speeds(timed, tokenizer, prompts[:1], settings, NUM_TIMED_TOKENS, ends=False, progress=True)
+    losses = teacher_forced(model, tokenizer, rows, exits, progress=True).losses.mean(1).tolist()
     results = []
     for exit_layer, loss in zip(exits, losses, strict=True):
-        found = answers(model, tokenizer, prompts, min(longest, 128), exit_layer=exit_layer)
+        found = answers(model, tokenizer, prompts, longest, progress=f"exit {exit_layer}", exit_layer=exit_layer)
         hits: dict[str, list[bool]] = {}
         for row, answer, right in zip(rows, found, wanted, strict=True):
             hits.setdefault(row["task"], []).append(first_line(answer) == right)
