@@ -20,7 +20,7 @@ help:
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py --model "$(MODEL)" $(if $(DATA),--data "$(DATA)")
 
-test: .venv/.installed
+test: .venv/.test-installed
 	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # vLLM brings its own torch and transformers
@@ -45,7 +45,11 @@ install: .venv/.installed
 		echo "Python 3.11 or newer (TRL needs it) is needed, and '$(PYTHON)' is not. Name another: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 		echo "'$(PYTHON)' has no venv module. On Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
-	$(PYTHON) scripts/install.py .venv
+	$(PYTHON) scripts/install.py .venv train,demo
+	@touch $@
+
+.venv/.test-installed: .venv/.installed
+	$(PYTHON) scripts/install.py .venv test
 	@touch $@
 
 .venv-vllm/.installed: pyproject.toml

@@ -103,7 +103,7 @@ def main() -> None:
     state_file = output_dir / "demo.json"
     settings = {**vars(args), "exits": exits, "device": device}
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
-    checkpoint = last_checkpoint(output_dir)
+    checkpoint = last_checkpoint(final)
     if state.get("settings") == settings and "plan" in state and "after" not in state:
         print(f"Going on with the interrupted run from {checkpoint or 'its start'}.")
     else:
@@ -149,7 +149,7 @@ def main() -> None:
     trainer = SortedSFTTrainer(
         model=model_path,
         args=SortedSFTConfig(
-            output_dir=str(output_dir),
+            output_dir=str(final),  # its page, with how it was trained, lies there, too
             exit_layers=exits,
             max_steps=plan.steps,
             per_device_train_batch_size=BATCH_SIZE,
@@ -173,9 +173,8 @@ def main() -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ExitProgressCallback())
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.model.to(getattr(torch, plan.decode_dtype)).save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    trainer.args.output_dir = str(final)  # where the page belongs, and what its calls name
+    trainer.model.to(getattr(torch, plan.decode_dtype))
+    trainer.save_model()
     trainer.create_model_card()
     del trainer
     # What is measured is what was saved: `.to` rounds the rotary frequencies too, and loading does not
@@ -202,6 +201,8 @@ def main() -> None:
     if there != here:
         raise RuntimeError(f"The reloaded checkpoint answers {there!r} at exit {exits[0]}, this process {here!r}.")
     write_json(state_file, {**state, "after": [asdict(r) for r in after]})  # finished
+    for trained in final.glob("checkpoint-*"):
+        shutil.rmtree(trained)
     print(
         f"\nReloaded in a process without this project, `AutoModelForCausalLM.from_pretrained('{final}', "
         f"trust_remote_code=True)`, `generate(exit_layer={exits[0]})` answers the same: {there!r}"
@@ -212,7 +213,7 @@ def main() -> None:
         "Next:\n"
         f"  .venv/bin/python -m hub_card evaluate {final} --data completions={held_out}\n"
         f"  .venv/bin/python -m hub_card card {final}\n"
-        f"  .venv/bin/python examples/train.py --model_name_or_path {final} --dataset_name {held_out}\n"
+        f"  .venv/bin/python examples/train.py --model_name_or_path {final} --dataset_name my.jsonl  # data of yours\n"
         f'  .venv/bin/python -c "from transformers import pipeline; '
         f"print(pipeline('text-generation', '{final}', trust_remote_code=True, exit_layer={exits[1]})"
         "('The capital of Peru is Lima. Question: What is the capital of Peru? Answer:'))\""
@@ -277,21 +278,17 @@ def reload_elsewhere(path: Path, prompt: str, exit_layer: int) -> str:
     return process.stdout.strip()
 
 
-def last_checkpoint(output_dir: Path) -> str | None:
+def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end: `trainer_state.json` comes last."""
-    complete = [state.parent for state in output_dir.glob("checkpoint-*/trainer_state.json")]
+    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def remove(output_dir: Path) -> None:
     """Remove what an earlier run left in `output_dir`, and nothing else."""
-    for path in (
-        output_dir / "final",
-        output_dir / "demo.json",
-        output_dir / "held_out.jsonl",
-        *output_dir.glob("checkpoint-*"),
-    ):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(output_dir / "final", ignore_errors=True)
+    for name in ("demo.json", "held_out.jsonl", "quality_speed.png"):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

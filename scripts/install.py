@@ -1,5 +1,6 @@
 """
-`python scripts/install.py VENV`: makes the virtual environment and installs the project into it.
+`python scripts/install.py VENV EXTRAS`: makes the virtual environment, or takes the one that is there, and installs the
+project into it, with extras of pyproject.toml (`train,demo`).
 
 On Linux without an NVIDIA GPU a CPU build of torch is installed, and a build that brings CUDA along (gigabytes) is
 refused before it is downloaded. `TORCH_INDEX` names another package index to look for the CPU build in.
@@ -52,11 +53,11 @@ def install_cpu_torch(python: str) -> None:
         run(*install, wheel["download_info"]["url"])
 
 
-def main(venv: str) -> None:
+def main(venv: str, extras: str) -> None:
     run(sys.executable, "-m", "venv", venv)
     python = str(Path(venv) / "bin" / "python")
     run(python, "-m", "pip", "install", "--quiet", "pip>=23.2")  # `--report`, and metadata without the whole wheel
-    packages = ["-e", ".[train,demo,test]"]
+    packages = ["-e", f".[{extras}]"]
     if platform.system() == "Linux" and shutil.which("nvidia-smi") is None:
         install_cpu_torch(python)
         packages.insert(0, TORCH)  # or pip might replace it by a newer one, with CUDA
