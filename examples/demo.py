@@ -89,7 +89,7 @@ def main() -> None:
     output_dir = Path(args.output_dir)
     try:
         model_path, exits, tokenizer, train_rows, test_rows = check(args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(" ".join(str(error).split()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{len(train_rows)} rows to train on, {len(test_rows)} held out; exits {exits}; {device}")

