@@ -28,7 +28,6 @@ from plan import FIXED, Plan, make_plan
 from plot import plot_quality_speed
 from smollm2 import SMOLLM2, fetch_model
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -40,8 +39,9 @@ from transformers.utils import logging
 from hub_card.evaluation import write_json
 from hub_card.measure import answers
 from hub_card.tasks import as_text, first_line, load_rows
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
 from trainer import SortedSFTConfig, SortedSFTTrainer
+from trainer.escaping import one_line
 
 
 BATCH_SIZE = 16
@@ -90,7 +90,7 @@ def main() -> None:
     try:
         model_path, exits, tokenizer, train_rows, test_rows = check(args)
     except (ValueError, OSError) as error:
-        sys.exit(" ".join(str(error).split()))
+        sys.exit(one_line(error))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{len(train_rows)} rows to train on, {len(test_rows)} held out; exits {exits}; {device}")
 
@@ -236,9 +236,7 @@ def check(args: argparse.Namespace) -> tuple[str, list[int], PreTrainedTokenizer
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     train_rows, test_rows = build_facts() if args.data is None else hold_out(load_rows(args.data))
     model_path = fetch_model(args.model)
-    config = AutoConfig.from_pretrained(model_path)
-    if config.model_type not in ("llama", "sorted_llama"):
-        raise ValueError(f"`--model` must be a Llama, and {args.model} is of the kind {config.model_type!r}.")
+    config = SortedLlamaConfig.from_pretrained(model_path)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -35,15 +35,16 @@ from datasets import Dataset
 from exit_results import default_exits
 from facts import build_facts
 from smollm2 import SMOLLM2, fetch_model
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hub_card.measure import answers, teacher_forced
 from hub_card.tasks import as_text, exact_match, final_answer, normalize_answer, token_f1
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
 from modeling_sorted_llama.configuration_sorted_llama import check_exit_layers
 from trainer import SortedSFTConfig, SortedSFTTrainer
+from trainer.escaping import one_line
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -349,7 +350,7 @@ def main() -> None:
         if not results and not todo:
             raise ValueError(f"There is nothing to report: {args.results} holds no runs.")
     except (ValueError, OSError) as error:
-        sys.exit(" ".join(str(error).split()))
+        sys.exit(one_line(error))
     for task, arm, seed in todo:
         print(f"{task}, {arm}, seed {seed} ...", flush=True)
         command = [sys.executable, __file__, *sys.argv[1:], "--run", task, arm, str(seed)]
@@ -379,7 +380,7 @@ def plan(args: argparse.Namespace, done: set[tuple[str, str, int]]) -> list[tupl
     if args.data is not None and not args.data.is_dir():
         raise ValueError(f"--data must be a folder, got {args.data}.")
     tasks = load_tasks(args.data, args.num_held_out)
-    config = AutoConfig.from_pretrained(fetch_model(args.model))
+    config = SortedLlamaConfig.from_pretrained(fetch_model(args.model))
     alone = [f"alone {k}" for k in read_exits(args.exit_layers, config.num_hidden_layers)[:-1]]
     for flag, given, known in (("--tasks", args.tasks, [*tasks]), ("--arms", args.arms, [*ARMS, *alone])):
         for name in given or []:

@@ -24,10 +24,11 @@ from pathlib import Path
 
 import yaml
 from datasets import load_dataset
-from transformers import AutoConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from modeling_sorted_llama import SortedLlamaConfig
 from trainer import SortedSFTConfig, SortedSFTTrainer
+from trainer.escaping import one_line
 
 
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -67,13 +68,11 @@ def check_exits(training_args: SortedSFTConfig, model_args: ModelConfig) -> None
     """Whether the model, of which only the config is read, has the exits that are asked for."""
     name = model_args.model_name_or_path
     try:
-        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
+        config = SortedLlamaConfig.from_pretrained(name, revision=model_args.model_revision)
     except (ValueError, OSError) as error:
         raise ValueError(f"--model_name_or_path {name} does not load: {error}") from error
-    if config.model_type not in ("llama", "sorted_llama"):
-        raise ValueError(f"--model_name_or_path {name} must be a Llama, and is of the kind {config.model_type}.")
     depth = config.num_hidden_layers
-    if training_args.exits_of(depth) is None and getattr(config, "exit_layers", None) is None:
+    if training_args.exits_of(depth) is None and config.exit_layers is None:
         raise ValueError(f"--exit_layers is required: numbers that end in the full depth, {depth}, or every:4.")
 
 
@@ -125,7 +124,7 @@ def main() -> None:
         check_exits(training_args, model_args)
         datasets = load_splits(script_args, training_args)
     except (ValueError, OSError, yaml.YAMLError) as error:  # of what was asked for, and of the files
-        raise SystemExit(" ".join(str(error).split())) from error
+        raise SystemExit(one_line(error)) from error
     train(*arguments, datasets)
 
 
