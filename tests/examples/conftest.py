@@ -18,8 +18,11 @@ def _example(name):
 
 
 checks = _example("checks")
+demo = _example("demo")
 generate = _example("generate")
 merge = _example("merge")
+plan = _example("plan")
 study = _example("study")
+train = _example("train")
 serve = _example("serve")
 serve_depths = _example("serve_depths")

@@ -1,0 +1,151 @@
+"""`examples/demo.py` on a tiny model: what it leaves, how it goes on, how it fits its time, what it refuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import save_tiny, tiny_sorted, tiny_tokenizer
+
+
+ROOT = Path(__file__).parents[2]
+ROWS = [{"prompt": f"count to {n}:", "completion": " " + " ".join(map(str, range(n % 7 + 1)))} for n in range(40)]
+
+
+def run(folder, *command):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    save_tiny(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_run_and_one_that_was_interrupted(inputs):
+    demo = [ROOT / "examples" / "demo.py", "--model", "model", "--data", "data.jsonl", "--max_steps", "3"]
+    first = run(inputs, *demo)
+    for noise in ("FutureWarning", "Loading weights", "Map", "examples/s", "Writing model shards"):
+        assert noise not in first.stderr, noise
+    for bar in ("decoding speed", "reading answers", "exit 1", "exit 2", "exit 4"):
+        assert first.stderr.count(f"{bar}: 100%") >= 2, bar  # before and after
+    folder = inputs / "out" / "demo"
+    final = folder / "final"
+    page = (final / "README.md").read_text()
+    assert 'name = "out/demo/final"' in page and "| optimization | 3 steps of 16 rows" in page
+    assert not list(folder.rglob("checkpoint-*")) and not (folder / "README.md").exists()
+
+    held_out = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    assert len(held_out) == 4 and all(row in ROWS for row in held_out)
+    for command in re.findall(r"^  \.venv/bin/python (-m hub_card .*)$", first.stdout, re.MULTILINE):
+        quick = ["--runs", "1", "--num_timed", "1", "--max_new_tokens", "4"] if "evaluate" in command else []
+        run(inputs, *command.split(), *quick)
+    evaluation = json.loads((final / "evaluation.json").read_text())
+    assert evaluation["request"]["exit_layers"] == [1, 2, 4]
+    assert "| optimization | 3 steps of 16 rows" in (final / "README.md").read_text()
+
+    # Interrupted before its end, it goes on with what it had planned
+    state = json.loads((folder / "demo.json").read_text())
+    del state["after"]
+    state["plan"] |= {"steps": 2, "num_questions": 3}
+    (folder / "demo.json").write_text(json.dumps(state))
+    second = run(inputs, *demo)
+    assert "Going on with the interrupted run" in second.stdout and "Measuring" not in second.stdout
+    assert "Plan: 2 steps" in second.stdout and "3 questions" in second.stdout
+    assert [r["loss"] for r in json.loads((folder / "demo.json").read_text())["before"]] == [
+        r["loss"] for r in state["before"]
+    ]
+    assert len((folder / "held_out.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("step", [0.01, 0.7, 3.5, 100.0])
+@pytest.mark.parametrize("question", [0.01, 0.2, 1.0])
+def test_what_fits_takes_the_time_and_not_more(plan, step, question):
+    steps, questions = plan.fit(440, 400, 400, step=step, question=question, speed=10)
+    assert 40 <= steps <= 400 and plan.MIN_QUESTIONS <= questions <= 400
+    taken = steps * step + 2 * (10 + questions * question)
+    if steps > 40:  # less shows nothing
+        assert taken <= 440
+    if steps < 400:
+        assert taken + step > 440
+    if 400 * step + 2 * (10 + 400 * question) <= 440:
+        assert (steps, questions) == (400, 400)
+
+
+def test_the_faster_dtype_is_taken_and_a_slow_one_not_tried_again(plan):
+    calls = []
+
+    def run(dtype):
+        calls.append(dtype)
+        time.sleep(0.1 if dtype == "bfloat16" else 0.001)
+
+    assert plan.fastest(run, patience=0.05) == "float32"
+    assert calls == ["float32"] * 3 + ["bfloat16"]
+    assert plan.fastest(lambda dtype: time.sleep(0.1 if dtype == "float32" else 0.001)) == "bfloat16"
+
+
+def test_the_measured_batch_is_typical(plan):
+    tokenizer = tiny_tokenizer()
+    rows = [{"prompt": "a" * n, "completion": " b"} for n in (*range(1, 20), 60)]
+    batch = plan.typical_batch(tokenizer, rows, 4)
+    lengths = batch["attention_mask"].sum(1)
+    assert lengths.float().mean() == pytest.approx(sum(len(row["prompt"]) + 3 for row in rows) / len(rows), abs=2)
+    for labels, ids, length in zip(batch["labels"], batch["input_ids"], lengths, strict=True):
+        assert labels[length - 3 : length].tolist() == ids[length - 3 : length].tolist()  # " b" and the end
+        assert (labels != -100).sum() == 3
+    plan.backward(tiny_sorted().train(), batch, "bfloat16", exit_layer=1)
+
+
+def test_a_plan_of_a_tiny_model(plan):
+    model = {"float32": tiny_sorted, "bfloat16": lambda: tiny_sorted().to(torch.bfloat16)}
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    arguments = {"exits": [1, 2, 4], "batch_size": 4, "max_steps": 5, "deadline": time.monotonic() + 600}
+    made = plan.make_plan(lambda dtype: model[dtype](), tokenizer, ROWS[4:], ROWS[:4], **arguments)
+    assert (made.steps, made.num_questions) == (5, 4)
+    assert {made.train_dtype, made.answer_dtype, made.decode_dtype} <= {"float32", "bfloat16"}
+    assert 0 < made.step_seconds < 10 and 0 < made.answer_seconds < 100
+
+
+WRONG = {
+    "no_file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "empty": (["--data", "empty.jsonl"], "empty.jsonl"),
+    "broken": (["--data", "broken.jsonl"], "broken.jsonl"),
+    "columns": (["--data", "columns.jsonl"], "Row 0 of `--data` lacks a prompt"),
+    "one_row": (["--data", "one.jsonl"], "at least 2 rows"),
+    "dataset_offline": (["--data", "user/data"], "user/data"),
+    "model_offline": (["--model", "user/model"], "user/model"),
+    "no_model": (["--model", "data.jsonl"], "data.jsonl"),
+    "not_a_llama": (["--model", "gpt2"], "gpt2"),
+    "no_steps": (["--max_steps", "0"], "--max_steps"),
+    "no_time": (["--minutes", "-1"], "--minutes"),
+    "output": (["--output_dir", "data.jsonl"], "data.jsonl"),
+}
+
+
+@pytest.mark.parametrize("flags, said", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_one_line_before_a_model_is_loaded(demo, inputs, monkeypatch, flags, said):
+    (inputs / "empty.jsonl").write_text("")
+    (inputs / "broken.jsonl").write_text('{"prompt": "a", "compl')
+    (inputs / "columns.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (inputs / "one.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (inputs / "gpt2").mkdir()
+    (inputs / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(demo, "hide_what_others_print", lambda: None)
+    monkeypatch.setattr(demo.SortedLlamaForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", "model", "--data", "data.jsonl", *flags])
+    with pytest.raises(SystemExit) as error:
+        demo.main()
+    assert said in error.value.code and "\n" not in error.value.code
