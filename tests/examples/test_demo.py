@@ -134,6 +134,7 @@ WRONG = {
 }
 
 
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("flags, said", WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_one_line_before_a_model_is_loaded(demo, inputs, monkeypatch, flags, said):
     (inputs / "empty.jsonl").write_text("")

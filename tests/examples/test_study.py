@@ -115,3 +115,41 @@ def test_tasks(study, tmp_path):
         assert len(task.held_out) == 3
         assert task.held_out == study.load_tasks(tmp_path, 3)[name].held_out
         assert not [row for row in task.held_out if row in task.train]
+
+
+WRONG = {
+    "no_folder": (["--data", "nowhere"], "--data must be a folder, got nowhere"),
+    "broken_data": (["--data", "broken"], "gsm8k_train.jsonl, line 2"),
+    "columns": (["--data", "columns"], "gsm8k_train.jsonl, line 1: there must be question, answer"),
+    "model_offline": (["--model", "user/model"], "user/model"),
+    "comma_list": (["--exit_layers", "1,2,4"], "'1,2,4'"),
+    "not_ascending": (["--exit_layers", "2", "1", "4"], "not ascending"),
+    "too_deep": (["--exit_layers", "2", "5"], "the model has 4 layers"),
+    "task": (["--tasks", "gsm8k"], "--tasks must be of facts, got gsm8k"),
+    "arm": (["--arms", "sft"], "--arms must be of SFT, "),
+    "order": (["--arms", "SFT+ICT"], "--arms SFT SFT+ICT"),
+    "broken_results": (["--results", "broken.jsonl"], "broken.jsonl, line 1"),
+    "no_results": (["--report"], "holds no runs"),
+}
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("flags, said", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_one_line_before_a_model_is_loaded(study, tmp_path, monkeypatch, flags, said):
+    save_tiny(tmp_path / "model")
+    for folder, lines in (("broken", '{"question": "a", "answer": "b"}\n{"quest'), ("columns", '{"question": "a"}\n')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "gsm8k_train.jsonl").write_text(lines)
+    (tmp_path / "broken.jsonl").write_text('{"task": "facts", "ar')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study.logging, "set_verbosity_error", lambda: None)
+    monkeypatch.setattr(study.subprocess, "run", None)
+    monkeypatch.setattr(sys, "argv", ["study.py", "--model", "model", "--results", "study.jsonl", *flags])
+    with pytest.raises(SystemExit) as error:
+        study.main()
+    assert said in error.value.code and "\n" not in error.value.code
+
+
+def test_exits_by_their_spacing(study):
+    assert study.read_exits(["every:2"], 5) == [2, 4, 5] and study.read_exits(["1", "4"], 4) == [1, 4]
+    assert study.read_exits(None, 30) == [10, 15, 20, 30]

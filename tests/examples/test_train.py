@@ -259,3 +259,40 @@ def test_commented_options_parse(tmp_path):
     )
     assert config.push_to_hub and config.weights_of([10, 20, 30]) == [0.15, 0.15, 1.0]
     assert model_args.use_peft and model_args.lora_r == fields["lora_r"]
+
+
+WRONG = {
+    "no_file": (["--dataset_name", "nowhere.jsonl"], "nowhere.jsonl"),
+    "empty": (["--dataset_name", "empty.jsonl"], "empty.jsonl cannot be read: it is empty"),
+    "broken": (["--dataset_name", "broken.jsonl"], "broken.jsonl cannot be read: JSON parse error"),
+    "columns": (["--dataset_name", "columns.jsonl"], "['question', 'answer']"),
+    "dataset_offline": (["--dataset_name", "user/data"], "user/data"),
+    "split": (["--dataset_train_split", "training"], "--dataset_train_split must be one of train"),
+    "model_offline": (["--model_name_or_path", "user/model"], "user/model"),
+    "not_a_llama": (["--model_name_or_path", "gpt2"], "gpt2"),
+    "comma_list": (["--exit_layers", "1,2,4"], "'1,2,4'"),
+    "not_ascending": (["--exit_layers", "2", "1", "4"], "not ascending"),
+    "too_deep": (["--exit_layers", "2", "5"], "the model has 4 layers"),
+    "no_exits": ([], "--exit_layers is required"),
+    "no_config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "broken_config": (["--config", "broken.yaml"], "broken.yaml"),
+}
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("flags, said", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_one_line_before_a_model_is_loaded(train, inputs, monkeypatch, flags, said):
+    (inputs / "empty.jsonl").write_text("")
+    (inputs / "broken.jsonl").write_text('{"prompt": "a", "compl')
+    (inputs / "columns.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (inputs / "broken.yaml").write_text("max_steps: [1")
+    (inputs / "gpt2").mkdir()
+    (inputs / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(train, "train", None)
+    given = ["--model_name_or_path", "model", "--dataset_name", "data.jsonl", "--use_cpu", "--bf16", "false"]
+    exits = [] if "--exit_layers" in flags or not flags else ["--exit_layers", "every:2"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *given, *exits, *flags])
+    with pytest.raises(SystemExit) as error:
+        train.main()
+    assert said in error.value.code and "\n" not in error.value.code
