@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from exit_results import NUM_TIMED_TOKENS, answer_length
@@ -118,40 +119,34 @@ def make_plan(
     models = {dtype: load(dtype) for dtype in DTYPES}
     passes = sum(exits) / exits[-1]  # of the whole depth, for one at each exit
     prompts = [row["prompt"] for row in as_text(test_rows[:32], tokenizer)]
-
-    # One row: memory moves, and few products are made
-    decode = {
+    one_row = {
         dtype: decoding_speeds(model, tokenizer, prompts[:1], {"": {}}, 8, runs=2, ends=False)[""].best
         for dtype, model in models.items()
     }
-    # Many rows: products. The first layer tells, where a machine that only emulates a dtype takes minutes for all
-    answer_dtype = fastest(lambda dtype: answers(models[dtype], tokenizer, prompts[:16], 2, exit_layer=1))
-    question = seconds_of(
-        lambda: answers(models[answer_dtype], tokenizer, prompts, answer_length(test_rows, tokenizer))
-    )
+    # What multiplies large matrices takes minutes where a dtype is only emulated: it is not even tried there
+    dtypes = [dtype for dtype in DTYPES if not is_emulated(dtype, models[dtype].device)]
+    length = answer_length(test_rows, tokenizer)
+    many_rows = {
+        dtype: seconds_of(lambda m: answers(m, tokenizer, prompts, length), models[dtype]) for dtype in dtypes
+    }
+    answer_dtype = min(many_rows, key=many_rows.__getitem__)
 
     model = models["float32"].train()
-    batch = typical_batch(tokenizer, train_rows, batch_size).to(model.device)
-    train_dtype = fastest(lambda dtype: backward(model, batch, dtype, exit_layer=1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-
-    def step() -> None:
-        backward(model, batch, train_dtype, exit_layers=exits)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.lm_head.weight.sum().item()  # the GPU is done
+    batch = typical_batch(tokenizer, train_rows, batch_size).to(model.device)
+    step = {dtype: seconds_of(partial(train_step, model, optimizer, batch, exits), dtype) for dtype in dtypes}
+    train_dtype = min(step, key=step.__getitem__)
 
     costs = {
-        "step": 1.1 * min(seconds_of(step) for _ in range(3)),  # and what the trainer does beside it
-        "question": (passes + 1) * question / len(prompts),  # generated at each exit, and read once at all
-        "speed": 4 * passes * NUM_TIMED_TOKENS / max(decode.values()),
+        "step": 1.1 * step[train_dtype],  # and what the trainer does beside it
+        "question": (passes + 1) * many_rows[answer_dtype] / len(prompts),  # generated at each exit, read once at all
+        "speed": 4 * passes * NUM_TIMED_TOKENS / max(one_row.values()),
     }
     steps, num_questions = fit(deadline - time.monotonic() - FIXED, max_steps, len(test_rows), **costs)
     return Plan(
         train_dtype=train_dtype,
         answer_dtype=answer_dtype,
-        decode_dtype=max(decode, key=decode.__getitem__),
+        decode_dtype=max(one_row, key=one_row.__getitem__),
         steps=steps,
         num_questions=num_questions,
         step_seconds=costs["step"],
@@ -159,28 +154,39 @@ def make_plan(
     )
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
+def seconds_of(run: Callable[[Any], Any], argument: Any) -> float:
+    """The time that `run` takes once it is warm."""
+    for _ in range(2):
+        began = time.perf_counter()
+        run(argument)
     return time.perf_counter() - began
 
 
-def fastest(run: Callable[[str], object], patience: float = 2.0) -> str:
-    """The dtype that `run` takes least time in, of three runs each, fewer once they took `patience` seconds."""
-    best = {}
-    for dtype in DTYPES:
-        taken: list[float] = []
-        while len(taken) < 3 and sum(taken) < patience:
-            taken.append(seconds_of(partial(run, dtype)))
-        best[dtype] = min(taken)
-    return min(best, key=best.__getitem__)
+def is_emulated(dtype: str, device: torch.device) -> bool:
+    """Whether products take far longer than in float32, in the units of this device that there are for it."""
+
+    def multiply(dtype: str) -> None:
+        matrix = torch.ones(512, 512, dtype=getattr(torch, dtype), device=device)
+        (matrix @ matrix).sum().item()
+
+    seconds = {name: min(seconds_of(multiply, name) for _ in range(3)) for name in (dtype, "float32")}
+    return seconds[dtype] > 4 * seconds["float32"]
 
 
-def backward(model: SortedLlamaForCausalLM, batch: BatchEncoding, dtype: str, **exits) -> None:
-    """Loss and gradients, the products in `dtype`."""
+def train_step(
+    model: SortedLlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    batch: BatchEncoding,
+    exits: list[int],
+    dtype: str,
+) -> None:
+    """A step of SoFT, its products in `dtype`."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = model(**batch, **exits).loss
+        loss = model(**batch, exit_layers=exits).loss
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
     loss.item()  # the GPU is done
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,16 +84,37 @@ def test_what_fits_takes_the_time_and_not_more(plan, step, question):
         assert (steps, questions) == (400, 400)
 
 
-def test_the_faster_dtype_is_taken_and_a_slow_one_not_tried_again(plan):
-    calls = []
+def test_a_dtype_that_is_emulated_is_not_tried(plan, monkeypatch):
+    seconds_of = plan.seconds_of
+    monkeypatch.setattr(plan, "seconds_of", lambda run, dtype: {"bfloat16": 5.0, "float32": 1.0}[dtype])
+    assert plan.is_emulated("bfloat16", torch.device("cpu"))
+    monkeypatch.setattr(plan, "seconds_of", seconds_of)
+    monkeypatch.setattr(plan, "is_emulated", lambda dtype, device: dtype == "bfloat16")
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *args, enabled: autocast(*args, enabled=tried(enabled)))
 
-    def run(dtype):
-        calls.append(dtype)
-        time.sleep(0.1 if dtype == "bfloat16" else 0.001)
+    def tried(enabled):
+        assert not enabled
+        return enabled
 
-    assert plan.fastest(run, patience=0.05) == "float32"
-    assert calls == ["float32"] * 3 + ["bfloat16"]
-    assert plan.fastest(lambda dtype: time.sleep(0.1 if dtype == "float32" else 0.001)) == "bfloat16"
+    made = make_plan(plan)
+    assert made.train_dtype == made.answer_dtype == "float32"
+
+
+def test_each_part_has_the_dtype_that_is_faster_for_it(plan, monkeypatch):
+    """One row in bfloat16, many in float32, training in bfloat16: as measured here by clocks that say so."""
+    speeds = {torch.float32: 10.0, torch.bfloat16: 20.0}
+    monkeypatch.setattr(
+        plan, "decoding_speeds", lambda model, *_, **__: {"": SimpleNamespace(best=speeds[model.dtype])}
+    )
+    monkeypatch.setattr(plan, "is_emulated", lambda dtype, device: False)
+    seconds = {torch.float32: 1.0, torch.bfloat16: 3.0, "float32": 2.0, "bfloat16": 1.0}
+    monkeypatch.setattr(plan, "seconds_of", lambda run, argument: seconds[getattr(argument, "dtype", argument)])
+    made = make_plan(plan)
+    assert (made.train_dtype, made.answer_dtype, made.decode_dtype) == ("bfloat16", "float32", "bfloat16")
+    assert made.step_seconds == pytest.approx(1.1)
+    speed, question = 4 * 7 / 4 * 24 / 20, (1 + 7 / 4) * 1.0 / 4  # four turns of 24 tokens; 4 prompts took a second
+    assert made.answer_seconds == pytest.approx(speed + 4 * question)
 
 
 def test_the_measured_batch_is_typical(plan):
@@ -104,15 +126,18 @@ def test_the_measured_batch_is_typical(plan):
     for labels, ids, length in zip(batch["labels"], batch["input_ids"], lengths, strict=True):
         assert labels[length - 3 : length].tolist() == ids[length - 3 : length].tolist()  # " b" and the end
         assert (labels != -100).sum() == 3
-    plan.backward(tiny_sorted().train(), batch, "bfloat16", exit_layer=1)
 
 
-def test_a_plan_of_a_tiny_model(plan):
+def make_plan(plan):
     model = {"float32": tiny_sorted, "bfloat16": lambda: tiny_sorted().to(torch.bfloat16)}
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     arguments = {"exits": [1, 2, 4], "batch_size": 4, "max_steps": 5, "deadline": time.monotonic() + 600}
-    made = plan.make_plan(lambda dtype: model[dtype](), tokenizer, ROWS[4:], ROWS[:4], **arguments)
+    return plan.make_plan(lambda dtype: model[dtype](), tokenizer, ROWS[4:], ROWS[:4], **arguments)
+
+
+def test_a_plan_of_a_tiny_model(plan):
+    made = make_plan(plan)
     assert (made.steps, made.num_questions) == (5, 4)
     assert {made.train_dtype, made.answer_dtype, made.decode_dtype} <= {"float32", "bfloat16"}
     assert 0 < made.step_seconds < 10 and 0 < made.answer_seconds < 100
