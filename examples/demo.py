@@ -9,6 +9,7 @@ make demo MODEL=TinyLlama/TinyLlama_v1.1 DATA=qa.jsonl   # any Llama, any prompt
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from datasets import Dataset
 from exit_results import ExitResult, default_exits, evaluate_exits, format_table
 from facts import build_facts
 from huggingface_hub.utils import enable_progress_bars
-from plan import FIXED, Plan, make_plan
+from plan import FIXED, MAX_LENGTH, Plan, make_plan
 from plot import plot_quality_speed
 from smollm2 import SMOLLM2, fetch_model
 from transformers import (
@@ -124,14 +125,14 @@ def main() -> None:
     held_out.write_text("".join(json.dumps(row) + "\n" for row in test_rows), encoding="utf-8")
     print(
         f"Plan: {plan.steps} steps of {plan.step_seconds:.2f} s, {plan.num_questions} questions before and after; "
-        f"about {(plan.seconds + FIXED) / 60:.0f} minutes in all.\n"
+        f"about {(plan.seconds + FIXED) / 60:.1f} minutes from here.\n"
         f"Faster here: {plan.train_dtype} to train, {plan.answer_dtype} to answer many questions at once, "
         f"{plan.decode_dtype} to decode one row."
     )
-    if plan.steps < args.max_steps:
+    if missing := args.max_steps - plan.steps:
         print(
-            f"{args.max_steps} steps would take longer than {args.minutes:g} minutes here, and make better exits: "
-            f"--minutes {(plan.seconds + FIXED + (args.max_steps - plan.steps) * plan.step_seconds) / 60 + 1:.0f}"
+            f"All {args.max_steps} steps, which make better exits, would take longer than {args.minutes:g} minutes here: "
+            f"python examples/demo.py --minutes {(plan.seconds + FIXED + missing * plan.step_seconds) / 60 + 2:.0f}"
         )
 
     # 4. Every exit before
@@ -145,33 +146,7 @@ def main() -> None:
     print(f"\nBefore SoFT\n{format_table(before)}\n")
 
     # 5. Sorted Fine-Tuning
-    set_seed(0)
-    trainer = SortedSFTTrainer(
-        model=model_path,
-        args=SortedSFTConfig(
-            output_dir=str(final),  # its page, with how it was trained, lies there, too
-            exit_layers=exits,
-            max_steps=plan.steps,
-            per_device_train_batch_size=BATCH_SIZE,
-            learning_rate=1e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=5,
-            adam_beta2=0.98,
-            max_length=256,
-            train_sampling_strategy="group_by_length",
-            gradient_checkpointing=False,
-            bf16=plan.train_dtype == "bfloat16",
-            use_cpu=device == "cpu",
-            logging_steps=10,
-            save_steps=70,
-            save_total_limit=1,
-            report_to="none",
-        ),
-        train_dataset=Dataset.from_list([{k: row[k] for k in ("prompt", "completion")} for row in train_rows]),
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ExitProgressCallback())
+    trainer = make_trainer(model_path, exits, plan, final, train_rows, use_cpu=device == "cpu")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.model.to(getattr(torch, plan.decode_dtype))
     trainer.save_model()
@@ -242,6 +217,38 @@ def check(args: argparse.Namespace) -> tuple[str, list[int], PreTrainedTokenizer
         tokenizer.pad_token = tokenizer.eos_token
     as_text([*train_rows, *test_rows], tokenizer)  # a chat needs a template
     return model_path, default_exits(config.num_hidden_layers), tokenizer, train_rows, test_rows[:MAX_TEST_ROWS]
+
+
+def make_trainer(model: str, exits: list[int], plan: Plan, output_dir: Path, rows: list[dict], use_cpu: bool):
+    """The trainer of the planned steps, with our progress bar in place of its own."""
+    set_seed(0)
+    trainer = SortedSFTTrainer(
+        model=model,
+        args=SortedSFTConfig(
+            output_dir=str(output_dir),  # its page, with how it was trained, lies there, too
+            exit_layers=exits,
+            max_steps=plan.steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=5,
+            adam_beta2=0.98,
+            max_length=MAX_LENGTH,
+            train_sampling_strategy="group_by_length",
+            gradient_checkpointing=False,
+            bf16=plan.train_dtype == "bfloat16",
+            use_cpu=use_cpu,
+            logging_steps=10,
+            save_steps=math.ceil(60 / plan.step_seconds),  # once a minute
+            save_total_limit=1,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list([{k: row[k] for k in ("prompt", "completion")} for row in rows]),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ExitProgressCallback())
+    return trainer
 
 
 def hold_out(rows: list[dict], share: float = 0.1) -> tuple[list[dict], list[dict]]:

@@ -20,6 +20,7 @@ DTYPES = ("float32", "bfloat16")
 FIXED = 45  # seconds to load, to tokenize, to save and to reload
 ANSWERS = 0.3  # of the time, at most, for the questions; the rest is for training
 MIN_QUESTIONS = 100
+MAX_LENGTH = 256  # tokens of a row in training
 
 
 @dataclass
@@ -193,7 +194,8 @@ def train_step(
 def typical_batch(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], size: int) -> BatchEncoding:
     """Rows of about the mean length, as alike in length as those that the trainer puts together."""
     texts = as_text(rows, tokenizer)
-    whole = tokenizer([row["prompt"] + row["completion"] for row in texts])["input_ids"]
+    rows_of_text = [row["prompt"] + row["completion"] for row in texts]
+    whole = tokenizer(rows_of_text, truncation=True, max_length=MAX_LENGTH)["input_ids"]
     order = sorted(range(len(whole)), key=lambda i: len(whole[i]))
     mean = sum(map(len, whole)) / len(whole)
     middle = bisect_left(order, mean, key=lambda i: len(whole[i]))
