@@ -131,7 +131,7 @@ def main() -> None:
     )
     if missing := args.max_steps - plan.steps:
         print(
-            f"All {args.max_steps} steps, which make better exits, would take longer than {args.minutes:g} minutes here: "
+            f"All {args.max_steps} steps, which make better exits, take longer than {args.minutes:g} minutes here: "
             f"python examples/demo.py --minutes {(plan.seconds + FIXED + missing * plan.step_seconds) / 60 + 2:.0f}"
         )
 
