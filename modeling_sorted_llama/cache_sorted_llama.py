@@ -359,6 +359,7 @@ class SortedCache(Cache):
         rows: list[int] | None = None,
         counts: Sequence[int] | None = None,
         rotary_emb: Any = None,
+        one_by_one: bool = False,
     ) -> Block:
         """
         Give new tokens their slots and positions, before any layer runs.
@@ -374,11 +375,12 @@ class SortedCache(Cache):
             rows (`list[int]`, *optional*):
                 The rows that grow. Default to all.
             counts (`Sequence[int]`, *optional*):
-                Number of tokens of each row, left-aligned, decoded one after the other. Default to `num_tokens`, which
-                arrive together.
+                Number of tokens of each row, left-aligned. Default to `num_tokens`.
             rotary_emb (`torch.nn.Module`, *optional*):
                 The model's rotary embedding, where the angles of a token depend on how it arrives (RoPE of kind
                 `dynamic` and `longrope`).
+            one_by_one (`bool`, *optional*, defaults to `False`):
+                Whether the tokens are decoded ones, which come one after the other, and not together as a prompt's do.
 
         Returns:
             `Block`: Their cells.
@@ -404,7 +406,7 @@ class SortedCache(Cache):
         self._write_positions(position_ids, block)
         self._append_to_mask(attention_mask, block, device)
         if rotary_emb is not None and (rotary_emb.rope_type == "longrope" or "dynamic" in rotary_emb.rope_type):
-            self._write_angles(rotary_emb, position_ids, block, inputs_embeds, one_by_one=counts is not None)
+            self._write_angles(rotary_emb, position_ids, block, inputs_embeds, one_by_one)
 
         grown = list(self.lengths)
         for row, start, count in zip(range(batch_size) if rows is None else rows, starts, block.counts, strict=True):
@@ -586,6 +588,11 @@ class SortedCache(Cache):
                 raise ValueError(
                     f"`attn_implementation={implementation!r}` cannot attend to rows of different lengths: load the "
                     "model with `attn_implementation='sdpa'`, or generate one row at a time."
+                )
+            if make_mask is None and 1 < block.width < block.end:
+                raise ValueError(
+                    f"`attn_implementation={implementation!r}` has no mask for several tokens behind others: register "
+                    "one under its name with transformers' `AttentionMaskInterface`, `sdpa_mask` for example."
                 )
             return create_causal_mask(config, hidden_states, mask, **{CACHE_NAME: _SizesOfBlock(block)})
         if mask is None and block.even and (block.width == 1 or (block.starts[0] == 0 and make_mask is sdpa_mask)):

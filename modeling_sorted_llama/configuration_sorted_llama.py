@@ -407,15 +407,17 @@ def _cut_exits(config_dict: dict[str, Any], num_hidden_layers: int) -> dict[str,
     layers = as_int(num_hidden_layers)
     if layers is None or layers < 1:
         raise ValueError(f"`num_hidden_layers` must be an integer of at least 1, got {num_hidden_layers!r}.")
+    depth = as_int(config_dict.get("num_hidden_layers", LlamaConfig.num_hidden_layers))
+    if depth is None:
+        raise ValueError(f"`num_hidden_layers` must be an integer, got {config_dict['num_hidden_layers']!r}.")
     exit_heads = config_dict.get("exit_heads", "shared")
-    if exit_heads != "shared" and num_hidden_layers != config_dict["num_hidden_layers"]:
+    if exit_heads != "shared" and num_hidden_layers != depth:
         raise ValueError(
             f"`num_hidden_layers={num_hidden_layers}` cuts off the layers that the final norm and head belong to, and "
             f"with `exit_heads={exit_heads!r}` the exits do not read as it does: load the model whole, then "
             f"`extract_submodel({num_hidden_layers})`."
         )
     exits, weights = config_dict.get("exit_layers"), config_dict.get("exit_loss_weights")
-    depth = config_dict.get("num_hidden_layers", LlamaConfig.num_hidden_layers)
     if exits is not None:
         exits = check_exit_layers(exits, depth)
     if weights is not None:

@@ -441,7 +441,7 @@ def check_company_in_memory(model, logits_processor: LogitsProcessorList) -> Non
     if model._forward_hooks or model._forward_pre_hooks:
         raise ValueError(
             "Decoding at moving depth calls the parts of the model, and so passes over the forward hooks of the model "
-            "itself: register them on `model.model`, its layers or `model.lm_head`."
+            "itself (`fully_shard` sets one): register them on `model.model`, its layers or `model.lm_head`."
         )
     if any("alora_offsets" in hook.keywords for _, _, hook in row_hooks(model)):
         raise ValueError(
@@ -574,12 +574,12 @@ class Sequences:
     def forward(self, tokens: torch.Tensor, rows: list[int], depth: int):
         """Run `tokens`, `(num_rows, num_tokens)`, and what is pending below `depth` to `depth`."""
         if not self.runs_all_rows or len(rows) == self.batch_size:
-            return self._run(rows, depth, input_ids=tokens)
+            return self._run(rows, depth, input_ids=tokens, one_by_one=True)
         # The other rows come along: what is pending there goes deeper, and a new token of theirs is forgotten at once
         lengths, index = list(self.cache.lengths), self.rows_index(rows)
         tokens_of_all = self.ids.new_full((self.batch_size, tokens.shape[1]), self.pad_token_id)
         tokens_of_all[index] = tokens
-        outputs = self._run(list(range(self.batch_size)), depth, input_ids=tokens_of_all)
+        outputs = self._run(list(range(self.batch_size)), depth, input_ids=tokens_of_all, one_by_one=True)
         outputs.last_hidden_state = outputs.last_hidden_state[index]
         self.cache.rollback([n + tokens.shape[1] * (row in rows) for row, n in enumerate(lengths)])
         return outputs
@@ -817,7 +817,8 @@ class Sequences:
         columns = index_tensor(self.cache.lengths, self.device)[:, None] - before
         columns = (columns + torch.arange(max(counts), device=self.device)).clamp(max=sequences.shape[1] - 1)
         embeds = self.model.model.embed_tokens(sequences.gather(1, columns))
-        block = self.cache.append(embeds, counts=counts, rotary_emb=self.model.model.rotary_emb)
+        rotary_emb = self.model.model.rotary_emb
+        block = self.cache.append(embeds, counts=counts, rotary_emb=rotary_emb, one_by_one=True)
         self.cache.suspend(0, embeds, block)
 
 

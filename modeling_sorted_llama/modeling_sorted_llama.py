@@ -326,6 +326,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         exit_layer: int | None = None,
         exit_layers: Sequence[int] | None = None,
         cache_rows: list[int] | None = None,
+        one_by_one: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SortedModelOutputWithPast:
         r"""
@@ -340,6 +341,9 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
             cache_rows (`list[int]`, *optional*):
                 With a [`SortedCache`], the rows of the cache that the rows of this input are, ascending. Default to
                 all.
+            one_by_one (`bool`, *optional*, defaults to `False`):
+                With a [`SortedCache`], whether several tokens are to be as if each came in a call of its own, which
+                makes a difference to RoPE of kind `dynamic` and `longrope`.
 
         Returns:
             [`SortedModelOutputWithPast`]: `last_hidden_state` is the normed output of the last layer that ran. With a
@@ -360,7 +364,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
 
         if is_sorted_cache(cache):
             states = self._run_segments(
-                inputs_embeds, attention_mask, position_ids, cache, depth, kept, cache_rows, **kwargs
+                inputs_embeds, attention_mask, position_ids, cache, depth, kept, cache_rows, one_by_one, **kwargs
             )
             return SortedModelOutputWithPast(
                 last_hidden_state=self.exit_norm(depth)(states[-1]),
@@ -423,14 +427,16 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         return hidden_states, kept_states
 
     def _run_segments(
-        self, inputs_embeds, attention_mask, position_ids, cache, depth, kept, cache_rows, **kwargs: Any
+        self, inputs_embeds, attention_mask, position_ids, cache, depth, kept, cache_rows, one_by_one, **kwargs: Any
     ) -> list[torch.Tensor]:
         """Walk up to `depth`, taking along what is pending; the states after the layers `kept` and the last."""
         if cache_rows is not None and cache_rows == list(range(len(cache.lengths))):
             cache_rows = None
         segments = cache.segments(depth, cache_rows)
         hidden_states = inputs_embeds
-        block = cache.append(inputs_embeds, position_ids, attention_mask, cache_rows, rotary_emb=self.rotary_emb)
+        block = cache.append(
+            inputs_embeds, position_ids, attention_mask, cache_rows, rotary_emb=self.rotary_emb, one_by_one=one_by_one
+        )
         entered: Any = None
         exit_hidden_states: list[torch.Tensor] = []
         try:

@@ -36,6 +36,7 @@ FULL_DEPTH = {
     "auto drafts": {"assistant_early_exit": "auto"},
 }
 ENDLESS = {"eos_token_id": None}
+LOOKUP = {"assistant_early_exit": 2, "num_assistant_tokens": 3, "prompt_lookup_num_tokens": 4}
 
 
 def generate(model, inputs, **options):
@@ -76,7 +77,7 @@ def tiny_with_rope(kind: str, seed: int = 0) -> SortedLlamaForCausalLM:
     return tiny_sorted(seed, **{"max_position_embeddings": ROPE_LENGTH, **ENDLESS, **ROPES[kind]})
 
 
-@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
+@pytest.mark.parametrize("mode", [*FULL_DEPTH.values(), LOOKUP], ids=[*FULL_DEPTH, "lookup"])
 @pytest.mark.parametrize("lengths", [(30,), (40,), (36, 20, 4)], ids=str)
 @pytest.mark.parametrize("kind", ROPES)
 def test_full_depth_beyond_the_original_length_of_rope_is_plain_llamas(kind, lengths, mode):
@@ -337,6 +338,19 @@ def test_an_attention_of_the_user(own_attention, lengths, mode):
     else:
         with pytest.raises(ValueError, match="'of_the_user'.*rows of different lengths.*'sdpa'"):
             generate(model, inputs, **{**mode, "num_assistant_tokens": 3, "assistant_early_exit": 2})
+
+
+@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
+def test_an_attention_without_a_mask_is_refused_for_blocks_of_several_tokens(mode, monkeypatch):
+    """transformers gives it none: a block behind others would attend to the wrong ones."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "without_mask", sdpa_attention_forward)
+    model, inputs, mode = tiny_sorted(**ENDLESS), prompts((7,)), depths_for(mode, 1)
+    model.set_attn_implementation("without_mask")
+    if "assistant_early_exit" in mode:
+        with pytest.raises(ValueError, match="'without_mask'` has no mask.*AttentionMaskInterface"):
+            generate(model, inputs, **{**mode, "num_assistant_tokens": 3, "assistant_early_exit": 2})
+    else:  # token by token
+        assert torch.equal(generate(model, inputs, **mode), generate(reference_llama(model, 4), inputs))
 
 
 # Where the cache comes from

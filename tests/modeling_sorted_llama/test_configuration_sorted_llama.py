@@ -104,6 +104,7 @@ def test_integers_of_other_libraries_are_depths():
         ({"exit_loss_weights": 5}, {"num_hidden_layers": 1}, "exit_loss_weights"),
         ({"exit_heads": ["lens"]}, {}, "exit_heads"),
         ({}, {"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"num_hidden_layers": "4"}, {"num_hidden_layers": 1}, "num_hidden_layers"),
         ({}, {"num_hidden_layers": 0}, "num_hidden_layers"),
     ],
     ids=lambda value: repr(value)[:40],
