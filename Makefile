@@ -57,7 +57,7 @@ install: .venv/.installed
 	.venv-vllm/bin/python -m pip install --quiet $(VLLM)
 	@# They are for pictures and sound, and those that pip finds need not fit the CPU build of torch
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --quiet -e ".[train]" pytest
+	.venv-vllm/bin/python -m pip install --quiet -e ".[train]" pytest pytest-timeout
 	@touch $@
 
 .venv/.lint-installed: .venv/.installed

@@ -3,45 +3,30 @@
 import errno
 import os
 import socket
-from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
-
+from hub_card.checkpoint import load_config
 from modeling_sorted_llama import SortedLlamaConfig
 from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_exit_layers
+from trainer.escaping import one_line
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_config(path: str, **options) -> SortedLlamaConfig:
+def read_config(path: str, revision: str | None = None) -> SortedLlamaConfig:
     """
     The config of a checkpoint.
 
     Args:
         path (`str`):
             A folder, or an id of the Hub.
-        options (`Any`, *optional*):
-            Of `from_pretrained`.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub. Defaults to the main branch.
 
     Raises:
         SystemExit: If there is none, or if it is none of a Llama; the message is one line.
     """
-    if Path(path).exists():
-        if not (Path(path) / "config.json").is_file():
-            raise SystemExit(f"{path} is no checkpoint: there is no config.json in it.")
-    else:
-        try:
-            validate_repo_id(path)
-        except HFValidationError as error:
-            raise SystemExit(f"{path} does not exist.") from error
     try:
-        return SortedLlamaConfig.from_pretrained(path, **options)
-    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        what = "does not load" if Path(path).exists() else "is no folder, and does not come from the Hub"
-        raise SystemExit(f"{path} {what}: {one_line(error)}") from error
+        return load_config(path, revision)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def read_depths(texts: list[str], num_hidden_layers: int, name: str) -> list[int]:

@@ -37,10 +37,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hub_card.evaluation import write_json
+from hub_card.checkpoint import load_config
 from hub_card.measure import answers
+from hub_card.record import write_json
 from hub_card.tasks import as_text, first_line, load_rows
-from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from modeling_sorted_llama import SortedLlamaForCausalLM
 from trainer import SortedSFTConfig, SortedSFTTrainer
 from trainer.escaping import one_line
 
@@ -211,12 +212,14 @@ def check(args: argparse.Namespace) -> tuple[str, list[int], PreTrainedTokenizer
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     train_rows, test_rows = build_facts() if args.data is None else hold_out(load_rows(args.data))
     model_path = fetch_model(args.model)
-    config = SortedLlamaConfig.from_pretrained(model_path)
+    exits = default_exits(load_config(model_path).num_hidden_layers)
+    if len(exits) < 2:
+        raise ValueError(f"A demo of exits needs a model of two layers or more, which {args.model} has not.")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     as_text([*train_rows, *test_rows], tokenizer)  # a chat needs a template
-    return model_path, default_exits(config.num_hidden_layers), tokenizer, train_rows, test_rows[:MAX_TEST_ROWS]
+    return model_path, exits, tokenizer, train_rows, test_rows[:MAX_TEST_ROWS]
 
 
 def make_trainer(model: str, exits: list[int], plan: Plan, output_dir: Path, rows: list[dict], use_cpu: bool):

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from checks import one_line, read_config, read_depths
+from checks import read_config, read_depths
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer

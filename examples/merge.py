@@ -20,7 +20,10 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoTokenizer
 
-from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from hub_card.checkpoint import load_config
+from modeling_sorted_llama import SortedLlamaForCausalLM
+from trainer.escaping import one_line
+from trainer.sorted_sft_config import read_exit_layers
 
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -63,7 +66,7 @@ def merge_adapters(
     weights: Sequence[float] | None = None,
     combination_type: str = "linear",
     density: float | None = None,
-    exit_layers: Sequence[int] | None = None,
+    exit_layers: Sequence[int] | str | None = None,
     exit_heads: str | None = None,
 ) -> SortedLlamaForCausalLM:
     """
@@ -77,7 +80,7 @@ def merge_adapters(
             `"linear"`, `"cat"`, `"svd"`, `"ties"`, `"dare_linear"`, `"dare_ties"`, `"magnitude_prune"`, or one of the
             last four with `"_svd"` behind it.
         density (`float`, *optional*): Share of the values that those four keep, above 0 and at most 1; they need it.
-        exit_layers (`Sequence[int]`, *optional*): The adapters' exits. Default to the base's.
+        exit_layers (`Sequence[int]` or `str`, *optional*): The adapters' exits, or `"every:N"`. Default to the base's.
         exit_heads (`str`, *optional*): What the adapters' exits own. Defaults to the base's.
 
     Returns:
@@ -89,8 +92,8 @@ def merge_adapters(
     """
     weights = check_weights(weights, len(adapters))
     check_adapters(adapters, combination_type, density)
-    fields = {"exit_layers": exit_layers and list(exit_layers), "exit_heads": exit_heads}
-    config = SortedLlamaConfig.from_pretrained(base, **{k: v for k, v in fields.items() if v is not None})
+    fields = {"exit_layers": exit_layers, "exit_heads": exit_heads}
+    config = load_config(base, **{k: v for k, v in fields.items() if v is not None})
     if config.exit_layers is None:
         raise ValueError(f"The base {str(base)!r} names no exits: pass the adapters' `exit_layers`.")
     sorted_base = SortedLlamaForCausalLM.from_pretrained(base, config=config)
@@ -152,7 +155,7 @@ def average_checkpoints(
     weights = check_weights(weights, len(checkpoints))
     if sum(weights) == 0:
         raise ValueError(f"`weights` must not sum to 0, which is what they are divided by, got {weights}.")
-    first, *others = [SortedLlamaConfig.from_pretrained(folder) for folder in checkpoints]
+    first, *others = [load_config(folder) for folder in checkpoints]
     for folder, config in zip(checkpoints[1:], others, strict=True):
         for field in SHARED_FIELDS:
             if getattr(config, field) != getattr(first, field):
@@ -177,7 +180,7 @@ def main() -> None:
     parts.add_argument("--adapters", nargs="+", help="folders or ids of adapters of --base")
     parts.add_argument("--checkpoints", nargs="+", help="folders or ids of full checkpoints")
     parser.add_argument("--base", help="the adapters' base model")
-    parser.add_argument("--exit_layers", nargs="+", type=int, help="the adapters' exits; default: the base's")
+    parser.add_argument("--exit_layers", nargs="+", help="the adapters' exits, or every:N; default: the base's")
     parser.add_argument("--exit_heads", help="what the adapters' exits own; default: as the base's")
     parser.add_argument("--weights", nargs="+", type=float, help="default: equal")
     parser.add_argument("--combination_type", choices=COMBINATIONS, help="of adapters, as in PEFT (default: linear)")
@@ -192,12 +195,13 @@ def main() -> None:
         parser.error("--adapters needs --base, the model that they were trained on")
     try:
         if args.adapters:
-            options = args.weights, args.combination_type or "linear", args.density, args.exit_layers, args.exit_heads
+            exits = args.exit_layers and read_exit_layers(args.exit_layers)
+            options = args.weights, args.combination_type or "linear", args.density, exits, args.exit_heads
             model = merge_adapters(args.base, args.adapters, *options)
         else:
             model = average_checkpoints(args.checkpoints, args.weights)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"merge.py: {' '.join(str(error).split())}") from error
+        raise SystemExit(f"merge.py: {one_line(error)}") from error
     model.save_pretrained(args.output_dir)
     AutoTokenizer.from_pretrained(args.base or args.checkpoints[0]).save_pretrained(args.output_dir)
     print(f"A sorted model with exits {model.config.exit_layers}: {args.output_dir}")

@@ -28,7 +28,7 @@ import json
 from typing import Any
 
 import typer
-from checks import check_port, one_line, read_config
+from checks import check_port, read_config
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 from transformers.cli.serve import Serve
@@ -168,7 +168,7 @@ def serve(**options):
     check_port(options["host"], options["port"])
     if options["force_model"] is not None:
         path, revision = utils.split_revision(options["force_model"])
-        config = read_config(path, **({} if revision is None else {"revision": revision}))
+        config = read_config(path, revision)
         if config.architectures != [SortedLlamaForCausalLM.__name__]:
             raise SystemExit(
                 f"{path} is no sorted Llama but a {', '.join(config.architectures or ['model without a class'])}: "

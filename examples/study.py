@@ -39,12 +39,14 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from hub_card.checkpoint import load_config
 from hub_card.measure import answers, teacher_forced
 from hub_card.tasks import as_text, exact_match, final_answer, normalize_answer, token_f1
-from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from modeling_sorted_llama import SortedLlamaForCausalLM
 from modeling_sorted_llama.configuration_sorted_llama import check_exit_layers
 from trainer import SortedSFTConfig, SortedSFTTrainer
 from trainer.escaping import one_line
+from trainer.sorted_sft_config import read_exit_layers
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -369,10 +371,7 @@ def main() -> None:
 
 def read_exits(given: list[str] | None, depth: int) -> list[int]:
     """The exits that a flag names."""
-    if given is None:
-        return default_exits(depth)
-    exits = [int(text) if text.isdecimal() else text for text in given]
-    return check_exit_layers(exits[0] if len(exits) == 1 and isinstance(exits[0], str) else exits, depth)
+    return default_exits(depth) if given is None else check_exit_layers(read_exit_layers(given), depth)
 
 
 def plan(args: argparse.Namespace, done: set[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
@@ -380,7 +379,7 @@ def plan(args: argparse.Namespace, done: set[tuple[str, str, int]]) -> list[tupl
     if args.data is not None and not args.data.is_dir():
         raise ValueError(f"--data must be a folder, got {args.data}.")
     tasks = load_tasks(args.data, args.num_held_out)
-    config = SortedLlamaConfig.from_pretrained(fetch_model(args.model))
+    config = load_config(fetch_model(args.model))
     alone = [f"alone {k}" for k in read_exits(args.exit_layers, config.num_hidden_layers)[:-1]]
     for flag, given, known in (("--tasks", args.tasks, [*tasks]), ("--arms", args.arms, [*ARMS, *alone])):
         for name in given or []:

@@ -26,7 +26,7 @@ import yaml
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from modeling_sorted_llama import SortedLlamaConfig
+from hub_card.checkpoint import load_config
 from trainer import SortedSFTConfig, SortedSFTTrainer
 from trainer.escaping import one_line
 
@@ -68,8 +68,8 @@ def check_exits(training_args: SortedSFTConfig, model_args: ModelConfig) -> None
     """Whether the model, of which only the config is read, has the exits that are asked for."""
     name = model_args.model_name_or_path
     try:
-        config = SortedLlamaConfig.from_pretrained(name, revision=model_args.model_revision)
-    except (ValueError, OSError) as error:
+        config = load_config(name, model_args.model_revision)
+    except ValueError as error:
         raise ValueError(f"--model_name_or_path {name} does not load: {error}") from error
     depth = config.num_hidden_layers
     if training_args.exits_of(depth) is None and config.exit_layers is None:

@@ -12,11 +12,11 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import logging
 
 from trainer.escaping import one_line
+from trainer.sorted_sft_config import read_exit_layers
 
 from .tasks import KINDS
 
@@ -106,9 +106,8 @@ def _evaluate(path: str, data: list[str], tasks: list[str], exit_layers: list[st
     from .card import exits_block
     from .evaluation import evaluate
 
-    record = evaluate(
-        path, [_kind_and_source(argument) for argument in data], tasks, exit_layers=_exits(exit_layers), **options
-    )
+    exits = exit_layers and read_exit_layers(exit_layers)
+    record = evaluate(path, [_kind_and_source(argument) for argument in data], tasks, exit_layers=exits, **options)
     print(exits_block(record, record["request"]["exit_layers"], pictured=False))
 
 
@@ -154,12 +153,6 @@ def _extract(path: str, output: str, exit: int, revision: str | None, push: str 
 
 
 RUN: dict[str, Callable] = {"evaluate": _evaluate, "card": _card, "push": _push, "judge": _judge, "extract": _extract}
-
-
-def _exits(given: list[str] | None) -> Any:
-    """As `check_exit_layers` takes them, which says what is wrong with them."""
-    exits = [int(text) if text.isdecimal() else text for text in given or []]
-    return exits[0] if len(exits) == 1 and isinstance(exits[0], str) else exits or None
 
 
 def _kind_and_source(argument: str) -> tuple[str, str]:

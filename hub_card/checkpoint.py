@@ -13,7 +13,7 @@ from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
 from trainer.escaping import one_line
 
 
-def load_config(path: str | Path, revision: str | None = None) -> SortedLlamaConfig:
+def load_config(path: str | Path, revision: str | None = None, **fields: Any) -> SortedLlamaConfig:
     """
     The configuration of a checkpoint.
 
@@ -22,6 +22,8 @@ def load_config(path: str | Path, revision: str | None = None) -> SortedLlamaCon
             Folder, or id on the Hub.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub. Defaults to the main branch.
+        fields (`Any`, *optional*):
+            Values that go before those in the file.
 
     Returns:
         [`SortedLlamaConfig`]
@@ -37,7 +39,7 @@ def load_config(path: str | Path, revision: str | None = None) -> SortedLlamaCon
             hint = ", which holds an adapter: merge it into its base first"
         raise ValueError(f"`path` must be the folder of a checkpoint, with a config.json, got {str(path)!r}{hint}.")
     try:
-        return SortedLlamaConfig.from_pretrained(path, revision=revision)
+        return SortedLlamaConfig.from_pretrained(path, revision=revision, **fields)
     except ValueError as error:
         raise ValueError(f"`path={str(path)!r}`: {one_line(error)}") from error
     except OSError as error:

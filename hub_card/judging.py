@@ -1,18 +1,24 @@
 """Exit against exit, or model against model: their answers, kept as they are made, and what a judge makes of them."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
 from trainer.escaping import one_line
 
 from .checkpoint import check_device, fingerprint, load_answering_tokenizer, load_config, load_model
-from .judge import PairwiseResult, check_judge, connect, digest_of, judge_pairs, load_cache, open_cache, write_reply
+from .judge import PairwiseResult, check_judge, digest_of, judge_pairs, load_cache, open_cache, write_reply
 from .measure import answers
 from .record import write_json
 from .tasks import Task, load_task
+
+
+_BATCH_SIZE = 64  # answers that are made, and kept, at once
 
 
 def judge_exits(
@@ -64,7 +70,8 @@ def judge_exits(
 
     Raises:
         ValueError: If an argument is out of range, or if a file cannot be read; before a model is loaded.
-        JudgeError: If the judge does not answer, before a model is loaded, or if a request fails in the end.
+        JudgeError: If the judge does not answer, before an answer is generated and, where nothing is kept yet, before
+            a model is loaded; or if a request fails in the end.
     """
     output = Path(output)
     if not output.parent.is_dir() or output.is_dir():
@@ -72,46 +79,56 @@ def judge_exits(
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
     check_device(device)
-    connect(base_url).close()  # there is a key
     sides = list(zip((path, against or path), exits, strict=True))
     for name, exit_layer in sides:
         check_exit_layer(exit_layer, load_config(name).num_hidden_layers, "exits")
     tokenizers = [load_answering_tokenizer(name) for name, _ in sides]
     tasks = [load_task(*data, tokenizer, limit, chat) for tokenizer in tokenizers]
     kept = output.with_suffix(".answers.jsonl")
-    load_cache(kept)
-    check_judge(judge, base_url)
+    cache = output.with_suffix(".replies.jsonl")
+    ask_judge = functools.cache(lambda: check_judge(judge, base_url))  # once, and not where nothing is missing
+    if not all([load_cache(kept), load_cache(cache)]):
+        ask_judge()
     said: list[list[str]] = []
     model: Any = None
     for (name, exit_layer), tokenizer, task in zip(sides, tokenizers, tasks, strict=True):
         if not said or name != path:
             model = None  # before the next one comes
             model = load_model(name, dtype, device)
-        said.append(_answers(model, tokenizer, task, exit_layer, max_new_tokens, kept, f"{name}, exit {exit_layer}"))
+        said.append(_answers(model, tokenizer, task, exit_layer, max_new_tokens, kept, name, ask_judge))
     prompts = [row["prompt"] for row in tasks[0].rows]
-    cache = output.with_suffix(".replies.jsonl")
     result = judge_pairs(prompts, *said, model=judge, base_url=base_url, cache=cache)
     write_json(output, {"exits": list(exits), "path": path, "against": against, **asdict(result)})
     return result
 
 
 def _answers(
-    model: Any, tokenizer: Any, task: Task, exit_layer: int, max_new_tokens: int, kept: Path, progress: str
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    exit_layer: int,
+    max_new_tokens: int,
+    kept: Path,
+    name: str,
+    before: Callable[[], None],
 ) -> list[str]:
-    """Greedy answers of an exit: those that the file has, and the others, which are added to it."""
+    """Greedy answers of an exit: those that the file has, and the others, which are added to it as they are made."""
     made_by = {"weights": fingerprint(model), "dtype": str(model.dtype), "max_new_tokens": max_new_tokens}
     prompts = [row["prompt"] for row in task.rows]
     keys = [digest_of({**made_by, "exit_layer": exit_layer, "prompt": prompt}) for prompt in prompts]
     found = load_cache(kept)
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
     if missing:
-        asked = list(missing.values())
-        texts = answers(model, tokenizer, asked, max_new_tokens, progress=one_line(progress), exit_layer=exit_layer)
-        new = dict(zip(missing, texts, strict=True))
+        before()
+        asked = sorted(missing, key=lambda key: len(missing[key]))  # alike lengths: little padding
         with open_cache(kept) as file:
-            for key, text in new.items():
-                write_reply(file, key, text)
-        found |= new
+            for start in tqdm(range(0, len(asked), _BATCH_SIZE), desc=one_line(f"{name}, exit {exit_layer}")):
+                batch = asked[start : start + _BATCH_SIZE]
+                questions = [missing[key] for key in batch]
+                texts = answers(model, tokenizer, questions, max_new_tokens, _BATCH_SIZE, exit_layer=exit_layer)
+                for key, text in zip(batch, texts, strict=True):
+                    write_reply(file, key, text)
+                    found[key] = text
     return [found[key] for key in keys]
 
 

@@ -163,7 +163,7 @@ def load_rows(source: str) -> list[dict]:
         return list(splits["test" if "test" in splits else "train"])
     except Exception as error:  # of datasets, of many kinds: StopIteration where a file is empty
         what = "" if path.exists() else "is no file here, and from the Hub it "
-        reason = one_line(error.__cause__ or error) or "it is empty."
+        reason = one_line(str(error.__cause__ or error)) or "it is empty."
         raise ValueError(f"{source!r} {what}could not be read: {reason}") from error
 
 

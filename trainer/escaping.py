@@ -20,9 +20,10 @@ def one_line(text: Any) -> str:
             What to show, an exception for example.
 
     Returns:
-        `str`
+        `str`: Of an exception without text the name of its class.
     """
-    return " ".join("".join(" " if _steers(character) else character for character in str(text)).split())
+    line = " ".join("".join(" " if _steers(character) else character for character in str(text)).split())
+    return line or (type(text).__name__ if isinstance(text, BaseException) else "")
 
 
 def _steers(character: str) -> bool:

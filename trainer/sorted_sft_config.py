@@ -185,11 +185,8 @@ class SortedSFTConfig(SFTConfig):
 
     def _read_exit_layers(self) -> Any:
         exits: Any = self.exit_layers
-        if isinstance(exits, (list, tuple)):  # from the command line
-            if len(exits) == 1 and isinstance(exits[0], str) and not exits[0].isdecimal():
-                (exits,) = exits
-            else:
-                exits = [int(k) if isinstance(k, str) and k.isdecimal() and len(k) < 10 else k for k in exits]
+        if isinstance(exits, (list, tuple)):
+            exits = read_exit_layers(exits)
         if exits is None or (isinstance(exits, str) and exit_spacing(exits) is not None):
             return exits
         return check_exit_layers(exits, None)
@@ -296,6 +293,22 @@ class SortedSFTConfig(SFTConfig):
         elif self.exit_schedule == "grow":
             others = others[: 1 + step * len(others) // max(max_steps, 1)]
         return [*others, full_depth]
+
+
+def read_exit_layers(given: Sequence[Any]) -> Any:
+    """
+    Exits from a command line, as [`check_exit_layers`] takes them; that says what is wrong with them.
+
+    Args:
+        given (`Sequence[str]` or `Sequence[int]`):
+            Values of the flag: numbers, or one `"every:N"`.
+
+    Returns:
+        `list[int]` or `str`
+    """
+    if len(given) == 1 and isinstance(given[0], str) and not given[0].isdecimal():
+        return given[0]
+    return [int(k) if isinstance(k, str) and k.isdecimal() and len(k) < 10 else k for k in given]
 
 
 def _rule_of_weights(rule: str):

@@ -153,6 +153,8 @@ WRONG = {
     "model_offline": (["--model", "user/model"], "user/model"),
     "no_model": (["--model", "data.jsonl"], "data.jsonl"),
     "not_a_llama": (["--model", "gpt2"], "gpt2"),
+    "wrong_types": (["--model", "types"], "hidden_size"),
+    "one_layer": (["--model", "shallow"], "needs a model of two layers or more, which shallow has not"),
     "no_steps": (["--max_steps", "0"], "--max_steps"),
     "no_time": (["--minutes", "-1"], "--minutes"),
     "output": (["--output_dir", "data.jsonl"], "data.jsonl"),
@@ -168,6 +170,9 @@ def test_what_is_wrong_is_one_line_before_a_model_is_loaded(demo, inputs, monkey
     (inputs / "one.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (inputs / "gpt2").mkdir()
     (inputs / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    (inputs / "types").mkdir()
+    (inputs / "types" / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
+    save_tiny(inputs / "shallow", tiny_sorted(num_hidden_layers=1, exit_layers=[1]))
     monkeypatch.chdir(inputs)
     monkeypatch.setattr(demo, "hide_what_others_print", lambda: None)
     monkeypatch.setattr(demo.SortedLlamaForCausalLM, "from_pretrained", None)

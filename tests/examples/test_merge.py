@@ -172,6 +172,9 @@ def test_adapters_of_other_kinds(merge, trained_adapters, nothing_is_loaded, tmp
         (["--adapters", "A", "B", "--base", "nowhere"], "merge.py: .*nowhere"),
         (["--checkpoints", "BASE", "nowhere"], "merge.py: .*nowhere"),
         (["--checkpoints", "BASE", "A"], "merge.py: .*"),
+        (["--checkpoints", "BASE", "types"], "merge.py: .*hidden_size"),
+        (["--adapters", "A", "B", "--base", "types"], "merge.py: .*hidden_size"),
+        (["--adapters", "A", "B", "--base", "BASE", "--exit_layers", "every:x"], "merge.py: .*got 'every:x'"),
     ],
     ids=str,
 )
@@ -180,12 +183,29 @@ def test_errors_of_the_command_are_one_line(
 ):
     base, (first, second) = trained_adapters
     paths = {"A": str(first), "B": str(second), "BASE": base, "nowhere": str(tmp_path / "nowhere")}
+    paths["types"] = str(tmp_path / "types")
+    (tmp_path / "types").mkdir()
+    (tmp_path / "types" / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
     command = ["merge.py", *(paths.get(argument, argument) for argument in arguments)]
     monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match=named) as error:
         merge.main()
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_exits_by_their_spacing(merge, trained_adapters, tmp_path, monkeypatch):
+    base, adapters = trained_adapters
+    output = str(tmp_path / "out")
+    command = ["merge.py", "--base", base, "--adapters", *map(str, adapters), "--output_dir", output]
+    monkeypatch.setattr(sys, "argv", [*command, "--exit_layers", "every:2"])
+    merge.main()
+    exits = [2, 4]
+    assert SortedLlamaForCausalLM.from_pretrained(output).config.exit_layers == exits
+    assert merge.merge_adapters(base, adapters, exit_layers="every:2").config.exit_layers == exits
+    monkeypatch.setattr(sys, "argv", [*command, "--exit_layers", "1", "4"])
+    merge.main()
+    assert SortedLlamaForCausalLM.from_pretrained(output).config.exit_layers == [1, 4]
 
 
 @pytest.mark.parametrize("option", [["--density", "0.5"], ["--base", "x"], ["--exit_layers", "1", "4"]], ids=str)

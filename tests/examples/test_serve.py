@@ -182,10 +182,10 @@ def test_a_server_whose_weights_are_missing_ends_in_one_line(serve, tmp_path):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (None, "model does not exist."),
-        ("remove", "there is no config.json in it"),
+        (None, "is no folder here, and the Hub gives no such model"),
+        ("remove", "must be the folder of a checkpoint, with a config.json"),
         ("{", "is not a valid JSON file"),
-        ("[]", "does not load"),
+        ("[]", "its config.json is none of a Llama"),
         ({"model_type": "gpt2"}, "holds a model of type 'gpt2': a sorted model is made from"),
         ({"exit_layers": [3, 2]}, "which is not ascending: 2 behind 3"),
         ({"num_hidden_layers": "four"}, "'num_hidden_layers'"),
@@ -208,7 +208,9 @@ def test_a_checkpoint_that_is_none_is_told_in_one_line(checks, tmp_path, edit, m
 
 
 def test_a_model_of_the_hub_without_a_network(checks):
-    with pytest.raises(SystemExit, match="^user/nothing is no folder, and does not come from the Hub: [^\n]*connect"):
+    with pytest.raises(
+        SystemExit, match="'user/nothing' is no folder here, and the Hub gives no such model: [^\n]*connect"
+    ):
         checks.read_config("user/nothing")
 
 

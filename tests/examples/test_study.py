@@ -122,6 +122,7 @@ WRONG = {
     "broken_data": (["--data", "broken"], "gsm8k_train.jsonl, line 2"),
     "columns": (["--data", "columns"], "gsm8k_train.jsonl, line 1: there must be question, answer"),
     "model_offline": (["--model", "user/model"], "user/model"),
+    "wrong_types": (["--model", "types"], "hidden_size"),
     "comma_list": (["--exit_layers", "1,2,4"], "'1,2,4'"),
     "not_ascending": (["--exit_layers", "2", "1", "4"], "not ascending"),
     "too_deep": (["--exit_layers", "2", "5"], "the model has 4 layers"),
@@ -140,6 +141,8 @@ def test_what_is_wrong_is_one_line_before_a_model_is_loaded(study, tmp_path, mon
     for folder, lines in (("broken", '{"question": "a", "answer": "b"}\n{"quest'), ("columns", '{"question": "a"}\n')):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "gsm8k_train.jsonl").write_text(lines)
+    (tmp_path / "types").mkdir()
+    (tmp_path / "types" / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
     (tmp_path / "broken.jsonl").write_text('{"task": "facts", "ar')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study.logging, "set_verbosity_error", lambda: None)

@@ -270,6 +270,7 @@ WRONG = {
     "split": (["--dataset_train_split", "training"], "--dataset_train_split must be one of train"),
     "model_offline": (["--model_name_or_path", "user/model"], "user/model"),
     "not_a_llama": (["--model_name_or_path", "gpt2"], "gpt2"),
+    "wrong_types": (["--model_name_or_path", "types"], "hidden_size"),
     "comma_list": (["--exit_layers", "1,2,4"], "'1,2,4'"),
     "not_ascending": (["--exit_layers", "2", "1", "4"], "not ascending"),
     "too_deep": (["--exit_layers", "2", "5"], "the model has 4 layers"),
@@ -288,6 +289,8 @@ def test_what_is_wrong_is_one_line_before_a_model_is_loaded(train, inputs, monke
     (inputs / "broken.yaml").write_text("max_steps: [1")
     (inputs / "gpt2").mkdir()
     (inputs / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    (inputs / "types").mkdir()
+    (inputs / "types" / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
     monkeypatch.chdir(inputs)
     monkeypatch.setattr(train, "train", None)
     given = ["--model_name_or_path", "model", "--dataset_name", "data.jsonl", "--use_cpu", "--bf16", "false"]

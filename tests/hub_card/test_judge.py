@@ -606,6 +606,45 @@ def test_answers_are_not_generated_again(command):
     assert len(command.generated) == 7
 
 
+def test_answers_are_kept_as_they_are_made(command, monkeypatch):
+    """A run that is killed within an exit loses those of one batch."""
+    rows = [{"prompt": "go on" + "!" * (n % 4) + str(n), "completion": " a"} for n in range(5)]
+    (command.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(judging, "_BATCH_SIZE", 2)
+    counted = judging.answers
+
+    def killed(*arguments, **options):
+        if len(command.generated) == 4:
+            raise KeyboardInterrupt
+        return counted(*arguments, **options)
+
+    with endpoint() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(judging, "answers", killed)
+            with pytest.raises(KeyboardInterrupt):
+                command(server)
+        assert len((command.folder / "judging.answers.jsonl").read_text().splitlines()) == 4
+        command(server)
+    prompts = [row["prompt"] for row in rows]
+    assert sorted(command.generated[:5]) == sorted(command.generated[5:]) == sorted(prompts)
+    asked = {read_prompt(body)[1:] for body in server.requests[1:] if "Say OK" not in str(body)}
+    texts = [answers(command.model, tiny_tokenizer(), prompts, 8, exit_layer=k) for k in (1, 4)]
+    assert set(zip(prompts, *texts, strict=True)) <= asked
+
+
+def test_a_complete_run_is_read_again_without_a_judge(command):
+    with endpoint() as server:
+        command(server)
+    result = command.folder / "judging.json"
+    before = result.read_text()
+    result.unlink()
+    command(None)  # no key, no endpoint
+    assert result.read_text() == before and len(command.generated) == 2
+    with pytest.raises(SystemExit, match="OPENAI_API_KEY"):
+        command(None, exits=("2", "4"))
+    assert len(command.generated) == 2  # before an answer is made
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

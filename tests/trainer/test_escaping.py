@@ -67,6 +67,11 @@ def test_one_line_steers_no_terminal(text):
     line.encode()
 
 
+def test_one_line_of_an_exception_without_text_is_its_class():
+    assert one_line(StopIteration()) == "StopIteration" and one_line(ValueError(" \n")) == "ValueError"
+    assert one_line(ValueError("a\n\x1b[31mb")) == "a [31mb" and one_line("") == ""
+
+
 @given(st.text(), st.sampled_from([MARK, "<!-- sorted-llama: use -->"]), st.text())
 def test_no_mark_is_left_in_content(before, mark, after):
     content = without_marks(before + mark + after)
