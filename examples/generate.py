@@ -28,6 +28,7 @@ from modeling_sorted_llama.generation_sorted_llama import (
     choose_decoding,
     read_decoding_fields,
 )
+from trainer.escaping import one_line
 
 
 DEMO = "out/demo/final"

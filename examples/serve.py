@@ -42,6 +42,7 @@ from modeling_sorted_llama.generation_sorted_llama import (
     choose_decoding,
     read_decoding_fields,
 )
+from trainer.escaping import one_line
 
 
 # What transformers uses where nothing is set, for the types; the model and `GenerationConfig` look at the others

@@ -106,7 +106,7 @@ def _evaluate(path: str, data: list[str], tasks: list[str], exit_layers: list[st
     from .card import exits_block
     from .evaluation import evaluate
 
-    exits = exit_layers and read_exit_layers(exit_layers)
+    exits = None if exit_layers is None else read_exit_layers(exit_layers)
     record = evaluate(path, [_kind_and_source(argument) for argument in data], tasks, exit_layers=exits, **options)
     print(exits_block(record, record["request"]["exit_layers"], pictured=False))
 

@@ -208,9 +208,7 @@ def test_a_checkpoint_that_is_none_is_told_in_one_line(checks, tmp_path, edit, m
 
 
 def test_a_model_of_the_hub_without_a_network(checks):
-    with pytest.raises(
-        SystemExit, match="'user/nothing' is no folder here, and the Hub gives no such model: [^\n]*connect"
-    ):
+    with pytest.raises(SystemExit, match="'user/nothing' is no folder here, and the Hub gives [^\n]*connect"):
         checks.read_config("user/nothing")
 
 
