@@ -164,7 +164,7 @@ def start(serve, force_model=None, port=0, host="localhost"):
 def test_the_server_ends_in_one_line_before_a_model_is_loaded(serve, path, tmp_path, taken, monkeypatch):
     monkeypatch.setattr(serve, "Serve", lambda **_: pytest.fail("a model is loaded"))
     plain = save_tiny(tmp_path / "plain")
-    assert f"{tmp_path}/nowhere does not exist" in start(serve, f"{tmp_path}/nowhere")
+    assert f"'{tmp_path}/nowhere'` is no folder here" in start(serve, f"{tmp_path}/nowhere")
     assert f"{plain} is no sorted Llama but a LlamaForCausalLM" in start(serve, plain)
     assert f"Port {taken} of localhost cannot be used" in start(serve, path, taken)
     assert "no address" in start(serve, path, host="nowhere.invalid")
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_is_none_is_told_in_one_line(checks, tmp_path, edit, m
 
 
 def test_a_model_of_the_hub_without_a_network(checks):
-    with pytest.raises(SystemExit, match="'user/nothing' is no folder here, and the Hub gives [^\n]*connect"):
+    with pytest.raises(SystemExit, match="'user/nothing'` is no folder here, and the Hub gives [^\n]*connect"):
         checks.read_config("user/nothing")
 
 
@@ -306,7 +306,7 @@ def test_servers_that_cannot_start_are_told_in_one_line(run_depths, serve_depths
     assert "`--depths` must be an integer from 1 to 4, got 5" in told(path, "--depths", "full", "5")
     assert f"Port {taken} of 0.0.0.0 cannot be used" in told(path, "--depths", "full", "--port", taken)
     assert f"Port {taken} of" in told(path, "--depths", "1", "full", "--port", taken - 1)
-    assert "nowhere does not exist" in told(tmp_path / "nowhere")
+    assert "nowhere'` is no folder here" in told(tmp_path / "nowhere")
     monkeypatch.setattr(sys, "argv", ["serve_depths.py", path, "--port", str(free_ports(1))])
     with pytest.raises(SystemExit, match="^vLLM is not installed here: pip install vllm$"):
         serve_depths.main()  # tests run where it is not
