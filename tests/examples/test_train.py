@@ -190,8 +190,9 @@ def test_two_processes_equal_one(in_one_process, tmp_path, engine, options):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     else:
         launch += ["--num_processes", "2", "--mixed_precision", "no"]
+    script = [SCRIPT] if engine == "ddp" else ["on_cpus.py", SCRIPT]
     flags = ["--config", "config.yaml", "--output_dir", "two", "--per_device_train_batch_size", "2"]
-    output = run(inputs, *launch, "on_cpus.py", SCRIPT, *flags)
+    output = run(inputs, *launch, *script, *flags)
     assert output.count("The model is in two.") == 1
 
     one, two = history(inputs / "one"), history(inputs / "two")
