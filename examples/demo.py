@@ -25,7 +25,7 @@ from datasets import Dataset
 from exit_results import ExitResult, default_exits, evaluate_exits, format_table
 from facts import build_facts
 from huggingface_hub.utils import enable_progress_bars
-from plan import FIXED, MAX_LENGTH, Plan, make_plan
+from plan import FIXED, MAX_LENGTH, Plan, freeze_head, make_plan
 from plot import plot_quality_speed
 from smollm2 import SMOLLM2, fetch_model
 from transformers import (
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--data", help="prompt/completion file (TRL's formats); default: the built-in facts")
     parser.add_argument("--output_dir", default="out/demo")
     parser.add_argument("--max_steps", type=int, default=400, help="of training, at most")
-    parser.add_argument("--minutes", type=float, default=8, help="for all of it: steps and questions are made to fit")
+    parser.add_argument("--minutes", type=float, default=9, help="for all of it: steps and questions are made to fit")
     args = parser.parse_args()
     started = time.monotonic()
     hide_what_others_print()
@@ -147,12 +147,13 @@ def main() -> None:
     print(f"\nBefore SoFT\n{format_table(before)}\n")
 
     # 5. Sorted Fine-Tuning
-    trainer = make_trainer(model_path, exits, plan, final, train_rows, use_cpu=device == "cpu")
+    model = freeze_head(load("float32"))
+    trainer = make_trainer(model, tokenizer, exits, plan, final, train_rows, use_cpu=device == "cpu")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.model.to(getattr(torch, plan.decode_dtype))
     trainer.save_model()
     trainer.create_model_card()
-    del trainer
+    del trainer, model
     # What is measured is what was saved: `.to` rounds the rotary frequencies too, and loading does not
     model = load(plan.decode_dtype, final)
 
@@ -222,11 +223,20 @@ def check(args: argparse.Namespace) -> tuple[str, list[int], PreTrainedTokenizer
     return model_path, exits, tokenizer, train_rows, test_rows[:MAX_TEST_ROWS]
 
 
-def make_trainer(model: str, exits: list[int], plan: Plan, output_dir: Path, rows: list[dict], use_cpu: bool):
+def make_trainer(
+    model: SortedLlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    exits: list[int],
+    plan: Plan,
+    output_dir: Path,
+    rows: list[dict],
+    use_cpu: bool,
+) -> SortedSFTTrainer:
     """The trainer of the planned steps, with our progress bar in place of its own."""
     set_seed(0)
     trainer = SortedSFTTrainer(
         model=model,
+        processing_class=tokenizer,
         args=SortedSFTConfig(
             output_dir=str(output_dir),  # its page, with how it was trained, lies there, too
             exit_layers=exits,

@@ -7,13 +7,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    """As with HF_HUB_OFFLINE=1, which is read at import."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-
-
 def _example(name):
     @pytest.fixture(scope="module", name=name)
     def module():

@@ -207,8 +207,8 @@ def test_a_checkpoint_that_is_none_is_told_in_one_line(checks, tmp_path, edit, m
     assert message in str(ended.value) and str(folder) in str(ended.value) and "\n" not in str(ended.value)
 
 
-def test_a_model_of_the_hub_without_a_network(checks):
-    with pytest.raises(SystemExit, match="'user/nothing'` is no folder here, and the Hub gives [^\n]*connect"):
+def test_a_model_of_the_hub_without_a_network(checks, offline):
+    with pytest.raises(SystemExit, match="'user/nothing'` is no folder here, and the Hub gives [^\n]*"):
         checks.read_config("user/nothing")
 
 

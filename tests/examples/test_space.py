@@ -326,7 +326,7 @@ def test_colors_are_readable_and_ordered(app):
         assert all(a - b > 0.04 for a, b in zip(values, values[1:]))
 
 
-def test_which_models_load(app, tmp_path, monkeypatch):
+def test_which_models_load(app, tmp_path, monkeypatch, offline):
     """Others are refused in one line, before weights are loaded."""
     broken = tmp_path / "broken"
     tiny_sorted().config.save_pretrained(broken)  # neither tokenizer nor weights
@@ -338,10 +338,9 @@ def test_which_models_load(app, tmp_path, monkeypatch):
         str(tmp_path / "empty"): "config.json",
         str(tmp_path / "list"): "",
         str(broken): "tokenizer",
-        "user/nothing": "connect",
+        "user/nothing": "Hub|connect|offline",
         save_tiny(tmp_path / "plain", tiny_llama()): "no `exit_layers` in its config",
     }
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(app.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     for path, message in refused.items():
         with pytest.raises(SystemExit, match=f"^{path} does not load .*make demo.*MODEL_ID.*: [^\n]*{message}[^\n]*$"):

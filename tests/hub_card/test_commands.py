@@ -50,7 +50,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(saved, tmp_path, monkeypatch):
+def folder(saved, tmp_path, monkeypatch, offline):
     shutil.copytree(saved, tmp_path / "model")
     (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     monkeypatch.chdir(tmp_path)
