@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("--data", help="prompt/completion file (TRL's formats); default: the built-in facts")
     parser.add_argument("--output_dir", default="out/demo")
     parser.add_argument("--max_steps", type=int, default=400, help="of training, at most")
-    parser.add_argument("--minutes", type=float, default=9, help="for all of it: steps and questions are made to fit")
+    parser.add_argument(
+        "--minutes", type=float, default=9.5, help="for all of it: steps and questions are made to fit"
+    )
     args = parser.parse_args()
     started = time.monotonic()
     hide_what_others_print()
