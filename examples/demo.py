@@ -35,6 +35,7 @@ from transformers import (
     ProgressCallback,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hub_card.checkpoint import load_config
@@ -107,7 +108,7 @@ def main() -> None:
     state_file = output_dir / "demo.json"
     settings = {**vars(args), "exits": exits, "device": device}
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
-    checkpoint = last_checkpoint(final)
+    checkpoint = get_last_checkpoint(final) if final.is_dir() else None
     if state.get("settings") == settings and "plan" in state and "after" not in state:
         print(f"Going on with the interrupted run from {checkpoint or 'its start'}.")
     else:
@@ -296,12 +297,6 @@ def reload_elsewhere(path: Path, prompt: str, exit_layer: int) -> str:
     if process.returncode:
         raise RuntimeError(f"The checkpoint did not load without this project:\n{process.stderr}")
     return process.stdout.strip()
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: `trainer_state.json` comes last."""
-    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def remove(output_dir: Path) -> None:

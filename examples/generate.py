@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from hub_card.checkpoint import check_device
 from modeling_sorted_llama import DraftStatistics, SortedLlamaConfig, SortedLlamaForCausalLM
 from modeling_sorted_llama.generation_sorted_llama import (
     SORTED_GENERATION_FIELDS,
@@ -163,9 +164,9 @@ def main() -> None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = (accelerator or "cpu") if args.device == "auto" else args.device
     try:
-        torch.empty(0, device=device)
+        check_device(device)
         modes = choose_modes(config, args)
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except ValueError as error:
         raise SystemExit(one_line(error)) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)

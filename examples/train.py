@@ -27,17 +27,15 @@ from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from hub_card.checkpoint import load_config
+from hub_card.tasks import FORMATS
 from trainer import SortedSFTConfig, SortedSFTTrainer
 from trainer.escaping import one_line
-
-
-FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_splits(script_args: ScriptArguments, training_args: SortedSFTConfig):
     """The data to train on, and the data to evaluate on where that was asked for."""
     name = script_args.dataset_name
-    loader = FILE_LOADERS.get(Path(name).suffix)
+    loader = FORMATS.get(Path(name).suffix)
     try:
         if loader is not None:
             splits = load_dataset(loader, data_files=name)
