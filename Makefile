@@ -35,6 +35,7 @@ notebook: .venv/.installed
 lint: .venv/.lint-installed
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
+	@mkdir -p build/types/sorted_llama && ln -sfn $(CURDIR)/sorted_llama/* $(addprefix $(CURDIR)/,modeling_sorted_llama trainer hub_card) build/types/sorted_llama
 	.venv/bin/python -m mypy
 
 install: .venv/.installed

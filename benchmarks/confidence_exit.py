@@ -21,8 +21,8 @@ import torch
 from _common import DEVICE, Bare, in_turns, load_sorted, step_parts, where
 from facts import build_facts
 
-from hub_card.measure import answers
-from hub_card.tasks import as_text, first_line
+from sorted_llama.hub_card.measure import answers
+from sorted_llama.hub_card.tasks import as_text, first_line
 
 
 def points(exits: list[int], small: bool) -> dict[str, dict]:

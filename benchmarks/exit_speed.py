@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from _common import DEVICE, SMOLLM2, in_turns, load_llama, ratio, where
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from facts import build_facts
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from hub_card.harness import SortedLlamaLM
+from sorted_llama.hub_card.harness import SortedLlamaLM
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import torch
 from _common import DEVICE, SMALL, Bare, in_turns, ratio, where
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
 
 
 def shape(layers, hidden, intermediate, heads, kv_heads, vocabulary, tied=False) -> dict:

@@ -32,8 +32,8 @@ from facts import build_facts
 from openai import AsyncOpenAI
 from serve_depths import start_server, wait_until_up
 
-from hub_card.extract import extract
-from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from sorted_llama.hub_card.extract import extract
+from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
 
 
 FLAGS = ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "32", "--no-enable-prefix-caching"]

@@ -37,8 +37,8 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
-from trainer import SortedSFTConfig, SortedSFTTrainer
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
 
 
 warnings.filterwarnings("ignore")

@@ -4,10 +4,10 @@ import errno
 import os
 import socket
 
-from hub_card.checkpoint import load_config
-from modeling_sorted_llama import SortedLlamaConfig
-from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_exit_layers
-from trainer.escaping import one_line
+from sorted_llama.hub_card.checkpoint import load_config
+from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_exit_layers
+from sorted_llama.trainer.escaping import one_line
 
 
 def read_config(path: str, revision: str | None = None) -> SortedLlamaConfig:

@@ -38,13 +38,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hub_card.checkpoint import load_config
-from hub_card.measure import answers
-from hub_card.record import write_json
-from hub_card.tasks import as_text, first_line, load_rows
-from modeling_sorted_llama import SortedLlamaForCausalLM
-from trainer import SortedSFTConfig, SortedSFTTrainer
-from trainer.escaping import one_line
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.hub_card.checkpoint import load_config
+from sorted_llama.hub_card.measure import answers
+from sorted_llama.hub_card.record import write_json
+from sorted_llama.hub_card.tasks import as_text, first_line, load_rows
+from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
+from sorted_llama.trainer.escaping import one_line
 
 
 BATCH_SIZE = 16
@@ -53,8 +53,7 @@ MAX_TEST_ROWS = 400
 # Runs where neither this project's packages nor its folder can be imported
 RELOAD = """
 import sys
-for name in ("modeling_sorted_llama", "trainer", "hub_card"):
-    sys.modules[name] = None  # `import name` now raises ImportError
+sys.modules["sorted_llama"] = None  # importing it now raises ImportError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 path, prompt, exit_layer = sys.argv[1], sys.argv[2], int(sys.argv[3])
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
@@ -191,8 +190,8 @@ def main() -> None:
         f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.\n"
         f"  checkpoint  {final}\n  plot        {plot_path}\n  numbers     {state_file}\n  questions   {held_out}\n\n"
         "Next:\n"
-        f"  .venv/bin/python -m hub_card evaluate {final} --data completions={held_out}\n"
-        f"  .venv/bin/python -m hub_card card {final}\n"
+        f"  .venv/bin/sorted-llama evaluate {final} --data completions={held_out}\n"
+        f"  .venv/bin/sorted-llama card {final}\n"
         f"  .venv/bin/python examples/train.py --model_name_or_path {final} --dataset_name my.jsonl  # data of yours\n"
         f'  .venv/bin/python -c "from transformers import pipeline; '
         f"print(pipeline('text-generation', '{final}', trust_remote_code=True, exit_layer={exits[1]})"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from hub_card.cost import cost_of_exit
-from hub_card.measure import answers, decoding_speeds, teacher_forced
-from hub_card.tasks import as_text, first_line
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.hub_card.cost import cost_of_exit
+from sorted_llama.hub_card.measure import answers, decoding_speeds, teacher_forced
+from sorted_llama.hub_card.tasks import as_text, first_line
 
 
 NUM_TIMED_TOKENS = 24

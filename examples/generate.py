@@ -22,14 +22,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from hub_card.checkpoint import check_device
-from modeling_sorted_llama import DraftStatistics, SortedLlamaConfig, SortedLlamaForCausalLM
-from modeling_sorted_llama.generation_sorted_llama import (
+from sorted_llama.hub_card.checkpoint import check_device
+from sorted_llama.modeling_sorted_llama import DraftStatistics, SortedLlamaConfig, SortedLlamaForCausalLM
+from sorted_llama.modeling_sorted_llama.generation_sorted_llama import (
     SORTED_GENERATION_FIELDS,
     choose_decoding,
     read_decoding_fields,
 )
-from trainer.escaping import one_line
+from sorted_llama.trainer.escaping import one_line
 
 
 DEMO = "out/demo/final"

@@ -20,10 +20,10 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoTokenizer
 
-from hub_card.checkpoint import load_config
-from modeling_sorted_llama import SortedLlamaForCausalLM
-from trainer.escaping import one_line
-from trainer.sorted_sft_config import read_exit_layers
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.hub_card.checkpoint import load_config
+from sorted_llama.trainer.escaping import one_line
+from sorted_llama.trainer.sorted_sft_config import read_exit_layers
 
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")

@@ -11,9 +11,9 @@ import torch
 from exit_results import NUM_TIMED_TOKENS, answer_length
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from hub_card.measure import answers, decoding_speeds
-from hub_card.tasks import as_text
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.hub_card.measure import answers, decoding_speeds
+from sorted_llama.hub_card.tasks import as_text
 
 
 DTYPES = ("float32", "bfloat16")

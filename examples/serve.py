@@ -35,14 +35,14 @@ from transformers.cli.serve import Serve
 from transformers.cli.serving import model_manager, server, utils
 from transformers.utils.import_utils import is_serve_available
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
-from modeling_sorted_llama.generation_sorted_llama import (
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.modeling_sorted_llama.generation_sorted_llama import (
     SORTED_GENERATION_FIELDS,
     check_continuous_batching,
     choose_decoding,
     read_decoding_fields,
 )
-from trainer.escaping import one_line
+from sorted_llama.trainer.escaping import one_line
 
 
 # What transformers uses where nothing is set, for the types; the model and `GenerationConfig` look at the others

@@ -39,14 +39,14 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hub_card.checkpoint import load_config
-from hub_card.measure import answers, teacher_forced
-from hub_card.tasks import as_text, exact_match, final_answer, normalize_answer, token_f1
-from modeling_sorted_llama import SortedLlamaForCausalLM
-from modeling_sorted_llama.configuration_sorted_llama import check_exit_layers
-from trainer import SortedSFTConfig, SortedSFTTrainer
-from trainer.escaping import one_line
-from trainer.sorted_sft_config import read_exit_layers
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.hub_card.checkpoint import load_config
+from sorted_llama.hub_card.measure import answers, teacher_forced
+from sorted_llama.hub_card.tasks import as_text, exact_match, final_answer, normalize_answer, token_f1
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layers
+from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
+from sorted_llama.trainer.escaping import one_line
+from sorted_llama.trainer.sorted_sft_config import read_exit_layers
 
 
 RECIPES: dict[str, dict[str, Any]] = {

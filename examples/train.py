@@ -26,10 +26,10 @@ import yaml
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from hub_card.checkpoint import load_config
-from hub_card.tasks import FORMATS
-from trainer import SortedSFTConfig, SortedSFTTrainer
-from trainer.escaping import one_line
+from sorted_llama.hub_card.checkpoint import load_config
+from sorted_llama.hub_card.tasks import FORMATS
+from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
+from sorted_llama.trainer.escaping import one_line
 
 
 def load_splits(script_args: ScriptArguments, training_args: SortedSFTConfig):

@@ -10,10 +10,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
-from modeling_sorted_llama import SortedLlamaConfig
-from trainer.escaping import code_span, markdown, one_line
-from trainer.model_card import get_block, new_page, open_page, set_block, use_block
-from trainer.sorted_sft_trainer import SortedSFTTrainer
+from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
+from sorted_llama.trainer.escaping import code_span, markdown, one_line
+from sorted_llama.trainer.model_card import get_block, new_page, open_page, set_block, use_block
+from sorted_llama.trainer.sorted_sft_trainer import SortedSFTTrainer
 
 from .checkpoint import load_config
 from .plot import plot_quality_speed

@@ -9,8 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
-from trainer.escaping import one_line
+from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from sorted_llama.trainer.escaping import one_line
 
 
 def load_config(path: str | Path, revision: str | None = None, **fields: Any) -> SortedLlamaConfig:

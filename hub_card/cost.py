@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM
 
 
 @dataclass

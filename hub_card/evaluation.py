@@ -15,9 +15,13 @@ from typing import Any
 
 import torch
 
-from modeling_sorted_llama import SortedLlamaConfig
-from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_exit_layers, is_number
-from trainer.escaping import one_line
+from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import (
+    check_exit_layer,
+    check_exit_layers,
+    is_number,
+)
+from sorted_llama.trainer.escaping import one_line
 
 from .calibration import draft_gain, reliability, suggest_thresholds
 from .checkpoint import check_device, fingerprint, load_answering_tokenizer, load_config, load_model
@@ -261,7 +265,8 @@ def _write(output: Path, record: dict[str, Any]) -> None:
 
 def _command() -> str:
     program = Path(sys.argv[0]).name
-    return shlex.join(["python", *(["-m", "hub_card"] if program == "__main__.py" else [program]), *sys.argv[1:]])
+    start = ["sorted-llama"] if program in ("sorted-llama", "__main__.py") else ["python", program]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def _version(name: str) -> str | None:

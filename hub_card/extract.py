@@ -22,13 +22,13 @@ from transformers import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from yaml import YAMLError
 
-from modeling_sorted_llama import SortedLlamaConfig
-from modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
-from modeling_sorted_llama.generation_sorted_llama import make_plain
-from modeling_sorted_llama.modeling_sorted_llama import fold_lens
-from modeling_sorted_llama.submodel_weights import EMBEDDINGS, HEAD, lens_matrix, submodel_name
-from trainer.escaping import hub_links, markdown, one_line, python_literal
-from trainer.model_card import QUESTION, START
+from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
+from sorted_llama.modeling_sorted_llama.generation_sorted_llama import make_plain
+from sorted_llama.modeling_sorted_llama.modeling_sorted_llama import fold_lens
+from sorted_llama.modeling_sorted_llama.submodel_weights import EMBEDDINGS, HEAD, lens_matrix, submodel_name
+from sorted_llama.trainer.escaping import hub_links, markdown, one_line, python_literal
+from sorted_llama.trainer.model_card import QUESTION, START
 
 from .card import harness_results
 from .checkpoint import load_config, load_tokenizer

@@ -3,8 +3,8 @@ Every exit in EleutherAI's lm-evaluation-harness, log-likelihoods of all of them
 
 ```shell
 lm_eval --model hf --model_args pretrained=PATH,trust_remote_code=True,exit_layer=10 --tasks ...   # one exit, as it is
-python -m hub_card.harness --model sorted-llama --model_args pretrained=PATH,exit_layer=10 --tasks ...
-python -m hub_card evaluate PATH --tasks ...                                                       # all exits
+python -m sorted_llama.hub_card.harness --model sorted-llama --model_args pretrained=PATH,exit_layer=10 --tasks ...
+sorted-llama evaluate PATH --tasks ...                                                       # all exits
 ```
 """
 
@@ -21,8 +21,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm.auto import tqdm
 
-import modeling_sorted_llama  # noqa: F401  (registers the model with the Auto classes)
-from trainer.escaping import one_line
+import sorted_llama.modeling_sorted_llama  # noqa: F401  (registers the model with the Auto classes)
+from sorted_llama.trainer.escaping import one_line
 
 from .measure import read_at_exit
 

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm.auto import tqdm
 
-from trainer.escaping import one_line
+from sorted_llama.trainer.escaping import one_line
 
 
 # An echo of the whole prompt must not end in a verdict, so the three verdicts are not on lines of their own.

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM
 
 
 _LOGITS = 2**26  # entries of one float32 tile of logits

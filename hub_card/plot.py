@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trainer.escaping import one_line
+from sorted_llama.trainer.escaping import one_line
 
 
 # After Okabe and Ito, told apart by colour-blind readers, the blue lighter; all of them read on white and on dark

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 
-from trainer.escaping import one_line
+from sorted_llama.trainer.escaping import one_line
 
 from .card import install, render_card
 

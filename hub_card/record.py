@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_sorted_llama.configuration_sorted_llama import check_exit_layers, is_number
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layers, is_number
 
 
 SCHEMA_VERSION = 1

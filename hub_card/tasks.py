@@ -12,7 +12,7 @@ from datasets import load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import maybe_apply_chat_template
 
-from trainer.escaping import one_line
+from sorted_llama.trainer.escaping import one_line
 
 
 QUESTION = "Question: {question}\nAnswer:"

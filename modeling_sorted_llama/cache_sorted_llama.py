@@ -199,7 +199,7 @@ class SortedCache(Cache):
     Example:
 
     ```python
-    >>> from modeling_sorted_llama import SortedLlamaForCausalLM
+    >>> from sorted_llama import SortedLlamaForCausalLM
     >>> from transformers import AutoTokenizer
 
     >>> model = SortedLlamaForCausalLM.from_pretrained("user/sorted-llama")

@@ -231,7 +231,7 @@ class SortedLlamaConfig(LlamaConfig):
     Example:
 
     ```python
-    >>> from modeling_sorted_llama import SortedLlamaConfig
+    >>> from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
 
     >>> config = SortedLlamaConfig(num_hidden_layers=30, exit_layers=[10, 15, 20, 30])
     >>> print(config.exit_layers)

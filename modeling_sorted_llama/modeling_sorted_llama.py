@@ -486,7 +486,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
     Example:
 
     ```python
-    >>> from modeling_sorted_llama import SortedLlamaForCausalLM
+    >>> from sorted_llama import SortedLlamaForCausalLM
     >>> from transformers import AutoTokenizer
 
     >>> model = SortedLlamaForCausalLM.from_pretrained("user/sorted-llama")

@@ -6,5 +6,5 @@ def register() -> None:
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(
-        "SortedLlamaForCausalLM", "modeling_sorted_llama.vllm_sorted_llama:SortedLlamaForCausalLM"
+        "SortedLlamaForCausalLM", "sorted_llama.modeling_sorted_llama.vllm_sorted_llama:SortedLlamaForCausalLM"
     )

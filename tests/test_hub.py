@@ -15,14 +15,15 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils.hub import hf_api
 
-import modeling_sorted_llama
-from modeling_sorted_llama import SortedLlamaForCausalLM
+import sorted_llama
+from sorted_llama import SortedLlamaForCausalLM
 from tests.hub import TOKEN, Hub
 from tests.tiny import prompts, reference_llama, run_as_stranger, tiny_sorted, tiny_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
-REMOTE_CODE = {path.name for path in Path(modeling_sorted_llama.__file__).parent.glob("[!v]*_sorted_llama.py")}
+MODEL_CODE = Path(sorted_llama.modeling_sorted_llama.__file__).parent
+REMOTE_CODE = {path.name for path in MODEL_CODE.glob("[!v]*_sorted_llama.py")}
 MODEL_FILES = REMOTE_CODE | {"README.md", "config.json", "generation_config.json"}
 CALLS = {
     "full": {},
@@ -138,7 +139,7 @@ def push_past_a_refusal(folder: Path) -> dict[str, list]:
 
 def push_after_a_kill(folder: Path) -> None:
     """The run before was killed in the middle of its third checkpoint."""
-    from trainer.atomic_saves import UNFINISHED
+    from sorted_llama.trainer.atomic_saves import UNFINISHED
 
     trainer = make_pushing_trainer(folder, "user/killed", hub_strategy="end", save_strategy="no")
     half = folder / "killed" / UNFINISHED / "checkpoint-3"
@@ -182,7 +183,7 @@ def push_adapter(folder: Path) -> dict[str, list]:
 
 def push_page(folder: Path) -> list[str]:
     """What lies in a training's folder, evaluated, by the commands."""
-    from hub_card.__main__ import main
+    from sorted_llama.hub_card.commands import main
 
     path = folder / "all_checkpoints"
     (folder / "rows.jsonl").write_text('{"prompt": "go on", "completion": " and on"}')
@@ -201,7 +202,7 @@ def push_page(folder: Path) -> list[str]:
 
 def push_extracted(folder: Path) -> list[str]:
     """From the Hub to the Hub: a plain Llama."""
-    from hub_card.__main__ import main
+    from sorted_llama.hub_card.commands import main
 
     main(["extract", "user/page", "--exit", "2", str(folder / "two_layers"), "--push", "user/two_layers"])
     return []

@@ -24,10 +24,10 @@ from peft import LoraConfig
 from transformers.utils import logging
 from trl import TrlParser
 
-import hub_card.__main__ as commands
-from hub_card.push import files_to_push
+import sorted_llama.hub_card.commands as commands
+from sorted_llama.hub_card.push import files_to_push
+from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
 from tests.tiny import save_tiny, tiny_llama, tiny_sorted
-from trainer import SortedSFTConfig, SortedSFTTrainer
 
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ NOT_RUN = {
     "LITELLM_MASTER_KEY=sk-1234 litellm --config out/demo/final.litellm.yaml": "LiteLLM is not installed",
     "python examples/serve.py out/demo/final": "a server that stays: tests/examples/test_serve.py",
     "python examples/space/app.py --model out/demo/final": "a server that stays: tests/examples/test_space.py",
-    "python -m hub_card.harness --model sorted-llama": "the harness's own command line, with PATH: tests/hub_card",
+    "python -m sorted_llama.hub_card.harness --model sorted-llama": "its own command line, with PATH: tests/hub_card",
     "lm_eval --model hf --model_args pretrained=PATH": "a help text, with PATH: docs/hub.md has it in full",
     "hf ": "makes and fills a repository on the Hub",
     ".ci/run": "runs this test",
@@ -220,8 +220,8 @@ def test_command(block, line, at_home, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", words)
         command.load()()
         assert "|" in capsys.readouterr().out
-    elif words[:3] == ["python", "-m", "hub_card"]:
-        run_hub_card(words[3:], block.is_script, monkeypatch)
+    elif words[0] == "sorted-llama":
+        run_hub_card(words[1:], block.is_script, monkeypatch)
         assert block.is_script or capsys.readouterr().out
     else:
         assert Path(words[0]).name == "python" and block.is_script
@@ -232,7 +232,7 @@ def run_hub_card(arguments: list[str], only_read: bool, monkeypatch) -> None:
     def upload(folder, name, message, private=False, *_, **__):
         return f"https://hub/{name}: {len(files_to_push(folder))} files"
 
-    monkeypatch.setattr("hub_card.push.upload", upload)
+    monkeypatch.setattr("sorted_llama.hub_card.push.upload", upload)
     if only_read:
         monkeypatch.setattr(commands, "RUN", dict.fromkeys(commands.RUN, lambda **options: None))
     commands.main(arguments)

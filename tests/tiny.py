@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
 
 
 CHAT_TEMPLATE = (
@@ -150,12 +150,12 @@ class Refuse:
     """This process has never heard of the project."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_sorted_llama", "trainer", "tests"):
+        if name.split(".")[0] in ("sorted_llama", "modeling_sorted_llama", "trainer", "tests"):
             raise ModuleNotFoundError(f"No module named {name!r}")
 
 
 sys.meta_path.insert(0, Refuse())
-for name in ("modeling_sorted_llama", "trainer"):
+for name in ("sorted_llama", "modeling_sorted_llama"):
     try:
         __import__(name)
     except ModuleNotFoundError:

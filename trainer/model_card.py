@@ -189,7 +189,7 @@ def use_block(
         own = "" if exit_heads == "shared" else f", exit_heads={python_literal(exit_heads)}"
         lines = [
             "```python",
-            "from modeling_sorted_llama import SortedLlamaForCausalLM",
+            "from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM",
             "from peft import PeftModel",
             "from transformers import AutoTokenizer",
             "",

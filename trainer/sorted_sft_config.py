@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
-from modeling_sorted_llama.configuration_sorted_llama import (
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import (
     as_int,
     check_exit_layers,
     check_exit_loss_weights,

@@ -18,9 +18,9 @@ from transformers.utils import is_rich_available, logging
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
-from modeling_sorted_llama.cache_sorted_llama import index_tensor
-from modeling_sorted_llama.loss_sorted_llama import gathered
+from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.modeling_sorted_llama.cache_sorted_llama import index_tensor
+from sorted_llama.modeling_sorted_llama.loss_sorted_llama import gathered
 
 from .atomic_saves import STATE, AtomicSaves
 from .exit_table import ExitTableCallback
@@ -71,7 +71,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
 
     ```python
     >>> from datasets import load_dataset
-    >>> from trainer import SortedSFTConfig, SortedSFTTrainer
+    >>> from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
 
     >>> trainer = SortedSFTTrainer(
     ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -49,9 +49,9 @@ def test_a_run_and_one_that_was_interrupted(inputs):
 
     held_out = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
     assert len(held_out) == 4 and all(row in ROWS for row in held_out)
-    for command in re.findall(r"^  \.venv/bin/python (-m hub_card .*)$", first.stdout, re.MULTILINE):
+    for command in re.findall(r"^  \.venv/bin/sorted-llama (.*)$", first.stdout, re.MULTILINE):
         quick = ["--runs", "1", "--num_timed", "1", "--max_new_tokens", "4"] if "evaluate" in command else []
-        run(inputs, *command.split(), *quick)
+        run(inputs, "-m", "sorted_llama", *command.split(), *quick)
     evaluation = json.loads((final / "evaluation.json").read_text())
     assert evaluation["request"]["exit_layers"] == [1, 2, 4]
     assert "| optimization | 3 steps of 16 rows" in (final / "README.md").read_text()

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
 from tests.tiny import save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
 from tests.tiny import prompts, reference_llama, save_tiny, tiny_sorted
 from tests.trainer.runs import EXITS, make_trainer
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from openai import BadRequestError, OpenAI, UnprocessableEntityError
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
 from tests.tiny import save_tiny, tiny_sorted, tiny_tokenizer
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.trainer import SortedSFTConfig
 from tests.tiny import reference_llama, save_tiny
-from trainer import SortedSFTConfig
 
 
 ROOT = Path(__file__).parents[2]

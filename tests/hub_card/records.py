@@ -26,7 +26,7 @@ def make_record(task: str = TASK, score: float = 0.5, **made_by: Any) -> dict[st
             "machine": "a CPU",
             "versions": {"torch": "2.0"},
             "date": "2026-01-01T00:00:00",
-            "command": "python -m hub_card evaluate model",
+            "command": "sorted-llama evaluate model",
             **made_by,
         },
         "exits": {str(k): {"parameters": 10 * k, "flops": 10 * k, "kv_bytes": 10 * k} for k in EXITS},

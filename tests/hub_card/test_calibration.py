@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hub_card.calibration import draft_gain, reliability, suggest_thresholds
-from hub_card.measure import TeacherForced
+from sorted_llama.hub_card.calibration import draft_gain, reliability, suggest_thresholds
+from sorted_llama.hub_card.measure import TeacherForced
 
 
 def test_calibrated_confidence_has_no_error():

@@ -9,13 +9,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hub_card.card import exits_block, write_card
-from hub_card.extract import _scores
-from hub_card.record import check_record, load_evaluation
-from modeling_sorted_llama import SortedLlamaConfig
+from sorted_llama.hub_card.card import exits_block, write_card
+from sorted_llama.hub_card.extract import _scores
+from sorted_llama.hub_card.record import check_record, load_evaluation
+from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
+from sorted_llama.trainer.escaping import one_line
 from tests.hub_card.records import EXITS, TASK, make_record
 from tests.trainer.test_escaping import AWKWARD, MARK, PARSER, inline, shown
-from trainer.escaping import one_line
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import hub_card.__main__ as commands
-from hub_card import evaluation
-from hub_card.__main__ import main
-from hub_card.checkpoint import check_device
+import sorted_llama.hub_card.commands as commands
+from sorted_llama.hub_card import evaluation
+from sorted_llama.hub_card.checkpoint import check_device
+from sorted_llama.hub_card.commands import main
 from tests.tiny import save_tiny, tiny_sorted
 
 
@@ -201,10 +201,10 @@ def test_no_traceback_and_a_failed_exit(folder):
             [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
         )
 
-    wrong = run("-m", "hub_card", "evaluate", "model", "--data", "qa=nothing.jsonl")
+    wrong = run("-m", "sorted_llama", "evaluate", "model", "--data", "qa=nothing.jsonl")
     assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1] == "The file 'nothing.jsonl' is not there."
     assert "Traceback" not in wrong.stderr
-    pushed = run("-m", "hub_card", "push", "model", "user/name")
+    pushed = run("-m", "sorted_llama", "push", "model", "user/name")
     assert pushed.returncode == 1 and "Traceback" not in pushed.stderr
     assert pushed.stderr.splitlines()[-1].startswith("The push to 'user/name' failed: ")
     assert not (folder / "model" / "README.md").exists()

@@ -11,13 +11,13 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from hub_card import evaluate, evaluation, load_evaluation
-from hub_card.__main__ import main
-from hub_card.card import write_card
-from hub_card.cost import cost_of_exit
-from hub_card.measure import answers, teacher_forced
-from hub_card.tasks import load_task
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.hub_card import evaluate, evaluation, load_evaluation
+from sorted_llama.hub_card.card import write_card
+from sorted_llama.hub_card.commands import main
+from sorted_llama.hub_card.cost import cost_of_exit
+from sorted_llama.hub_card.measure import answers, teacher_forced
+from sorted_llama.hub_card.tasks import load_task
 from tests.tiny import save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
 
 
@@ -63,7 +63,7 @@ def test_every_exit_and_mode(folder, monkeypatch):
     assert list(record["speed"]) == [*modes, "draft 1", "draft 2"]
     assert record["exits"]["2"]["parameters"] == cost_of_exit(model, 2).parameters
     assert record["made_by"]["versions"]["torch"] == torch.__version__
-    assert record["made_by"]["command"] == "python -m hub_card evaluate 'a model'"
+    assert record["made_by"]["command"] == "sorted-llama evaluate 'a model'"
 
 
 def test_stopped_run_goes_on(folder, monkeypatch):
@@ -108,7 +108,7 @@ def test_tasks_of_the_harness(folder, monkeypatch):
     record = evaluate(str(folder / "model"), harness_tasks=[yaml_file], **QUICK)
     by_exit = record["harness"][yaml_file]["numbers"]
     assert list(by_exit) == [str(k) for k in EXITS] and record == load_evaluation(folder / "model")
-    monkeypatch.setattr("hub_card.harness.evaluate_harness", None)  # what is there is not run again
+    monkeypatch.setattr("sorted_llama.hub_card.harness.evaluate_harness", None)  # what is there is not run again
     assert evaluate(str(folder / "model"), harness_tasks=[yaml_file], **QUICK) == record
     write_card(folder / "model")
     page = (folder / "model" / "README.md").read_text()

@@ -8,11 +8,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-import hub_card.extract as extract_module
-from hub_card import evaluate
-from hub_card.__main__ import main
-from hub_card.extract import extract
-from modeling_sorted_llama import SortedLlamaForCausalLM
+import sorted_llama.hub_card.extract as extract_module
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.hub_card import evaluate
+from sorted_llama.hub_card.commands import main
+from sorted_llama.hub_card.extract import extract
 from tests.tiny import CHAT_TEMPLATE, prompts, save_gguf, save_tiny, tiny_sorted
 
 

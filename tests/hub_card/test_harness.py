@@ -8,7 +8,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from hub_card.harness import SortedLlamaLM, evaluate_harness
+from sorted_llama.hub_card.harness import SortedLlamaLM, evaluate_harness
 from tests.tiny import save_tiny, tiny_sorted, tiny_tokenizer
 
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hub_card import judge, judging
-from hub_card.__main__ import main
-from hub_card.judge import DEFAULT_TEMPLATE, bootstrap_interval, judge_pairs, parse_verdict
-from hub_card.measure import answers
+from sorted_llama.hub_card import judge, judging
+from sorted_llama.hub_card.commands import main
+from sorted_llama.hub_card.judge import DEFAULT_TEMPLATE, bootstrap_interval, judge_pairs, parse_verdict
+from sorted_llama.hub_card.measure import answers
 from tests.tiny import save_tiny, tiny_sorted, tiny_tokenizer
 
 

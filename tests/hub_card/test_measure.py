@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hub_card import measure
-from hub_card.cost import cost_of_exit
-from hub_card.tasks import as_text
+from sorted_llama.hub_card import measure
+from sorted_llama.hub_card.cost import cost_of_exit
+from sorted_llama.hub_card.tasks import as_text
 from tests.tiny import reference_llama, tiny_sorted, tiny_tokenizer
 
 

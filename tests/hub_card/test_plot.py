@@ -6,7 +6,7 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.text import Text
 
-from hub_card.plot import plot_quality_speed
+from sorted_llama.hub_card.plot import plot_quality_speed
 
 
 SPEEDS = {"exit 10": 21, "exit 15": 16, "exit 20": 13, "exit 30": 10, "threshold 0.5": 17, "threshold 0.8": 12}

@@ -8,9 +8,9 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
-import hub_card.push as push_module
-from hub_card.__main__ import main
-from hub_card.push import files_left, files_to_push, push
+import sorted_llama.hub_card.push as push_module
+from sorted_llama.hub_card.commands import main
+from sorted_llama.hub_card.push import files_left, files_to_push, push
 from tests.tiny import save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
 from tests.trainer.runs import make_trainer
 

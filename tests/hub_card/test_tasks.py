@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hub_card.tasks import (
+from sorted_llama.hub_card.tasks import (
     KINDS,
     closed_book,
     exact_match,

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from modeling_sorted_llama import SortedCache
-from modeling_sorted_llama.cache_sorted_llama import CACHE_NAME, PENDING_BLOCK, STORAGE_BLOCK
+from sorted_llama import SortedCache
+from sorted_llama.modeling_sorted_llama.cache_sorted_llama import CACHE_NAME, PENDING_BLOCK, STORAGE_BLOCK
 from tests.tiny import reference_llama, tiny_sorted
 
 

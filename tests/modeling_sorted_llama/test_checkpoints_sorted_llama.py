@@ -21,13 +21,13 @@ from transformers import (
     LlamaModel,
 )
 
-import modeling_sorted_llama
-from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
+import sorted_llama
+from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
 from tests.tiny import reference_llama, run_as_stranger, save_gguf, save_tiny, tiny_llama, tiny_sorted
 
 
 TOKENS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
-PACKAGE = Path(modeling_sorted_llama.__file__).parent
+PACKAGE = Path(sorted_llama.modeling_sorted_llama.__file__).parent
 REMOTE_CODE = [
     "cache_sorted_llama.py",
     "configuration_sorted_llama.py",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig
 
-from modeling_sorted_llama import SortedLlamaConfig
+from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
 from tests.tiny import tiny_fields
 
 

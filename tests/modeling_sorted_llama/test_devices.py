@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from modeling_sorted_llama.cache_sorted_llama import SortedCacheLayer, index_tensor
+from sorted_llama.modeling_sorted_llama.cache_sorted_llama import SortedCacheLayer, index_tensor
 from tests.tiny import Pieces, prompts, tiny_sorted
 
 
@@ -128,8 +128,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from modeling_sorted_llama import SortedCache
-from modeling_sorted_llama.loss_sorted_llama import multi_exit_loss
+from sorted_llama import SortedCache
+from sorted_llama.modeling_sorted_llama.loss_sorted_llama import multi_exit_loss
 from tests.tiny import tiny_sorted
 
 _setup_privateuseone_for_python_backend("fake")

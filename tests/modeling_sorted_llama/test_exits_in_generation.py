@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
 from tests.tiny import prompts, reference_llama, run_as_stranger, save_tiny, tiny_sorted, tiny_tokenizer
 
 

@@ -24,7 +24,7 @@ from transformers import (
     pipeline,
 )
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
 from tests.tiny import Pieces, prompts, reference_llama, save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
 
 

@@ -21,8 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_sorted_llama import loss_sorted_llama, multi_exit_loss
-from modeling_sorted_llama.heads_sorted_llama import ExitHead, is_matrix_product
+from sorted_llama.modeling_sorted_llama import loss_sorted_llama, multi_exit_loss
+from sorted_llama.modeling_sorted_llama.heads_sorted_llama import ExitHead, is_matrix_product
 from tests.tiny import reference_llama, tiny_sorted
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel, StaticCache
 
-from modeling_sorted_llama import SortedLlamaForCausalLM, SortedLlamaModel
+from sorted_llama import SortedLlamaForCausalLM, SortedLlamaModel
 from tests.tiny import reference_llama, tiny_fields, tiny_sorted
 
 

@@ -24,9 +24,9 @@ from transformers import (
     pipeline,
 )
 
-from modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM, generation_sorted_llama
-from modeling_sorted_llama.cache_sorted_llama import CACHE_NAME
-from modeling_sorted_llama.generation_sorted_llama import LearnedDrafts, SelfSpeculation, _accept_sampled
+from sorted_llama.modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM, generation_sorted_llama
+from sorted_llama.modeling_sorted_llama.cache_sorted_llama import CACHE_NAME
+from sorted_llama.modeling_sorted_llama.generation_sorted_llama import LearnedDrafts, SelfSpeculation, _accept_sampled
 from tests.tiny import Pieces, prompts, reference_llama, run_as_stranger, save_tiny, tiny_sorted, tiny_tokenizer
 
 

@@ -399,7 +399,7 @@ for step in steps:
     if step == "peft":
         import peft
     elif step == "package":
-        from modeling_sorted_llama import SortedLlamaForCausalLM
+        from sorted_llama import SortedLlamaForCausalLM
         assert "peft" in sys.modules or steps[0] != "peft"
         assert "trainer" not in sys.modules
     elif step == "load":

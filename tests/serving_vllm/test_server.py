@@ -73,7 +73,7 @@ def tokens(client, **options):
 
 
 def expected(path, exit_layer):
-    from modeling_sorted_llama import SortedLlamaForCausalLM
+    from sorted_llama import SortedLlamaForCausalLM
 
     model = SortedLlamaForCausalLM.from_pretrained(path)
     inputs = torch.tensor([PROMPT])

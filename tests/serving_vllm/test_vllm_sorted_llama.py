@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-from hub_card.extract import extract
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.hub_card.extract import extract
 from tests.tiny import run_as_stranger, tiny_sorted
 
 

@@ -6,8 +6,8 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
 from tests.tiny import tiny_llama, tiny_tokenizer
-from trainer import SortedSFTConfig, SortedSFTTrainer
 
 
 EXITS = [1, 2, 4]

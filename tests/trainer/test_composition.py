@@ -24,10 +24,10 @@ from trl import (
     RLOOTrainer,
 )
 
-from modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from sorted_llama.trainer import SortedSFTTrainer
 from tests.tiny import reference_llama, run_as_stranger, save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
 from tests.trainer.runs import EXITS, logged, make_args, make_data, make_trainer, naive_means, text
-from trainer import SortedSFTTrainer
 
 
 # Other trainers

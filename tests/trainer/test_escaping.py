@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from trainer.escaping import code_span, hub_links, markdown, one_line, python_literal, without_marks
+from sorted_llama.trainer.escaping import code_span, hub_links, markdown, one_line, python_literal, without_marks
 
 
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])

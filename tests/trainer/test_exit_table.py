@@ -4,8 +4,8 @@ import pytest
 from datasets import Dataset
 from transformers import TrainerState, TrainingArguments
 
+from sorted_llama import ExitTableCallback
 from tests.trainer.runs import EXITS, logged, make_data, make_trainer
-from trainer import ExitTableCallback
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
+from sorted_llama.trainer.model_card import has_blocks, new_page, set_block
 from tests.tiny import run_as_stranger, save_tiny, tiny_sorted
 from tests.trainer.runs import EXITS, make_data, make_trainer
-from trainer.model_card import has_blocks, new_page, set_block
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -132,7 +132,7 @@ def test_empty_form_of_peft_is_no_page(tmp_path):
 @pytest.mark.parametrize("content", [b"caf\xe9", b"---\na: [\n---\nx", b"---\n- a\n---\nx"], ids=str)
 def test_page_that_cannot_be_read_stays_and_is_told(tmp_path, monkeypatch, content):
     said = []
-    monkeypatch.setattr("trainer.model_card.logger.warning", said.append)
+    monkeypatch.setattr("sorted_llama.trainer.model_card.logger.warning", said.append)
     (tmp_path / "README.md").write_bytes(content)
     make_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
     assert (tmp_path / "README.md").read_bytes() == content

@@ -118,7 +118,7 @@ def test_checkpoint_of_sft_is_no_checkpoint_of_soft(tmp_path):
 
 def test_adapter_of_unknown_exits_goes_on_with_a_warning(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("trainer.sorted_sft_trainer.logger.warning", said.append)
+    monkeypatch.setattr("sorted_llama.trainer.sorted_sft_trainer.logger.warning", said.append)
     make_trainer(tmp_path, trainer_class=SFTTrainer, peft_config=lora(), **SAVES).train()
     trainer = make_trainer(tmp_path, max_steps=3, peft_config=lora())
     trainer.train(resume_from_checkpoint=True)

@@ -8,8 +8,8 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, TrlParser
 
+from sorted_llama.trainer import SortedSFTConfig
 from tests.trainer.runs import make_trainer
-from trainer import SortedSFTConfig
 
 
 def make(**kwargs):
@@ -300,7 +300,7 @@ def test_every_option_survives_dict_and_yaml(tmp_path, options):
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_bfloat16_is_what_the_machine_can_do_unless_it_is_said(monkeypatch, has_bf16):
     """Nothing that is said is overridden, and where `SFTConfig` takes the defaults, they are its."""
-    for module in ("trainer.sorted_sft_config", "transformers.training_args"):
+    for module in ("sorted_llama.trainer.sorted_sft_config", "transformers.training_args"):
         monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: has_bf16)
     assert SortedSFTConfig("unused").bf16 is has_bf16
     assert SortedSFTConfig("unused", fp16=True).bf16 is False

@@ -26,7 +26,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
 from tests.tiny import reference_llama, save_tiny, tiny_fields, tiny_llama, tiny_sorted, tiny_tokenizer
 from tests.trainer.runs import (
     BEST_IS_NOT_LAST,
@@ -40,7 +41,6 @@ from tests.trainer.runs import (
     naive_means,
     naive_sums,
 )
-from trainer import SortedSFTConfig, SortedSFTTrainer
 
 
 pytestmark = [
@@ -627,7 +627,7 @@ def assert_equal_exits(actual, expected):
 REMOTE_SCRIPT = """
 import sys
 
-sys.modules["modeling_sorted_llama"] = sys.modules["trainer"] = None  # importing either fails, installed or not
+sys.modules["sorted_llama"] = None  # importing it fails, installed or not
 import torch
 from peft import AutoPeftModelForCausalLM
 

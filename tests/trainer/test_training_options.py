@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
-from modeling_sorted_llama import SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.trainer import ExitTableCallback, SortedSFTConfig
 from tests.tiny import tiny_llama, tiny_sorted, tiny_tokenizer
 from tests.trainer.runs import (
     BEST_IS_NOT_LAST,
@@ -23,7 +24,6 @@ from tests.trainer.runs import (
     make_trainer,
     naive_sums,
 )
-from trainer import ExitTableCallback, SortedSFTConfig
 
 
 pytestmark = [

@@ -1,10 +1,10 @@
 """
 ```shell
-python -m hub_card evaluate PATH --data qa=questions.jsonl gsm8k=test.jsonl --tasks arc_easy   # every exit, one JSON
-python -m hub_card card PATH                                                                  # README.md and plot
-python -m hub_card push PATH user/name                                                        # to the Hub
-python -m hub_card extract PATH --exit 10 FOLDER                                              # a plain Llama
-python -m hub_card judge PATH --data completions=FILE --exits 10 30 --judge MODEL --base_url URL   # exit against exit
+sorted-llama evaluate PATH --data qa=questions.jsonl gsm8k=test.jsonl --tasks arc_easy   # every exit, one JSON
+sorted-llama card PATH                                                                  # README.md and plot
+sorted-llama push PATH user/name                                                        # to the Hub
+sorted-llama extract PATH --exit 10 FOLDER                                              # a plain Llama
+sorted-llama judge PATH --data completions=FILE --exits 10 30 --judge MODEL --base_url URL   # exit against exit
 ```
 """
 
@@ -15,15 +15,15 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from trainer.escaping import one_line
-from trainer.sorted_sft_config import read_exit_layers
+from sorted_llama.trainer.escaping import one_line
+from sorted_llama.trainer.sorted_sft_config import read_exit_layers
 
 from .tasks import KINDS
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m hub_card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="sorted-llama", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -164,7 +164,3 @@ def _split(option: str, form: str, argument: str) -> tuple[str, str]:
     if not path:
         raise ValueError(f"`{option}` takes {form}, got {argument!r}.")
     return name, path
-
-
-if __name__ == "__main__":
-    main()
