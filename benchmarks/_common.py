@@ -19,7 +19,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 from sorted_llama import SortedCache, SortedLlamaForCausalLM
-from sorted_llama.modeling_sorted_llama.cache_sorted_llama import CACHE_NAME
+from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

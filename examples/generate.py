@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from sorted_llama.hub_card.checkpoint import check_device
 from sorted_llama.modeling_sorted_llama import DraftStatistics, SortedLlamaConfig, SortedLlamaForCausalLM
-from sorted_llama.modeling_sorted_llama.generation_sorted_llama import (
+from sorted_llama.modeling_sorted_llama.modes_sorted_llama import (
     SORTED_GENERATION_FIELDS,
     choose_decoding,
     read_decoding_fields,

@@ -36,7 +36,7 @@ from transformers.cli.serving import model_manager, server, utils
 from transformers.utils.import_utils import is_serve_available
 
 from sorted_llama import SortedLlamaForCausalLM
-from sorted_llama.modeling_sorted_llama.generation_sorted_llama import (
+from sorted_llama.modeling_sorted_llama.modes_sorted_llama import (
     SORTED_GENERATION_FIELDS,
     check_continuous_batching,
     choose_decoding,

@@ -24,8 +24,8 @@ from yaml import YAMLError
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
-from sorted_llama.modeling_sorted_llama.generation_sorted_llama import make_plain
-from sorted_llama.modeling_sorted_llama.modeling_sorted_llama import fold_lens
+from sorted_llama.modeling_sorted_llama.heads_sorted_llama import fold_lens
+from sorted_llama.modeling_sorted_llama.modes_sorted_llama import make_plain
 from sorted_llama.modeling_sorted_llama.submodel_weights import EMBEDDINGS, HEAD, lens_matrix, submodel_name
 from sorted_llama.trainer.escaping import hub_links, markdown, one_line, python_literal
 from sorted_llama.trainer.model_card import QUESTION, START

@@ -4,7 +4,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache_sorted_llama import SortedCache
 from .configuration_sorted_llama import SortedLlamaConfig
-from .generation_sorted_llama import DraftStatistics, SortedGenerateOutput
 from .loss_sorted_llama import MultiExitLossOutput, multi_exit_loss
 from .modeling_sorted_llama import (
     SortedCausalLMOutputWithPast,
@@ -12,6 +11,7 @@ from .modeling_sorted_llama import (
     SortedLlamaModel,
     SortedModelOutputWithPast,
 )
+from .sequences_sorted_llama import DraftStatistics, SortedGenerateOutput
 
 
 AutoConfig.register("sorted_llama", SortedLlamaConfig, exist_ok=True)

@@ -1,81 +1,22 @@
 """SortedCache: a key-value cache that knows how deep each token has been run."""
 
-import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, LlamaModel, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
+from .block_sorted_llama import Block, index_tensor, reserve
+from .compat_sorted_llama import CACHE_NAME
 from .configuration_sorted_llama import as_int
 
 
-# transformers 5.24 renamed `past_key_values` to `cache`, everywhere at once
-CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
-
 STORAGE_BLOCK = 256  # tokens by which the keys and values of a layer grow: no copy per token, little unused memory
 PENDING_BLOCK = 32
-
-
-class Block:
-    """
-    The tokens that pass a stretch of layers together: token `i` of row `rows[j]` is in slot `starts[j] + i` of the
-    cache. Rows may hold different numbers of tokens; the cells behind a shorter row's last one hold no token, and
-    what is written there is overwritten before it is ever attended to.
-    """
-
-    def __init__(self, rows: list[int] | None, starts: Sequence[int], counts: Sequence[int]):
-        self.rows = rows  # `None`: all rows of the cache
-        self.starts = list(starts)
-        self.counts = list(counts)
-        self.width = max(self.counts)
-        self.end = max(self.starts) + self.width
-        self.even = len(set(self.starts)) == 1 and len(set(self.counts)) == 1
-        self._index: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows, `(num_rows, 1)`, and slots, `(num_rows, width)`, of the cells."""
-        if device not in self._index:
-            rows = range(len(self.starts)) if self.rows is None else self.rows
-            slots = index_tensor(self.starts, device)[:, None] + torch.arange(self.width, device=device)
-            self._index[device] = index_tensor(rows, device)[:, None], slots
-        return self._index[device]
-
-    def write(self, storage: torch.Tensor, values: torch.Tensor) -> None:
-        """Put `values`, `(num_rows, ..., width, dim)`, into `storage`, `(batch_size, ..., slots, dim)`."""
-        if self.even and self.rows is None:
-            storage[..., self.starts[0] : self.starts[0] + self.width, :] = values
-            return
-        rows, slots = self.index(storage.device)
-        if storage.dim() == 4:
-            storage[rows, :, slots] = values.transpose(1, 2)
-        else:
-            storage[rows, slots] = values
-
-    def read(self, storage: torch.Tensor) -> torch.Tensor:
-        """The cells of `storage`, `(batch_size, slots, ...)`: `(num_rows, width, ...)`."""
-        if self.even and self.rows is None:
-            return storage[:, self.starts[0] : self.starts[0] + self.width]
-        return storage[self.index(storage.device)]
-
-    def select(self, storage: torch.Tensor) -> torch.Tensor:
-        """The rows of `storage`: a view where they are all of them."""
-        if self.rows is None:
-            return storage
-        return storage.index_select(0, self.index(storage.device)[0].squeeze(1))
-
-    def align_right(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Every row's newest token in the last column, as with left padding; the cells before the first repeat it."""
-        if min(self.counts) == self.width:
-            return hidden_states
-        device = hidden_states.device
-        shift = self.width - index_tensor(self.counts, device)
-        columns = (torch.arange(self.width, device=device) - shift[:, None]).clamp(min=0)
-        return hidden_states.gather(1, columns[..., None].expand_as(hidden_states))
 
 
 class _SizesOfBlock(Cache):
@@ -623,12 +564,6 @@ class SortedCache(Cache):
                 del self.pending[depth]
 
 
-def index_tensor(values: Iterable[int], device: torch.device) -> torch.Tensor:
-    """`values` as an int64 tensor on `device`, by way of pinned memory: from pageable memory, the host would wait."""
-    index = torch.tensor(list(values), dtype=torch.long, device="cpu")
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
-
-
 def is_sorted_cache(cache: Any) -> bool:
     # By name: remote code and an installed package have a class each
     return type(cache).__name__ == "SortedCache"
@@ -641,22 +576,6 @@ def _block_of_all_rows(lengths: tuple[int, ...], states: torch.Tensor) -> Block:
             f"The rows of this cache hold different numbers of tokens, {list(lengths)}: only a sorted model can go on."
         )
     return Block(None, lengths or (0,) * batch_size, (num_tokens,) * batch_size)
-
-
-def reserve(
-    storage: torch.Tensor | None, values: torch.Tensor, batch_size: int, slots: int, step: int, at_least: int = 0
-) -> torch.Tensor:
-    """
-    `storage`, `(batch_size, ..., slots, dim)`, with room for `slots`, that may be written to: what was made under
-    `torch.inference_mode()` may not be, outside of it. New slots are zeros: NaN would pass a mask.
-    """
-    if storage is not None and storage.shape[-2] >= slots:
-        return storage.clone() if storage.is_inference() and not torch.is_inference_mode_enabled() else storage
-    slots = max(-(-slots // step) * step, at_least)
-    grown = values.new_zeros(batch_size, *values.shape[1:-2], slots, values.shape[-1])
-    if storage is not None:
-        grown[..., : storage.shape[-2], :] = storage
-    return grown
 
 
 def _reserve_tokens(storage: Any, slots: int) -> torch.Tensor:
@@ -674,3 +593,35 @@ def as_sorted_cache(cache: Any) -> Any:
             "with every mode of `generate`), or the cache that a call with `return_dict_in_generate=True` returned."
         )
     return cache
+
+
+def check_cache_depth(cache: Cache, depth: int, synchronize: bool = False) -> None:
+    """
+    Refuse a cache whose upper layers have seen fewer tokens than its first: their keys and values are missing.
+
+    Args:
+        cache ([`~transformers.Cache`]):
+            The cache to continue from.
+        depth (`int`):
+            Number of layers about to run.
+        synchronize (`bool`, *optional*, defaults to `False`):
+            Whether to read lengths that live on a device (static caches), which waits for it. Without it only layers
+            that were never run are found there.
+
+    Raises:
+        ValueError: If the cache is shallower than `depth`.
+    """
+    if is_sorted_cache(cache):
+        cache.segments(depth)
+        return
+    first, last = cache.get_seq_length(0), cache.get_seq_length(depth - 1)
+    if isinstance(first, torch.Tensor) or isinstance(last, torch.Tensor):
+        if not synchronize and isinstance(last, torch.Tensor):
+            return
+        first, last = int(first), int(last)
+    if last < first:
+        raise ValueError(
+            f"The cache holds {first} tokens in its first layer but {last} in layer {depth}: it was filled at a "
+            f"smaller `exit_layer` and cannot be continued at `exit_layer={depth}`. Go on at the exit that filled it, "
+            "or start from an empty cache."
+        )

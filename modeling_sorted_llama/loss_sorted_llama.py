@@ -1,17 +1,16 @@
 """The SoFT loss: LM head and cross-entropy of all exits, fused, one tile of logits at a time."""
 
 import math
-import sys
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .heads_sorted_llama import is_matrix_product, is_sharded
+from .compat_sorted_llama import gathered, whole_weight
+from .heads_sorted_llama import is_matrix_product
 
 
 # Size of the one float32 tile of logits. On a CPU 64 MiB already keep the matrix products near their peak; an
@@ -207,7 +206,7 @@ class _Head:
         self.module, self.number = module, number
         self.is_product = is_matrix_product(module)
         if self.is_product:
-            self.params = [_whole_weight(module)]
+            self.params = [whole_weight(module)]
             self.vocab_size = self.params[0].shape[0]
         else:
             row = states.detach()[:1] if len(states) else states.new_zeros(1, states.shape[-1])
@@ -216,18 +215,6 @@ class _Head:
 
     def tile(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]):
         return _LinearTile(*params, *grads) if self.is_product else _ModuleTile(self, params, grads)
-
-
-def _whole_weight(head: nn.Module) -> torch.Tensor:
-    weight: Any = head.weight
-    if not is_sharded(weight):
-        return weight
-    from torch.distributed.fsdp import FSDPModule  # not in every build of torch, as shards are not
-    from torch.distributed.tensor import Partial
-
-    # Where FSDP2 wraps the head alone, its own backward, which averages over the ranks' tokens, does not run
-    averaged = [Partial("avg")] * weight.device_mesh.ndim if isinstance(head, FSDPModule) else None
-    return weight.full_tensor(grad_placements=averaged)
 
 
 def _leaves(output: torch.Tensor) -> list[torch.Tensor]:
@@ -452,41 +439,6 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _rows_per_tile(device: torch.device, vocab_size: int, live_tiles: int) -> int:
     tile_bytes = _TILE_BYTES_CPU if device.type == "cpu" else _TILE_BYTES_ACCELERATOR
     return max(1, tile_bytes // (4 * vocab_size * live_tiles))
-
-
-def gather_in_backward(model: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """
-    Under DeepSpeed ZeRO-3, have parameters made whole for the backward of a model that uses them behind its modules'
-    backs: by the time their gradients arrive, they would have been sharded again.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model whose forward uses them.
-        modules (`Sequence[torch.nn.Module]`):
-            The modules whose parameters it uses without calling them.
-    """
-    params = {id(param): param for module in modules for param in module.parameters() if hasattr(param, "ds_id")}
-    for param in params.values():  # in the same order on every process
-        sys.modules["deepspeed"].zero.register_external_parameter(model, param)
-
-
-def gathered(modules: Sequence[nn.Module]):
-    """
-    Context with whole parameters: under DeepSpeed ZeRO-3 they are sharded until the forward of their own module runs.
-
-    Args:
-        modules (`Sequence[torch.nn.Module]`):
-            The modules whose parameters to gather.
-
-    Returns:
-        A context manager.
-    """
-    params = {id(param): param for module in modules for param in module.parameters()}
-    sharded = [p for p in params.values() if getattr(p, "ds_status", None) is not None and p.numel() == 0]
-    if not sharded:
-        return nullcontext()
-    # No import statement: remote code that names a package asks everyone to install it
-    return sys.modules["deepspeed"].zero.GatheredParameters(sharded)
 
 
 __all__ = ["MultiExitLossOutput", "multi_exit_loss"]

@@ -1,23 +1,20 @@
 """Sorted LLaMA (arXiv 2309.08968): one Llama checkpoint whose first `k` layers are a model for several `k`."""
 
 import copy
-import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -29,7 +26,16 @@ if not __package__:
         "start Python with `-P`."
     )
 
-from .cache_sorted_llama import CACHE_NAME, SortedCache, is_sorted_cache
+from .cache_sorted_llama import check_cache_depth, is_sorted_cache
+from .compat_sorted_llama import (
+    CACHE_NAME,
+    gather_in_backward,
+    gathered,
+    logger,
+    slice_logits_to_keep,
+    takes_either_cache_name,
+    whole_copy,
+)
 from .configuration_sorted_llama import (
     AUTO_MAP,
     SORTED_FIELDS,
@@ -38,40 +44,10 @@ from .configuration_sorted_llama import (
     check_exit_layers,
     check_exit_loss_weights,
 )
-from .generation_sorted_llama import (
-    DECODED_MODES,
-    SORTED_GENERATION_FIELDS,
-    Sequences,
-    check_company_in_memory,
-    check_continuous_batching,
-    choose_decoding,
-    decode,
-    make_plain,
-    read_decoding_fields,
-    row_hooks,
-)
-from .heads_sorted_llama import ExitHead, is_matrix_product
-from .loss_sorted_llama import MultiExitLossOutput, check_loss_options, gather_in_backward, gathered, multi_exit_loss
-
-
-logger = logging.get_logger("transformers.modeling_sorted_llama")  # transformers' verbosity applies to it
-
-if CACHE_NAME == "cache":
-    _takes_either_cache_name = deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")
-else:
-
-    def _takes_either_cache_name(forward: Callable) -> Callable:
-        @functools.wraps(forward)
-        def renamed(*args: Any, **kwargs: Any) -> Any:
-            if "past_key_values" in kwargs:
-                kwargs["cache"] = kwargs.pop("past_key_values")
-            return forward(*args, **kwargs)
-
-        return renamed
-
-
-# Trainer's label smoothing (and pipelines) look a model up here to know that its labels are to be shifted
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sorted_llama"] = "SortedLlamaForCausalLM"
+from .generation_sorted_llama import SortedGenerationMixin
+from .heads_sorted_llama import ExitHead, ExitLens, is_matrix_product
+from .loss_sorted_llama import MultiExitLossOutput, check_loss_options, multi_exit_loss
+from .modes_sorted_llama import SORTED_GENERATION_FIELDS, make_plain
 
 
 class SortedLlamaKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]
@@ -145,77 +121,6 @@ class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
     exit_token_accuracies: torch.Tensor | None = None
     exit_agreements: torch.Tensor | None = None
     exit_divergences: torch.Tensor | None = None
-
-
-FOLD_ERROR = (
-    "An exit with `exit_heads='lens'` is a plain Llama once its matrix is folded into the LM head, which takes a "
-    "linear head in floating point without bias, hooks or adapters, got {}: dequantize, merge or remove them first."
-)
-
-
-class ExitLens(LlamaRMSNorm):
-    """
-    Norm of an exit with `exit_heads="lens"`: `(I + A) RMSNorm(h)`, with a gain and a square matrix `A` of its own.
-
-    This is a tuned lens (arXiv 2303.08112) put behind the norm, where it folds into the head of a plain Llama. At the
-    start `A` is 0: the exit is read as full depth is.
-
-    Args:
-        hidden_size (`int`):
-            Width of the hidden states.
-        eps (`float`, *optional*, defaults to 1e-6):
-            Added to their mean square.
-    """
-
-    def __init__(self, hidden_size: int, eps: float = 1e-6):
-        super().__init__(hidden_size, eps)
-        # No `nn.Linear`: quantization and adapters for all linear layers are for the layers of the backbone
-        self.matrix = nn.Parameter(torch.zeros(hidden_size, hidden_size))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = super().forward(hidden_states)
-        return normed + nn.functional.linear(normed, self.matrix)
-
-    @classmethod
-    def from_norm(cls, norm: LlamaRMSNorm) -> "ExitLens":
-        """The lens that does what `norm` does, around copies."""
-        lens = cls(norm.weight.shape[0], norm.variance_epsilon).to(norm.weight)
-        lens.weight.data.copy_(norm.weight)
-        return lens.train(norm.training)
-
-    def fold(self, head: nn.Module) -> tuple[LlamaRMSNorm, nn.Linear]:
-        """A plain norm, around the same gain, and the head that reads it as `head` reads this lens."""
-        if not is_matrix_product(head):
-            raise ValueError(FOLD_ERROR.format(head))
-        norm = LlamaRMSNorm(len(self.weight), self.variance_epsilon)
-        norm.weight = self.weight
-        weight: Any = head.weight
-        folded = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        folded.weight = nn.Parameter(fold_lens(weight, self.matrix))
-        return norm, folded
-
-
-@torch.no_grad()
-def fold_lens(head_weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """
-    Weight of the head that reads a plain norm as the shared head reads an [`ExitLens`].
-
-    Args:
-        head_weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`):
-            Weight of the shared head.
-        matrix (`torch.Tensor` of shape `(hidden_size, hidden_size)`):
-            The lens's.
-
-    Returns:
-        `torch.Tensor` of shape `(vocab_size, hidden_size)`: Of `head_weight`'s dtype; multiplied in float32.
-
-    Raises:
-        ValueError: If the head is quantized.
-    """
-    if not head_weight.is_floating_point():
-        raise ValueError(FOLD_ERROR.format(head_weight.dtype))
-    whole = torch.eye(len(matrix), device=head_weight.device) + matrix.float().to(head_weight.device)
-    return (head_weight.float() @ whole).to(head_weight.dtype)
 
 
 class _SavesRemoteCode:
@@ -312,7 +217,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
             )
         return exit_layer
 
-    @_takes_either_cache_name
+    @takes_either_cache_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -472,7 +377,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         return [*exit_hidden_states, block.align_right(hidden_states)]
 
 
-class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
+class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCausalLM):
     """
     [`~transformers.LlamaForCausalLM`] whose first `k` layers, with the same final norm and LM head, are a model of
     their own: `exit_layer=k` in `forward` and in `generate` runs them and nothing more.
@@ -567,7 +472,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             return cls.from_llama(loaded[0], **fields), loaded[1]
         return cls.from_llama(loaded, **fields)
 
-    @_takes_either_cache_name
+    @takes_either_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -650,7 +555,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             states: Any = outputs.last_hidden_state
             if labels is not None or isinstance(logits_to_keep, torch.Tensor):  # they count the input's tokens
                 states = _newest(states, tokens.shape[1])
-            logits = self.exit_head(depth)(_slice_logits_to_keep(states, logits_to_keep))
+            logits = self.exit_head(depth)(slice_logits_to_keep(states, logits_to_keep))
         if exits is None and labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
@@ -798,144 +703,6 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, LlamaForCausalLM):
             raise TypeError(f"`model` must be a LlamaForCausalLM, got {type(model).__name__}.")
         return _share_modules(model, cls, SortedLlamaConfig.from_llama(model.config, **kwargs))
 
-    # `generate`: the methods of `GenerationMixin` that know of the depth. Everything else is transformers' own.
-
-    @functools.wraps(LlamaForCausalLM.generate)
-    def generate(self, *args: Any, **kwargs: Any):
-        try:
-            return super().generate(*args, **kwargs)
-        except BaseException:
-            for module, key, _ in row_hooks(self):  # or every later call would fail
-                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
-            raise
-
-    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
-        # `generate` keeps unknown fields of a generation config but hands none to `forward`: carry the depth over
-        fields = read_decoding_fields(self, generation_config, kwargs)
-        if fields["num_assistant_tokens"] == "auto":
-            kwargs["num_assistant_tokens"] = None  # a number to transformers
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if "cache" in model_kwargs and CACHE_NAME != "cache":  # the new name, on a transformers that knows the old
-            model_kwargs[CACHE_NAME] = model_kwargs.pop("cache")
-        for name in SORTED_GENERATION_FIELDS:  # an assistant model is given this config: it has its own depth
-            model_kwargs.pop(name, None)
-            if hasattr(generation_config, name):
-                delattr(generation_config, name)
-        decoding = choose_decoding(self, generation_config, fields)
-        if decoding is not None:
-            generation_config.sorted_decoding = decoding
-            generation_config.use_cache = True
-            generation_config.assistant_early_exit = generation_config.prompt_lookup_num_tokens = None
-        elif fields["exit_layer"] is not None:
-            model_kwargs["exit_layer"] = fields["exit_layer"]
-        return generation_config, model_kwargs
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, *args: Any, **kwargs: Any
-    ):
-        given = model_kwargs.get(CACHE_NAME)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        cache = model_kwargs.get(CACHE_NAME)
-        depth = model_kwargs.get("exit_layer") or len(self.model.layers)
-        if given is not None:
-            given._is_user_defined = True  # as transformers notes it, from 5.24 on
-        if hasattr(generation_config, "sorted_decoding"):
-            if generation_mode not in DECODED_MODES:
-                raise ValueError(
-                    "`exit_threshold`, `assistant_early_exit` and a depth for each row work with greedy decoding and "
-                    f"sampling, not with {generation_mode.value}: do not pass `assistant_model`."
-                )
-            if given is None:
-                kind = generation_config.cache_implementation
-                length = generation_config.max_length if kind == "static" else 0
-                model_kwargs[CACHE_NAME] = SortedCache(length, offloading=kind == "offloaded")
-        elif given is not None:
-            check_cache_depth(given, depth, synchronize=True)
-        elif isinstance(cache, Cache):
-            del cache.layers[depth:]  # keys and values of the layers that run, and no more
-            cache.offloading = cache.offloading and depth > 1  # a lone layer would be fetched while it is in use
-
-    def _sample(
-        self,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus=False,
-        streamer=None,
-        **kwargs,
-    ):
-        decoding = getattr(generation_config, "sorted_decoding", None)
-        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if decoding is None:
-            return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
-        if synced_gpus:
-            raise ValueError(
-                "Decoding at moving depth takes a different number of steps on every process, so that sharded weights "
-                "(`synced_gpus=True`: DeepSpeed ZeRO-3, FSDP) would wait for each other forever: gather them first."
-            )
-        check_company_in_memory(self, logits_processor)
-        return decode(Sequences(self, *arguments, streamer, kwargs), decoding)
-
-    def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any):
-        """
-        See [`~transformers.ContinuousMixin`]: all requests run at `config.exit_layer`, or at full depth.
-
-        Raises:
-            ValueError: If `generation_config` asks for another depth.
-        """
-        check_continuous_batching(self, generation_config, {})
-        return super().init_continuous_batching(generation_config, *args, **kwargs)
-
-    def generate_batch(
-        self, inputs: list[list[int]], generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
-    ):
-        """
-        See [`~transformers.ContinuousMixin`]: all requests run at `config.exit_layer`, or at full depth.
-
-        Raises:
-            ValueError: If `generation_config`, or a keyword argument, asks for another depth.
-        """
-        check_continuous_batching(self, generation_config, kwargs)
-        return super().generate_batch(inputs, generation_config, *args, **kwargs)
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any):
-        if kwargs.get("assistant_model") is not None:  # it runs at its own depth
-            kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "exit_layer"}
-        return super()._get_candidate_generator(*args, **kwargs)
-
-
-def check_cache_depth(cache: Cache, depth: int, synchronize: bool = False) -> None:
-    """
-    Refuse a cache whose upper layers have seen fewer tokens than its first: their keys and values are missing.
-
-    Args:
-        cache ([`~transformers.Cache`]):
-            The cache to continue from.
-        depth (`int`):
-            Number of layers about to run.
-        synchronize (`bool`, *optional*, defaults to `False`):
-            Whether to read lengths that live on a device (static caches), which waits for it. Without it only layers
-            that were never run are found there.
-
-    Raises:
-        ValueError: If the cache is shallower than `depth`.
-    """
-    if is_sorted_cache(cache):
-        cache.segments(depth)
-        return
-    first, last = cache.get_seq_length(0), cache.get_seq_length(depth - 1)
-    if isinstance(first, torch.Tensor) or isinstance(last, torch.Tensor):
-        if not synchronize and isinstance(last, torch.Tensor):
-            return
-        first, last = int(first), int(last)
-    if last < first:
-        raise ValueError(
-            f"The cache holds {first} tokens in its first layer but {last} in layer {depth}: it was filled at a "
-            f"smaller `exit_layer` and cannot be continued at `exit_layer={depth}`. Go on at the exit that filled it, "
-            "or start from an empty cache."
-        )
-
 
 def _check_labels(shape: torch.Size, **labels: torch.Tensor | None) -> None:
     for name, values in labels.items():
@@ -1007,7 +774,7 @@ def _copy_own(source: LlamaForCausalLM, target: SortedLlamaForCausalLM, memo: di
             elif target.config.exit_heads == "lens":
                 target.model.exit_norms[k] = ExitLens.from_norm(norm)
             else:
-                target.model.exit_norms[k] = _whole_copy(norm)
+                target.model.exit_norms[k] = whole_copy(norm)
             device = next(target.model.layers[int(k) - 1].parameters()).device
             if device.type != "meta":  # else hooks bring in the layer
                 target.model.exit_norms[k].to(device)
@@ -1015,24 +782,9 @@ def _copy_own(source: LlamaForCausalLM, target: SortedLlamaForCausalLM, memo: di
             if k in own_norms:
                 target.exit_lm_heads[k] = copy.deepcopy(source.exit_lm_heads[k], memo)
             elif is_matrix_product(head):
-                target.exit_lm_heads[k] = ExitHead(_whole_copy(head).get_parameter("weight"))
+                target.exit_lm_heads[k] = ExitHead(whole_copy(head).get_parameter("weight"))
             else:
-                target.exit_lm_heads[k] = _whole_copy(head)
-
-
-def _whole_copy(module: nn.Module) -> nn.Module:
-    # What ZeRO-3 notes on a parameter, where its shard is for one, is not the copy's
-    sharded = [param for param in module.parameters() if hasattr(param, "ds_id")]
-    return copy.deepcopy(module, {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in sharded})
-
-
-try:
-    from transformers.modeling_utils import slice_logits_to_keep as _slice_logits_to_keep
-except ImportError:  # before transformers 5.24
-
-    def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return hidden_states[:, kept, :]
+                target.exit_lm_heads[k] = whole_copy(head)
 
 
 SortedLlamaModel.register_for_auto_class("AutoModel")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from .configuration_sorted_llama import SortedLlamaConfig
-from .modeling_sorted_llama import fold_lens
+from .heads_sorted_llama import fold_lens
 
 
 EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"

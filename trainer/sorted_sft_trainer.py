@@ -19,8 +19,8 @@ from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM
-from sorted_llama.modeling_sorted_llama.cache_sorted_llama import index_tensor
-from sorted_llama.modeling_sorted_llama.loss_sorted_llama import gathered
+from sorted_llama.modeling_sorted_llama.block_sorted_llama import index_tensor
+from sorted_llama.modeling_sorted_llama.compat_sorted_llama import gathered
 
 from .atomic_saves import STATE, AtomicSaves
 from .exit_table import ExitTableCallback

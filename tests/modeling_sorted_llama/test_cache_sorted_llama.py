@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from sorted_llama import SortedCache
-from sorted_llama.modeling_sorted_llama.cache_sorted_llama import CACHE_NAME, PENDING_BLOCK, STORAGE_BLOCK
+from sorted_llama.modeling_sorted_llama.cache_sorted_llama import PENDING_BLOCK, STORAGE_BLOCK
+from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
 from tests.tiny import reference_llama, tiny_sorted
 
 

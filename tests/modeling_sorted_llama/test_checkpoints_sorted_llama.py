@@ -28,15 +28,8 @@ from tests.tiny import reference_llama, run_as_stranger, save_gguf, save_tiny, t
 
 TOKENS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
 PACKAGE = Path(sorted_llama.modeling_sorted_llama.__file__).parent
-REMOTE_CODE = [
-    "cache_sorted_llama.py",
-    "configuration_sorted_llama.py",
-    "generation_sorted_llama.py",
-    "heads_sorted_llama.py",
-    "loss_sorted_llama.py",
-    "modeling_sorted_llama.py",
-]
 STAYS_HERE = ["submodel_weights.py", "vllm_plugin.py", "vllm_sorted_llama.py"]  # for the installed package only
+REMOTE_CODE = sorted(path.name for path in PACKAGE.glob("[!_]*.py") if path.name not in STAYS_HERE)
 AUTO_MAP = {
     "AutoConfig": "configuration_sorted_llama.SortedLlamaConfig",
     "AutoModel": "modeling_sorted_llama.SortedLlamaModel",

@@ -23,8 +23,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sorted_llama import SortedCache, SortedLlamaForCausalLM
-from sorted_llama.modeling_sorted_llama.cache_sorted_llama import CACHE_NAME
-from sorted_llama.modeling_sorted_llama.generation_sorted_llama import _STATEFUL_PROCESSORS, LearnedDrafts, row_hooks
+from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
+from sorted_llama.modeling_sorted_llama.drafting_sorted_llama import LearnedDrafts
+from sorted_llama.modeling_sorted_llama.modes_sorted_llama import _STATEFUL_PROCESSORS, row_hooks
 from tests.tiny import prompts, reference_llama, tiny_sorted
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from sorted_llama.modeling_sorted_llama.cache_sorted_llama import SortedCacheLayer, index_tensor
+from sorted_llama.modeling_sorted_llama.block_sorted_llama import index_tensor
+from sorted_llama.modeling_sorted_llama.cache_sorted_llama import SortedCacheLayer
 from tests.tiny import Pieces, prompts, tiny_sorted
 
 

@@ -24,9 +24,10 @@ from transformers import (
     pipeline,
 )
 
-from sorted_llama.modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM, generation_sorted_llama
-from sorted_llama.modeling_sorted_llama.cache_sorted_llama import CACHE_NAME
-from sorted_llama.modeling_sorted_llama.generation_sorted_llama import LearnedDrafts, SelfSpeculation, _accept_sampled
+from sorted_llama.modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM, drafting_sorted_llama
+from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
+from sorted_llama.modeling_sorted_llama.drafting_sorted_llama import LearnedDrafts, _accept_sampled
+from sorted_llama.modeling_sorted_llama.modes_sorted_llama import SelfSpeculation
 from tests.tiny import Pieces, prompts, reference_llama, run_as_stranger, save_tiny, tiny_sorted, tiny_tokenizer
 
 
@@ -95,7 +96,7 @@ LENGTHS = {
 @pytest.fixture
 def even_clock(monkeypatch):
     """Every cycle takes as long as any other: drafting pays, whatever else the machine does."""
-    monkeypatch.setattr(generation_sorted_llama, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    monkeypatch.setattr(drafting_sorted_llama, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -1038,7 +1039,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(generation_sorted_llama, "time", clock)
+    monkeypatch.setattr(drafting_sorted_llama, "time", clock)
     return clock
 
 

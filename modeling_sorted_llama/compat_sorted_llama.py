@@ -1,0 +1,108 @@
+"""What differs between versions of transformers, and what sharding engines need: asked here and nowhere else."""
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+from transformers.utils.deprecation import deprecate_kwarg
+
+
+logger = logging.get_logger("transformers.modeling_sorted_llama")  # transformers' verbosity applies to it
+
+
+# transformers 5.24 renamed `past_key_values` to `cache`, everywhere at once
+CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+if CACHE_NAME == "cache":
+    takes_either_cache_name = deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")
+else:
+
+    def takes_either_cache_name(forward: Callable) -> Callable:
+        @functools.wraps(forward)
+        def renamed(*args: Any, **kwargs: Any) -> Any:
+            if "past_key_values" in kwargs:
+                kwargs["cache"] = kwargs.pop("past_key_values")
+            return forward(*args, **kwargs)
+
+        return renamed
+
+
+# Trainer's label smoothing (and pipelines) look a model up here to know that its labels are to be shifted
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sorted_llama"] = "SortedLlamaForCausalLM"
+
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep as slice_logits_to_keep
+except ImportError:  # before transformers 5.24
+
+    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, kept, :]
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor: FSDP2's shard of a parameter, for example."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole_weight(head: nn.Module) -> torch.Tensor:
+    weight: Any = head.weight
+    if not is_sharded(weight):
+        return weight
+    from torch.distributed.fsdp import FSDPModule  # not in every build of torch, as shards are not
+    from torch.distributed.tensor import Partial
+
+    # Where FSDP2 wraps the head alone, its own backward, which averages over the ranks' tokens, does not run
+    averaged = [Partial("avg")] * weight.device_mesh.ndim if isinstance(head, FSDPModule) else None
+    return weight.full_tensor(grad_placements=averaged)
+
+
+def gather_in_backward(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """
+    Under DeepSpeed ZeRO-3, have parameters made whole for the backward of a model that uses them behind its modules'
+    backs: by the time their gradients arrive, they would have been sharded again.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model whose forward uses them.
+        modules (`Sequence[torch.nn.Module]`):
+            The modules whose parameters it uses without calling them.
+    """
+    params = {id(param): param for module in modules for param in module.parameters() if hasattr(param, "ds_id")}
+    for param in params.values():  # in the same order on every process
+        sys.modules["deepspeed"].zero.register_external_parameter(model, param)
+
+
+def gathered(modules: Sequence[nn.Module]):
+    """
+    Context with whole parameters: under DeepSpeed ZeRO-3 they are sharded until the forward of their own module runs.
+
+    Args:
+        modules (`Sequence[torch.nn.Module]`):
+            The modules whose parameters to gather.
+
+    Returns:
+        A context manager.
+    """
+    params = {id(param): param for module in modules for param in module.parameters()}
+    sharded = [p for p in params.values() if getattr(p, "ds_status", None) is not None and p.numel() == 0]
+    if not sharded:
+        return nullcontext()
+    # No import statement: remote code that names a package asks everyone to install it
+    return sys.modules["deepspeed"].zero.GatheredParameters(sharded)
+
+
+def whole_copy(module: nn.Module) -> nn.Module:
+    # What ZeRO-3 notes on a parameter, where its shard is for one, is not the copy's
+    sharded = [param for param in module.parameters() if hasattr(param, "ds_id")]
+    return copy.deepcopy(module, {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in sharded})
