@@ -4,7 +4,7 @@ import math
 import numbers
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import LlamaConfig
@@ -24,16 +24,7 @@ DEPTH_FIELDS = ("num_hidden_layers", *SORTED_FIELDS)
 
 
 def as_int(value: Any) -> int | None:
-    """
-    An integer of any library as Python's.
-
-    Args:
-        value (`Any`):
-            Python's, numpy's or a 0-dimensional tensor's integer, or anything else.
-
-    Returns:
-        `int`, or `None` where `value` is no integer; truth values are none.
-    """
+    """An integer of any library (Python's, numpy's, a 0-dimensional tensor's) as Python's; `None` for all else."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or getattr(value, "ndim", None) or "bool" in str(getattr(value, "dtype", "")):
@@ -54,6 +45,96 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def check_int(value: Any, name: str, least: int | None = None, most: int | None = None) -> int:
+    """
+    Check an integer argument.
+
+    Args:
+        value (`int`):
+            Value of the argument; numpy's integers and 0-dimensional tensors count, truth values do not.
+        name (`str`):
+            Name of the argument.
+        least (`int`, *optional*):
+            Smallest value that is allowed.
+        most (`int`, *optional*):
+            Largest value that is allowed.
+
+    Returns:
+        `int`: `value`, as Python's integer.
+
+    Raises:
+        ValueError: If `value` is no such integer; the message says what is.
+    """
+    number = as_int(value)
+    if number is None or (least is not None and number < least) or (most is not None and number > most):
+        raise ValueError(f"`{name}` must be an integer{_range(least, most)}, got {value!r}.")
+    return number
+
+
+def check_number(
+    value: Any, name: str, least: float | None = None, most: float | None = None, exclusive: bool = False
+) -> float:
+    """
+    Check an argument that is a finite number.
+
+    Args:
+        value (`float`):
+            Value of the argument; integers and numpy's numbers count, truth values do not.
+        name (`str`):
+            Name of the argument.
+        least (`float`, *optional*):
+            Smallest value that is allowed.
+        most (`float`, *optional*):
+            Largest value that is allowed.
+        exclusive (`bool`, *optional*, defaults to `False`):
+            Whether `value` must be above `least`, which is then not allowed itself.
+
+    Returns:
+        `float`: `value`, as Python's float.
+
+    Raises:
+        ValueError: If `value` is no such number; the message says what is.
+    """
+    too_small = is_number(value) and least is not None and (value < least or (exclusive and value == least))
+    if not is_number(value) or too_small or (most is not None and value > most):
+        raise ValueError(f"`{name}` must be a finite number{_range(least, most, exclusive)}, got {value!r}.")
+    return float(value)
+
+
+def check_choice(value: Any, name: str, allowed: Iterable[Any]) -> Any:
+    """
+    Check an argument with a few allowed values.
+
+    Args:
+        value (`Any`):
+            Value of the argument.
+        name (`str`):
+            Name of the argument.
+        allowed (`Iterable[Any]`):
+            All values that are allowed.
+
+    Returns:
+        `Any`: `value`.
+
+    Raises:
+        ValueError: If `value` is none of them; the message lists them.
+    """
+    *others, last = allowed = list(allowed)
+    if not any(isinstance(value, type(choice)) and value == choice for choice in allowed):  # arrays compare by entry
+        choices = f"{', '.join(map(repr, others))} or {last!r}" if others else repr(last)
+        raise ValueError(f"`{name}` must be {choices}, got {value!r}.")
+    return value
+
+
+def _range(least: float | None, most: float | None, exclusive: bool = False) -> str:
+    """What an error says of the values that are allowed."""
+    if least is not None and most is not None and not exclusive:
+        return f" from {least} to {most}"
+    bounds = [f" {'above' if exclusive else 'of at least'} {least}"] if least is not None else []
+    bounds += [f" of at most {most}"] if most is not None else []
+    return " and".join(bounds)
+
+
 def check_exit_layer(exit_layer: Any, num_hidden_layers: int, name: str = "exit_layer") -> int:
     """
     Check one exit layer.
@@ -72,10 +153,7 @@ def check_exit_layer(exit_layer: Any, num_hidden_layers: int, name: str = "exit_
     Raises:
         ValueError: If `exit_layer` is not an integer from 1 to `num_hidden_layers`.
     """
-    number = as_int(exit_layer)
-    if number is None or not 1 <= number <= num_hidden_layers:
-        raise ValueError(f"`{name}` must be an integer from 1 to {num_hidden_layers}, got {exit_layer!r}.")
-    return number
+    return check_int(exit_layer, name, 1, num_hidden_layers)
 
 
 def check_exit_layers(exit_layers: Any, num_hidden_layers: int | None, name: str = "exit_layers") -> list[int]:
@@ -275,8 +353,7 @@ class SortedLlamaConfig(LlamaConfig):
                     f"{self.exit_loss_weights!r}, set `exit_layers` too."
                 )
             self.exit_loss_weights = check_exit_loss_weights(self.exit_loss_weights, len(self.exit_layers))
-        if self.exit_heads not in ("shared", "separate", "lens"):
-            raise ValueError(f"`exit_heads` must be 'shared', 'separate' or 'lens', got {self.exit_heads!r}.")
+        check_choice(self.exit_heads, "exit_heads", ("shared", "separate", "lens"))
         if self.exit_heads != "shared" and len(self.exit_layers or ()) < 2:
             raise ValueError(
                 f"`exit_heads={self.exit_heads!r}` gives each exit below full depth weights of its own: set "

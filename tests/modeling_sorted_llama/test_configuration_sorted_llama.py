@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_choice, check_int, check_number
 from tests.tiny import tiny_fields
 
 
@@ -34,6 +35,52 @@ def assert_names(error: pytest.ExceptionInfo, field: str, value: object, limit: 
     # The value itself, or the one of its entries that is wrong
     entries = list(value) if isinstance(value, (list, tuple)) else []
     assert repr(value) in message or any(repr(entry) in message for entry in entries)
+
+
+def test_an_integer_of_any_library_within_its_bounds_is_returned_as_pythons():
+    for value in (3, np.int64(3), torch.tensor(3)):
+        number = check_int(value, "k", 3, 3)
+        assert number == 3 and type(number) is int
+    assert check_int(-(10**400), "k", most=0) == -(10**400)
+
+
+def test_a_finite_number_within_its_bounds_is_returned_as_a_float():
+    for value in (1, 1.0, np.float32(1), np.int8(1)):
+        number = check_number(value, "t", 1, 1)
+        assert number == 1.0 and type(number) is float
+    assert check_number(-5, "t") == -5.0 and check_number(0.5, "t", 0, exclusive=True) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("check", "bounds", "wrong", "allowed"),
+    [
+        (check_int, {}, [None, "1", 1.0, True, np.True_, torch.tensor([1])], "an integer"),
+        (check_int, {"least": 1}, [0, True], "an integer of at least 1"),
+        (check_int, {"most": 4}, [5], "an integer of at most 4"),
+        (check_int, {"least": 1, "most": 4}, [0, 5, NAN], "an integer from 1 to 4"),
+        (check_number, {}, [None, "1", True, NAN, INF, 10**400], "a finite number"),
+        (check_number, {"least": 0}, [-1e-9, False], "a finite number of at least 0"),
+        (check_number, {"least": 0, "exclusive": True}, [0, -1], "a finite number above 0"),
+        (check_number, {"most": 1}, [1.1], "a finite number of at most 1"),
+        (check_number, {"least": 0, "most": 1}, [-0.1, 1.1], "a finite number from 0 to 1"),
+        (check_number, {"least": 0, "most": 1, "exclusive": True}, [0, 2], "a finite number above 0 and of at most 1"),
+        (check_choice, {"allowed": ["sum", "mean"]}, ["max", None, ["sum"], np.ones(2)], "'sum' or 'mean'"),
+        (check_choice, {"allowed": {"a": 1, "b": 2, None: 3}}, ["c"], "'a', 'b' or None"),
+        (check_choice, {"allowed": ["a"]}, ["b"], "'a'"),
+    ],
+    ids=lambda value: getattr(value, "__name__", repr(value)),
+)
+def test_a_value_out_of_range_is_refused_by_name_with_what_is_allowed(check, bounds, wrong, allowed):
+    for value in wrong:
+        with pytest.raises(ValueError) as error:
+            check(value, "option", **bounds)
+        assert str(error.value) == f"`option` must be {allowed}, got {value!r}."
+
+
+def test_one_of_the_allowed_values_is_returned():
+    assert (
+        check_choice("mean", "reduction", ("sum", "mean")) == "mean" and check_choice(None, "x", ["a", None]) is None
+    )
 
 
 @pytest.mark.parametrize("value", BAD_EXIT_LAYER, ids=repr)
