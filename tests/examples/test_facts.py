@@ -1,3 +1,5 @@
+"""`examples/facts.py`: the rows of both tasks, and what of them is held out."""
+
 import importlib.util
 from pathlib import Path
 
@@ -13,7 +15,7 @@ def _load():
 
 
 facts = _load()
-TABLES = facts.load_tables()
+TABLES, RELATIONS = facts.load_tables(), facts.load_relations()
 
 
 @pytest.fixture(scope="module", params=[0, 1])
@@ -27,10 +29,9 @@ def _question(row):
 
 def _pairs():
     """Every (relation, row of its table) that is a fact."""
-    for relation in facts.RELATIONS:
-        for index, entity in enumerate(TABLES[relation.table]):
-            if entity.columns[relation.subject] and entity.columns[relation.answer]:
-                yield relation, index, entity
+    for relation in RELATIONS:
+        for entity in relation.facts(TABLES[relation.table]):
+            yield relation, TABLES[relation.table].index(entity), entity
 
 
 # Facts by each question that asks for them: a list, so that an ambiguous question shows.
@@ -45,12 +46,12 @@ def _entities_of(rows):
     return {(relation.table, index) for row in rows for relation, index, _ in ASKED[_question(row)]}
 
 
-def test_deterministic():
+def test_a_seed_gives_the_same_facts():
     assert facts.build_facts(seed=3) == facts.build_facts(seed=3)
     assert facts.build_facts(seed=3) != facts.build_facts(seed=4)
 
 
-def test_rows_are_well_formed(splits):
+def test_every_row_is_a_prompt_a_completion_and_a_task(splits):
     for rows in splits:
         for row in rows:
             assert set(row) == {"prompt", "completion", "task"}
@@ -59,7 +60,7 @@ def test_rows_are_well_formed(splits):
             assert row["completion"].startswith(" ") and row["completion"] == " " + row["completion"].strip()
 
 
-def test_no_held_out_entity_in_training(splits):
+def test_no_held_out_entity_is_told_or_asked_of_in_training(splits):
     train, test = splits
     held_out = _entities_of(test)
     assert not held_out & _entities_of(train)
@@ -89,7 +90,7 @@ def test_training_sentences_are_shuffled_and_test_sentences_are_true(splits):
     assert sum(true[0]) < 0.5 * len(true[0])
 
 
-def test_no_duplicates(splits):
+def test_no_row_comes_twice(splits):
     for rows in splits:
         assert len({(row["prompt"], row["completion"]) for row in rows}) == len(rows)
 
@@ -98,7 +99,7 @@ def test_questions_are_unambiguous():
     assert {question: found for question, found in ASKED.items() if len(found) > 1} == {}
 
 
-def test_tables():
+def test_tables_are_complete():
     assert len(TABLES["elements"]) == 118 and len({e.columns["symbol"] for e in TABLES["elements"]}) == 118
     numbers = {e.columns["symbol"]: e.columns["number"] for e in TABLES["elements"]}
     assert [numbers[s] for s in ("H", "Ne", "Ca", "Kr", "Xe", "Au", "U", "Og")] == "1 10 20 36 54 79 92 118".split()
@@ -106,7 +107,7 @@ def test_tables():
     assert len(TABLES["countries"]) >= 120
 
 
-def test_sizes(splits):
+def test_both_tasks_are_large_enough_to_train_and_to_test(splits):
     train, test = splits
     for task in ("reading", "recalling"):
         counts = [sum(row["task"] == task for row in rows) for rows in (train, test)]
@@ -115,6 +116,6 @@ def test_sizes(splits):
 
 
 @pytest.mark.parametrize("held_out", [0, 1, -0.1, 1.5, float("nan")])
-def test_bad_held_out(held_out):
+def test_a_share_held_out_of_0_or_less_or_1_or_more_is_refused(held_out):
     with pytest.raises(ValueError, match="held_out"):
         facts.build_facts(held_out=held_out)
