@@ -205,7 +205,7 @@ def test_pages_that_are_made(at_home, capsys):
             assert run(block, capsys).strip(), block.text
 
 
-@pytest.mark.parametrize(("block", "line"), COMMANDS)
+@pytest.mark.parametrize("block, line", COMMANDS)
 def test_command(block, line, at_home, monkeypatch, capsys):
     words = shlex.split(line)
     for word in words:
