@@ -13,7 +13,6 @@ from yaml import YAMLError
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
 from sorted_llama.trainer.escaping import code_span, markdown, one_line
 from sorted_llama.trainer.model_card import get_block, new_page, open_page, set_block, use_block
-from sorted_llama.trainer.sorted_sft_trainer import SortedSFTTrainer
 
 from .checkpoint import load_config
 from .plot import plot_quality_speed
@@ -202,7 +201,7 @@ def _check_peer(record: dict[str, Any] | None, name: str, peer: dict[str, Any]) 
 def _open_page(page_file: Path, model_name: str, base_model: str | None) -> ModelCard:
     """The page that is there, with our blocks; or a new one."""
     data = ModelCardData(model_name=model_name, base_model=base_model, tags=TAGS)
-    return open_page(page_file, new_page(data, model_name, SortedSFTTrainer._paper["citation"]))
+    return open_page(page_file, new_page(data, model_name))
 
 
 def _training_from_config(config: SortedLlamaConfig) -> str:

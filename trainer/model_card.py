@@ -18,7 +18,7 @@ QUESTION = "What is the capital of France?"
 START = "The capital of France is"
 
 
-def new_page(data: Any, model_name: str, citation: str, dataset_name: str | None = None) -> str:
+def new_page(data: Any, model_name: str, dataset_name: str | None = None) -> str:
     """
     The template, filled in.
 
@@ -27,8 +27,6 @@ def new_page(data: Any, model_name: str, citation: str, dataset_name: str | None
             Metadata.
         model_name (`str`):
             Title.
-        citation (`str`):
-            BibTeX of the method.
         dataset_name (`str`, *optional*):
             Dataset that it was trained on.
 
@@ -41,7 +39,6 @@ def new_page(data: Any, model_name: str, citation: str, dataset_name: str | None
         model_name=markdown(model_name),
         base_links=hub_links(data.get("base_model") or []),
         dataset_links=hub_links(dataset_name or [], "datasets/"),
-        citation=citation,
     )
     return card.content
 

@@ -84,22 +84,6 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
 
     _tag_names = ["trl", "sft", "sorted-llama", "soft"]
     _name = "SoFT"
-    _paper = {
-        "title": "Sorted LLaMA: Unlocking the Potential of Intermediate Layers of Large Language Models for Dynamic "
-        "Inference",
-        "id": "2309.08968",
-        # docstyle-ignore
-        "citation": """\
-@inproceedings{kavehzadeh2024sorted,
-    title     = {{Sorted LLaMA: Unlocking the Potential of Intermediate Layers of Large Language Models for Dynamic Inference}},
-    author    = {Parsa Kavehzadeh and Mojtaba Valipour and Marzieh Tahaei and Ali Ghodsi and Boxing Chen and Mehdi Rezagholizadeh},
-    year      = 2024,
-    booktitle = {Findings of the Association for Computational Linguistics: EACL 2024},
-    pages     = {2129--2145},
-    eprint    = {2309.08968},
-    archivePrefix = {arXiv}
-}""",  # noqa: E501
-    }
 
     def __init__(
         self,
@@ -259,7 +243,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             base = get_config_model_id(self.model.config) if is_peft_model(self.model) else None
             exit_heads = self.model.config.exit_heads
             chat = getattr(self.processing_class, "chat_template", None) is not None
-            page = new_page(data, model_name, self._paper["citation"], dataset_name)
+            page = new_page(data, model_name, dataset_name)
             use = use_block(self.hub_model_id or self.args.output_dir, self.exit_layers, base, exit_heads, chat)
             page = set_block(set_block(page, "training", training_block(self)), "use", use)
             update_page(folder / "README.md", page)

@@ -45,10 +45,11 @@ def test_a_mark_in_the_metadata_begins_nothing():
 
 def test_names_in_the_template_are_text():
     data = ModelCardData(base_model=["base/llama", "a](b)"], tags=["x"])
-    page = new_page(data, "a\n# b <!-- /sorted-llama: about -->", "cite", "a|b")
+    page = new_page(data, "a\n# b <!-- /sorted-llama: about -->", "a|b")
     assert "# a \\# b &lt;!-- /sorted-llama: about --" in page and page.count("\n# ") == 1
     assert "Made from [base/llama](https://huggingface.co/base/llama), [a\\](b)](https://huggingface.co/a%5D" in page
     assert "on [a\\|b](https://huggingface.co/datasets/a%7Cb)." in page
+    assert "title     = {{Sorted LLaMA: Unlocking" in page and "{{ " not in page and "{%" not in page
 
 
 def page_of(trainer, tmp_path):
