@@ -88,8 +88,6 @@ PEERS = {"naive": NaiveSoFTTrainer, "TRL": TRLHeadTrainer}
 OPTIONS = {
     "+random": {"exit_schedule": "random"},
     "+distilled": {"self_distillation_weight": 1.0},
-    "+softened": {"self_distillation_weight": 1.0, "self_distillation_temperature": 2.0},
-    "+norms": {"log_exit_grad_norms": True},
     "+lenses": {"exit_heads": "lens", "detach_exits": True},
     "+ICT": {"trainable": "exits"},
     "+heads": {"trainable": "exits", "exit_heads": "separate"},

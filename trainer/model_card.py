@@ -242,10 +242,10 @@ def training_block(trainer: Any) -> str:
         "exits": ", ".join(map(str, trainer.exit_layers)),
         "weights of their losses": ", ".join(f"{w:g}" for w in weights) + f"; {args.exit_loss_reduction}",
         "exits a step": args.exit_schedule
-        + (f", {args.exits_per_step} beside full depth" if args.exit_schedule in ("random", "rotate") else ""),
+        + (f", {args.exits_per_step} beside full depth" if args.exit_schedule == "random" else ""),
         "exit heads": config.exit_heads + (", detached" if args.detach_exits else ""),
         "trained": f"{args.trainable}, {trained / 1e6:,.1f} M parameters",
-        "self-distillation": f"{args.self_distillation_weight:g}, temperature {args.self_distillation_temperature:g}",
+        "self-distillation": f"{args.self_distillation_weight:g}",
         "optimization": f"{state.global_step} steps of {batch} rows, {args.optim.value}, learning rate "
         f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}",
     }

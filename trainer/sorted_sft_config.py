@@ -32,24 +32,20 @@ class SortedSFTConfig(SFTConfig):
             depth. `"every:4"` takes every fourth layer and the full depth. Defaults to the model config's
             `exit_layers`.
         exit_loss_weights (`list[float]` or `str`, *optional*):
-            Weight of each exit's loss, finite and not negative; or a rule: `"uniform"` (1.0 each), `"linear"` (its
-            share of the layers: an exit at a third of the depth weighs 1/3), `"budget:0.3"` (full depth weighs 1, the
-            others share 0.3 evenly, so that more exits do not pull more). Defaults to the model config's, then to 1.0
-            each. Small weights for the shallow exits are what full depth loses least by.
-        full_depth_weight (`float`, *optional*):
-            Weight of the full depth's loss, in place of the last of `exit_loss_weights`.
+            Weight of each exit's loss, finite and not negative; or a rule: `"linear"` (its share of the layers: an
+            exit at a third of the depth weighs 1/3), `"budget:0.3"` (full depth weighs 1, the others share 0.3 evenly,
+            so that more exits do not pull more). Defaults to the model config's, then to 1.0 each. Small weights for
+            the shallow exits are what full depth loses least by.
         exit_loss_reduction (`str`, *optional*, defaults to `"sum"`):
             How the weighted losses are put together: their `"sum"` (the paper's text), or their `"mean"` (its
             formula), which keeps the loss on the scale of ordinary fine-tuning.
         exit_schedule (`str`, *optional*, defaults to `"all"`):
             Which exits a step trains, the full depth always among them. A step costs what its exits cost. `"all"`:
             every one. `"random"`: `exits_per_step` others, drawn anew each step from the seed and the number of the
-            step (SortedNet, arXiv 2309.00255), so the same on every process and after resuming. `"rotate"`:
-            `exits_per_step` others in turn. `"grow"`: of `n` others the shallowest from the start, and one more, from
-            shallow to deep, after each `n`th of the training. Take `"random"` or `"rotate"` where many exits make a
-            step too dear.
+            step (SortedNet, arXiv 2309.00255), so the same on every process and after resuming; take it where many
+            exits make a step too dear.
         exits_per_step (`int`, *optional*, defaults to `1`):
-            With `"random"` and `"rotate"`, number of exits beside the full depth that a step trains; at most all.
+            With `"random"`, number of exits beside the full depth that a step trains; at most all.
         trainable (`str`, *optional*, defaults to `"all"`):
             `"all"` weights, or `"exits"`: intermediate classifier tuning (ICT, the paper's baseline), which freezes
             the backbone and trains what reads the exits: the final norm and the LM head (a tied head is untied), or,
@@ -66,19 +62,12 @@ class SortedSFTConfig(SFTConfig):
         exit_learning_rate (`float`, *optional*):
             Learning rate of what the exits own, above 0. Defaults to `learning_rate`.
         self_distillation_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of each exit's divergence from full depth, `T^2 * KL(full depth || exit)` a token, added to its
-            loss; no gradient reaches full depth through it.
-        self_distillation_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature `T` of both distributions in that divergence.
-        log_exit_grad_norms (`bool`, *optional*, defaults to `False`):
-            Whether to log, as `exit_10_grad_norm`, how hard each exit pulls: the norm of the gradient of its part of
-            the loss with respect to the hidden states that it reads, a mean over batches. Look at it where one exit
-            seems to drown the others.
+            Weight of each exit's divergence from full depth, `KL(full depth || exit)` a token, added to its loss; no
+            gradient reaches full depth through it.
 
     Raises:
-        ValueError: At construction, if a value is out of range, or if `exits_per_step` or
-            `self_distillation_temperature` would have no effect. What depends on the model's depth is checked by the
-            trainer before it touches the data.
+        ValueError: At construction, if a value is out of range, or if `exits_per_step` would have no effect. What
+            depends on the model's depth is checked by the trainer before it touches the data.
     """
 
     # A list of strings is what the command line gives: `--exit_layers 10 20 30`, `--exit_layers every:4`
@@ -92,13 +81,9 @@ class SortedSFTConfig(SFTConfig):
     exit_loss_weights: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Weight of each exit's loss, or a rule: `uniform`, `linear` in depth, `budget:0.3` (full depth "
-            "weighs 1, the others share 0.3). Defaults to the model config's, then to 1.0 each."
+            "help": "Weight of each exit's loss, or a rule: `linear` in depth, `budget:0.3` (full depth weighs 1, "
+            "the others share 0.3). Defaults to the model config's, then to 1.0 each."
         },
-    )
-    full_depth_weight: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the full depth's loss, in place of the last of `exit_loss_weights`."},
     )
     exit_loss_reduction: str = field(
         default="sum",
@@ -107,14 +92,13 @@ class SortedSFTConfig(SFTConfig):
     exit_schedule: str = field(
         default="all",
         metadata={
-            "help": "Which exits a step trains beside the full depth: `all`; `random` or `rotate`, `exits_per_step` "
-            "of them; `grow`, one more after each part of the training, shallow to deep.",
-            "choices": ["all", "random", "rotate", "grow"],
+            "help": "Which exits a step trains beside the full depth: `all`, or `exits_per_step` `random` ones.",
+            "choices": ["all", "random"],
         },
     )
     exits_per_step: int = field(
         default=1,
-        metadata={"help": "With `random` and `rotate`, number of exits beside the full depth that a step trains."},
+        metadata={"help": "With `random`, number of exits beside the full depth that a step trains."},
     )
     trainable: str = field(
         default="all",
@@ -142,13 +126,6 @@ class SortedSFTConfig(SFTConfig):
         default=0.0,
         metadata={"help": "Weight of each exit's Kullback-Leibler divergence from full depth, added to its loss."},
     )
-    self_distillation_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of both distributions in that divergence."}
-    )
-    log_exit_grad_norms: bool = field(
-        default=False,
-        metadata={"help": "Whether to log the norm of the gradient that each exit sends into its hidden states."},
-    )
 
     def __post_init__(self):
         # `SFTConfig` takes bfloat16 where nothing is said, and then refuses a machine that has no accelerator for it
@@ -159,28 +136,20 @@ class SortedSFTConfig(SFTConfig):
         self.exit_layers = self._read_exit_layers()
         self.exit_loss_weights = self._read_exit_loss_weights()
         _check_choice("exit_loss_reduction", self.exit_loss_reduction, ["sum", "mean"])
-        _check_choice("exit_schedule", self.exit_schedule, ["all", "random", "rotate", "grow"])
+        _check_choice("exit_schedule", self.exit_schedule, ["all", "random"])
         _check_choice("trainable", self.trainable, ["all", "exits"])
         _check_choice("exit_heads", self.exit_heads, ["shared", "separate", "lens", None])
         if self.exit_learning_rate is not None:
             _check_number("exit_learning_rate", self.exit_learning_rate, 0, exclusive=True)
-        if self.full_depth_weight is not None:
-            _check_number("full_depth_weight", self.full_depth_weight, 0)
         _check_number("self_distillation_weight", self.self_distillation_weight, 0)
-        _check_number("self_distillation_temperature", self.self_distillation_temperature, 0, exclusive=True)
         number = as_int(self.exits_per_step)
         if number is None or number < 1:
             raise ValueError(f"`exits_per_step` must be an integer of at least 1, got {self.exits_per_step!r}.")
         self.exits_per_step = number
-        if number != 1 and self.exit_schedule not in ("random", "rotate"):
+        if number != 1 and self.exit_schedule != "random":
             raise ValueError(
-                f"`exits_per_step={number}` has no effect with `exit_schedule={self.exit_schedule!r}`: choose "
-                "'random' or 'rotate'."
-            )
-        if self.self_distillation_temperature != 1 and not self.self_distillation_weight:
-            raise ValueError(
-                f"`self_distillation_temperature={self.self_distillation_temperature!r}` has no effect without a "
-                "`self_distillation_weight` above 0."
+                f"`exits_per_step={number}` has no effect with `exit_schedule={self.exit_schedule!r}`: "
+                "choose 'random'."
             )
 
     def _read_exit_layers(self) -> Any:
@@ -234,7 +203,7 @@ class SortedSFTConfig(SFTConfig):
             ValueError: If `exit_schedule`, `exits_per_step` or `self_distillation_weight` would have no effect.
         """
         others = len(exit_layers) - 1
-        if self.exit_schedule in ("random", "rotate") and self.exits_per_step > others:
+        if self.exit_schedule == "random" and self.exits_per_step > others:
             raise ValueError(
                 f"`exits_per_step={self.exits_per_step}` counts exits below full depth, and "
                 f"`exit_layers={exit_layers}` has {others} of them."
@@ -265,11 +234,9 @@ class SortedSFTConfig(SFTConfig):
         weights: Any = default if self.exit_loss_weights is None else self.exit_loss_weights
         if isinstance(weights, str):
             weights = _rule_of_weights(weights)(exit_layers)
-        if self.full_depth_weight is not None:
-            weights = [*([1.0] * (len(exit_layers) - 1) if weights is None else weights[:-1]), self.full_depth_weight]
         return None if weights is None else check_exit_loss_weights(weights, len(exit_layers))
 
-    def exits_at_step(self, exit_layers: list[int], step: int, max_steps: int) -> list[int]:
+    def exits_at_step(self, exit_layers: list[int], step: int) -> list[int]:
         """
         The exits that a step trains, by `exit_schedule`.
 
@@ -278,8 +245,6 @@ class SortedSFTConfig(SFTConfig):
                 All exits, ascending, the full depth last.
             step (`int`):
                 Number of optimization steps before this one.
-            max_steps (`int`):
-                Number of optimization steps of the training.
 
         Returns:
             `list[int]`: Some of `exit_layers`, ascending, the full depth last.
@@ -288,10 +253,6 @@ class SortedSFTConfig(SFTConfig):
         number = min(self.exits_per_step, len(others))
         if self.exit_schedule == "random":
             others = sorted(random.Random(f"{self.seed} {step}").sample(others, number))
-        elif self.exit_schedule == "rotate":
-            others = sorted(others[(step * number + i) % len(others)] for i in range(number))
-        elif self.exit_schedule == "grow":
-            others = others[: 1 + step * len(others) // max(max_steps, 1)]
         return [*others, full_depth]
 
 
@@ -314,15 +275,13 @@ def read_exit_layers(given: Sequence[Any]) -> Any:
 def _rule_of_weights(rule: str):
     """From exits to their weights."""
     budget = _to_float(rule.removeprefix("budget:")) if rule.startswith("budget:") else None
-    if rule == "uniform":
-        return lambda exits: [1.0] * len(exits)
     if rule == "linear":
         return lambda exits: [k / exits[-1] for k in exits]
     if budget is not None and is_number(budget) and budget >= 0:
         return lambda exits: [budget / (len(exits) - 1) for _ in exits[:-1]] + [1.0]
     raise ValueError(
-        "`exit_loss_weights` must be a list of numbers, 'uniform', 'linear' or 'budget:B' with a finite B of at least "
-        f"0, got {rule!r}."
+        "`exit_loss_weights` must be a list of numbers, 'linear' or 'budget:B' with a finite B of at least 0, "
+        f"got {rule!r}."
     )
 
 

@@ -1,7 +1,6 @@
 """Sorted Fine-Tuning (SoFT): TRL's `SFTTrainer` with the summed loss of several exits."""
 
 import copy
-import functools
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,9 +40,8 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
     `exit_10_mean_token_accuracy` for each exit, averaged over the labelled tokens since the last log that the exit was
     trained on, and in an evaluation `eval_exit_10_loss`, `eval_exit_10_mean_token_accuracy` and
     `eval_exit_10_agreement` (how often the exit's greedy token is full depth's), also as a table in the terminal where
-    `rich` is installed. With self-distillation there is `exit_10_divergence`, with `log_exit_grad_norms`
-    `exit_10_grad_norm`. Any of them can choose the best checkpoint and stop the training early:
-    `metric_for_best_model="eval_exit_10_loss"`. `entropy` is not logged.
+    `rich` is installed. With self-distillation there is `exit_10_divergence`. Any of them can choose the best
+    checkpoint and stop the training early: `metric_for_best_model="eval_exit_10_loss"`. `entropy` is not logged.
 
     Args:
         model (`str`, [`~transformers.LlamaForCausalLM`], [`SortedLlamaForCausalLM`] or [`~peft.PeftModel`] of either):
@@ -185,9 +183,6 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
                     f"`exit_learning_rate={args.exit_learning_rate!r}` is for an optimizer that the trainer makes: "
                     "with `optimizers`, give the exits' weights a parameter group with their own `lr`."
                 )
-        if args.log_exit_grad_norms:
-            base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-            base.model.register_forward_hook(self._watch_gradients, with_kwargs=True)
         self.add_callback(
             _TrainedAs(
                 exit_layers=self.exit_layers,
@@ -202,7 +197,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         exits, weights = self.exit_layers, self.exit_loss_weights
         if self.model.training:
-            exits = self.args.exits_at_step(exits, self.state.global_step, self.state.max_steps)
+            exits = self.args.exits_at_step(exits, self.state.global_step)
             weights = weights and [weights[self.exit_layers.index(k)] for k in exits]
         smoothing = self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0  # as in `SFTTrainer`
         outputs = model(
@@ -213,7 +208,6 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             loss_type=self.args.loss_type,
             label_smoothing=smoothing,
             self_distillation_weight=self.args.self_distillation_weight,
-            self_distillation_temperature=self.args.self_distillation_temperature,
             detach_exits=self.args.detach_exits,
             num_items_in_batch=num_items_in_batch,
             skip_logits=not return_outputs,
@@ -303,23 +297,6 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         sums = self._sums["train" if self.model.training else "eval"]
         sums[name] = sums[name] + values.to(sums[name].device) if name in sums else values
 
-    def _watch_gradients(self, module, args, kwargs, outputs) -> Any:
-        """Let each exit read its states through a node of its own, whose gradient is the exit's alone."""
-        exits, states = kwargs.get("exit_layers"), outputs.exit_hidden_states
-        if not (exits and module.training and torch.is_grad_enabled()):
-            return None
-        own = [s.view_as(s) for s in states]
-        for k, state in zip(exits, own, strict=True):
-            if state.requires_grad:
-                state.register_hook(functools.partial(self._add_grad_norm, k))
-        outputs.exit_hidden_states = tuple(own)
-        return outputs
-
-    def _add_grad_norm(self, exit_layer: int, grad: torch.Tensor) -> None:
-        norm = torch.stack([grad.float().norm(), grad.new_ones((), dtype=torch.float32)])
-        for name, value in zip(("grad_norm", "batches"), norm):
-            self._add(name, value.unsqueeze(0), [exit_layer])
-
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint:
             self._check_resumed(resume_from_checkpoint)
@@ -380,17 +357,16 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
                 present = int(next(values))
             else:
                 sums[name] = dict(zip(self.exit_layers, values))
-        tokens, batches = sums.pop("tokens"), sums.pop("batches", {})
+        tokens = sums.pop("tokens")
         if mode == "train":
             self._num_tokens += present
             sums.pop("agreement")
         metrics = {}
         for k in self.exit_layers:
             for name, totals in sums.items():
-                counted = batches.get(k, 0) if name == "grad_norm" else tokens[k]
-                had_a_turn = counted or k == self.exit_layers[-1] or self.args.exit_schedule == "all"
+                had_a_turn = tokens[k] or k == self.exit_layers[-1] or self.args.exit_schedule == "all"
                 if had_a_turn:
-                    metrics[f"{prefix}exit_{k}_{name}"] = totals[k] / max(counted, 1)
+                    metrics[f"{prefix}exit_{k}_{name}"] = totals[k] / max(tokens[k], 1)
         accuracy = metrics[f"{prefix}exit_{self.exit_layers[-1]}_mean_token_accuracy"]
         return {**metrics, f"{prefix}mean_token_accuracy": accuracy, f"{prefix}num_tokens": self._num_tokens}
 

@@ -26,17 +26,8 @@ def test_defaults_are_the_papers_objective():
 
 def test_every_default_of_sft_is_kept():
     ours, theirs = make().to_dict(), SFTConfig("unused", bf16=False).to_dict()
-    added = {"exit_layers", "exit_loss_weights", "full_depth_weight", "exit_loss_reduction", "exit_schedule"}
-    added |= {
-        "exits_per_step",
-        "trainable",
-        "exit_heads",
-        "detach_exits",
-        "exit_learning_rate",
-        "self_distillation_weight",
-        "self_distillation_temperature",
-    }
-    added |= {"log_exit_grad_norms"}
+    added = {"exit_layers", "exit_loss_weights", "exit_loss_reduction", "exit_schedule", "exits_per_step", "trainable"}
+    added |= {"exit_heads", "detach_exits", "exit_learning_rate", "self_distillation_weight"}
     assert ours.keys() - theirs.keys() == added
     differing = {name for name in theirs if ours[name] != theirs[name]}
     assert differing <= {"logging_dir"}  # holds the time
@@ -232,10 +223,7 @@ def test_dict_round_trip(exits):
     assert again.exit_loss_reduction == "mean"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["exit_learning_rate", "full_depth_weight", "self_distillation_weight", "self_distillation_temperature"],
-)
+@pytest.mark.parametrize("name", ["exit_learning_rate", "self_distillation_weight"])
 @pytest.mark.parametrize("value", [10**400, math.nan, -math.inf, True, "1", [1.0], 1j], ids=lambda v: str(v)[:30])
 def test_numbers_that_are_none(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be a finite number"):
@@ -248,25 +236,39 @@ def test_exits_per_step_that_are_none(value):
         make(exits_per_step=value)
 
 
-@pytest.mark.parametrize("schedule", ["all", "grow"])
-def test_exits_per_step_without_a_choice_of_exits_is_refused(schedule):
-    with pytest.raises(ValueError, match=f"`exits_per_step=2` has no effect with `exit_schedule='{schedule}'`"):
-        make(exits_per_step=2, exit_schedule=schedule)
-    assert make(exits_per_step=np.int64(2), exit_schedule="rotate").exits_per_step == 2
+def test_exits_per_step_without_a_choice_of_exits_is_refused():
+    with pytest.raises(ValueError, match="`exits_per_step=2` has no effect with `exit_schedule='all'`"):
+        make(exits_per_step=2)
+    assert make(exits_per_step=np.int64(2), exit_schedule="random").exits_per_step == 2
 
 
-def test_temperature_without_distillation_is_refused():
-    with pytest.raises(ValueError, match="`self_distillation_temperature=2.0` has no effect"):
-        make(self_distillation_temperature=2.0)
-    assert make(self_distillation_temperature=2.0, self_distillation_weight=0.1).self_distillation_temperature == 2.0
+@pytest.mark.parametrize(
+    "option", [{"full_depth_weight": 2.0}, {"self_distillation_temperature": 2.0}, {"log_exit_grad_norms": True}]
+)
+def test_options_that_were_taken_out_are_named_in_the_error(option):
+    with pytest.raises(TypeError, match=f"'{next(iter(option))}'"):
+        make(**option)
+
+
+@pytest.mark.parametrize(
+    "option, allowed",
+    [
+        ({"exit_schedule": "rotate"}, "`exit_schedule` must be 'all' or 'random', got 'rotate'"),
+        ({"exit_schedule": "grow"}, "`exit_schedule` must be 'all' or 'random', got 'grow'"),
+        ({"exit_loss_weights": "uniform"}, "must be a list of numbers, 'linear' or 'budget:B' .* got 'uniform'"),
+    ],
+    ids=str,
+)
+def test_values_that_were_taken_out_get_an_error_with_those_that_are_allowed(option, allowed):
+    with pytest.raises(ValueError, match=allowed):
+        make(**option)
 
 
 @pytest.mark.parametrize(
     "options, said",
     [
         ({"exit_layers": [4], "exit_schedule": "random"}, "`exits_per_step=1` .* has 0 of them"),
-        ({"exit_layers": [1, 2, 4], "exit_schedule": "rotate", "exits_per_step": 3}, "`exits_per_step=3` .* has 2 of"),
-        ({"exit_layers": "every:9", "exit_schedule": "grow"}, "`exit_schedule='grow'` .* has none"),
+        ({"exit_layers": [1, 2, 4], "exit_schedule": "random", "exits_per_step": 3}, "`exits_per_step=3` .* has 2 of"),
         ({"exit_layers": [4], "self_distillation_weight": 0.5}, "`self_distillation_weight=0.5` .* has none"),
     ],
     ids=str,
@@ -281,7 +283,7 @@ def test_options_for_exits_that_the_model_lacks_are_refused(tmp_path, options, s
     [
         {},
         {"exit_schedule": "random", "exits_per_step": 2},
-        {"self_distillation_weight": 1.0, "self_distillation_temperature": 2.0},
+        {"self_distillation_weight": 1.0},
         {"exit_layers": "every:2", "exit_loss_weights": "budget:0.3", "exit_heads": "lens", "detach_exits": True},
     ],
     ids=str,
