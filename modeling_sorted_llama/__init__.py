@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache_sorted_llama import SortedCache
 from .configuration_sorted_llama import SortedLlamaConfig
-from .loss_sorted_llama import MultiExitLossOutput, multi_exit_loss
+from .loss_sorted_llama import ExitLossOptions, MultiExitLossOutput, multi_exit_loss
 from .modeling_sorted_llama import (
     SortedCausalLMOutputWithPast,
     SortedLlamaForCausalLM,
@@ -20,6 +20,7 @@ AutoModelForCausalLM.register(SortedLlamaConfig, SortedLlamaForCausalLM, exist_o
 
 __all__ = [
     "DraftStatistics",
+    "ExitLossOptions",
     "MultiExitLossOutput",
     "SortedCache",
     "SortedCausalLMOutputWithPast",

@@ -46,25 +46,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_int(value: Any, name: str, least: int | None = None, most: int | None = None) -> int:
-    """
-    Check an integer argument.
-
-    Args:
-        value (`int`):
-            Value of the argument; numpy's integers and 0-dimensional tensors count, truth values do not.
-        name (`str`):
-            Name of the argument.
-        least (`int`, *optional*):
-            Smallest value that is allowed.
-        most (`int`, *optional*):
-            Largest value that is allowed.
-
-    Returns:
-        `int`: `value`, as Python's integer.
-
-    Raises:
-        ValueError: If `value` is no such integer; the message says what is.
-    """
+    """`value` as Python's integer; a `ValueError` that names the argument where it is none, or out of range."""
     number = as_int(value)
     if number is None or (least is not None and number < least) or (most is not None and number > most):
         raise ValueError(f"`{name}` must be an integer{_range(least, most)}, got {value!r}.")
@@ -75,25 +57,8 @@ def check_number(
     value: Any, name: str, least: float | None = None, most: float | None = None, exclusive: bool = False
 ) -> float:
     """
-    Check an argument that is a finite number.
-
-    Args:
-        value (`float`):
-            Value of the argument; integers and numpy's numbers count, truth values do not.
-        name (`str`):
-            Name of the argument.
-        least (`float`, *optional*):
-            Smallest value that is allowed.
-        most (`float`, *optional*):
-            Largest value that is allowed.
-        exclusive (`bool`, *optional*, defaults to `False`):
-            Whether `value` must be above `least`, which is then not allowed itself.
-
-    Returns:
-        `float`: `value`, as Python's float.
-
-    Raises:
-        ValueError: If `value` is no such number; the message says what is.
+    `value` as a float; a `ValueError` that names the argument where it is no finite number, or out of range. With
+    `exclusive`, `least` itself is not allowed.
     """
     too_small = is_number(value) and least is not None and (value < least or (exclusive and value == least))
     if not is_number(value) or too_small or (most is not None and value > most):
@@ -102,23 +67,7 @@ def check_number(
 
 
 def check_choice(value: Any, name: str, allowed: Iterable[Any]) -> Any:
-    """
-    Check an argument with a few allowed values.
-
-    Args:
-        value (`Any`):
-            Value of the argument.
-        name (`str`):
-            Name of the argument.
-        allowed (`Iterable[Any]`):
-            All values that are allowed.
-
-    Returns:
-        `Any`: `value`.
-
-    Raises:
-        ValueError: If `value` is none of them; the message lists them.
-    """
+    """`value`; a `ValueError` that names the argument where it is none of `allowed`."""
     *others, last = allowed = list(allowed)
     if not any(isinstance(value, type(choice)) and value == choice for choice in allowed):  # arrays compare by entry
         choices = f"{', '.join(map(repr, others))} or {last!r}" if others else repr(last)
@@ -136,23 +85,7 @@ def _range(least: float | None, most: float | None, exclusive: bool = False) -> 
 
 
 def check_exit_layer(exit_layer: Any, num_hidden_layers: int, name: str = "exit_layer") -> int:
-    """
-    Check one exit layer.
-
-    Args:
-        exit_layer (`int`):
-            Number of decoder layers to run.
-        num_hidden_layers (`int`):
-            Number of decoder layers that the model has.
-        name (`str`, *optional*, defaults to `"exit_layer"`):
-            What the error calls the value.
-
-    Returns:
-        `int`: `exit_layer`, as Python's integer.
-
-    Raises:
-        ValueError: If `exit_layer` is not an integer from 1 to `num_hidden_layers`.
-    """
+    """The number of decoder layers to run, from 1 to all; else a `ValueError` that names the argument."""
     return check_int(exit_layer, name, 1, num_hidden_layers)
 
 

@@ -1,15 +1,16 @@
 """The SoFT loss: LM head and cross-entropy of all exits, fused, one tile of logits at a time."""
 
-import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .compat_sorted_llama import gathered, whole_weight
+from .configuration_sorted_llama import check_choice, check_exit_loss_weights, check_number
 from .heads_sorted_llama import is_matrix_product
 
 
@@ -17,6 +18,80 @@ from .heads_sorted_llama import is_matrix_product
 # accelerator needs more rows for that.
 _TILE_BYTES_CPU = 2**26
 _TILE_BYTES_ACCELERATOR = 2**29
+
+# From the log-probabilities of the labels: the losses of the tokens, and their derivatives by `-log_prob`
+LOSS_TYPES = {
+    "nll": lambda log_prob: (-log_prob, torch.ones_like(log_prob)),
+    "dft": lambda log_prob: (-log_prob * log_prob.exp(), log_prob.exp()),
+}
+
+
+@dataclass(frozen=True)
+class ExitLossOptions:
+    """
+    Options of the SoFT loss. [`SortedLlamaForCausalLM`] takes each as a keyword argument of its `forward`, beside
+    `labels`.
+
+    Args:
+        exit_loss_weights (`Sequence[float]`, *optional*):
+            Weight of each exit, finite and not negative, at least one above 0. Defaults to 1.0 each; in `forward`, to
+            those of the model's config.
+        exit_loss_reduction (`str`, *optional*, defaults to `"sum"`):
+            `"sum"` over the exits (the paper's text) or their `"mean"` (its formula).
+        loss_type (`str`, *optional*, defaults to `"nll"`):
+            `"nll"`, or `"dft"`: each token's loss weighted by its own (detached) probability, as in Dynamic
+            Fine-Tuning (arXiv 2508.05629).
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of the target mass spread over the whole vocabulary, from 0 to 1, with `loss_type="nll"`.
+        self_distillation_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the divergence of each exit from the last one, of at least 0.
+        detach_exits (`bool`, *optional*, defaults to `False`):
+            Whether the exits before the last train nothing but what they own (`config.exit_heads`): no gradient of
+            theirs reaches a layer, the final norm or the shared LM head.
+
+    Raises:
+        ValueError: If an option has a value that is not allowed.
+    """
+
+    exit_loss_weights: Sequence[float] | None = None
+    exit_loss_reduction: str = "sum"
+    loss_type: str = "nll"
+    label_smoothing: float = 0.0
+    self_distillation_weight: float = 0.0
+    detach_exits: bool = False
+
+    def __post_init__(self):
+        check_choice(self.exit_loss_reduction, "exit_loss_reduction", ("sum", "mean"))
+        check_choice(self.loss_type, "loss_type", LOSS_TYPES)
+        check_number(self.label_smoothing, "label_smoothing", 0, 1)
+        if self.label_smoothing and self.loss_type != "nll":
+            raise ValueError(
+                f"`label_smoothing` must be 0 with `loss_type={self.loss_type!r}`, got {self.label_smoothing!r}."
+            )
+        check_number(self.self_distillation_weight, "self_distillation_weight", 0)
+
+    def weights(self, num_exits: int) -> list[float]:
+        """
+        What the loss of each exit is multiplied by.
+
+        Args:
+            num_exits (`int`):
+                Number of exits.
+
+        Returns:
+            `list[float]`: The weights, divided by `num_exits` for the mean.
+
+        Raises:
+            ValueError: If `exit_loss_weights` are not as many, or one is out of range.
+        """
+        weights = [1.0] * num_exits
+        if self.exit_loss_weights is not None:
+            weights = check_exit_loss_weights(self.exit_loss_weights, num_exits)
+        return [weight / num_exits for weight in weights] if self.exit_loss_reduction == "mean" else weights
+
+
+# A constant, as `torch.compile` does not trace `fields`
+EXIT_LOSS_OPTIONS = tuple(field.name for field in fields(ExitLossOptions))
 
 
 @dataclass
@@ -35,8 +110,7 @@ class MultiExitLossOutput:
             Share of the labelled tokens for which an exit's greedy token is that of the last exit.
         exit_divergences (`torch.Tensor` of shape `(num_exits,)`, float32, *optional*, returned with a
         `self_distillation_weight` above 0):
-            Kullback-Leibler divergence of each exit from the last one, in nats, both at the distillation's
-            temperature; divided as `exit_losses` are.
+            Kullback-Leibler divergence of each exit from the last one, in nats; divided as `exit_losses` are.
     """
 
     loss: torch.Tensor
@@ -51,22 +125,16 @@ def multi_exit_loss(
     hidden_states: Sequence[torch.Tensor],
     lm_head: nn.Module | Sequence[nn.Module],
     labels: torch.Tensor,
-    exit_loss_weights: Sequence[float] | None = None,
-    reduction: str = "sum",
+    options: ExitLossOptions | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
-    loss_type: str = "nll",
-    label_smoothing: float = 0.0,
-    self_distillation_weight: float = 0.0,
-    self_distillation_temperature: float = 1.0,
-    trains_head: Sequence[bool] | None = None,
 ) -> MultiExitLossOutput:
     r"""
     Loss of several exits (Sorted LLaMA, section 3: the losses of all sub-models, summed):
 
-    `loss = sum_e w_e * sum_t (loss(z_e[t], labels[t]) + a * T^2 * KL(z_last[t] / T, z_e[t] / T)) / num_items`
+    `loss = sum_e w_e * sum_t (loss(z_e[t], labels[t]) + a * KL(z_last[t], z_e[t])) / num_items`
 
-    with `z_e = lm_head(hidden_states[e])`, the distillation's weight `a` and temperature `T`, and no gradient into the
-    last exit from the divergence of the others.
+    with `z_e = lm_head(hidden_states[e])`, the distillation's weight `a`, and no gradient into the last exit from the
+    divergence of the others.
 
     The logits exist as one tile at a time, `[tile, vocab]` in float32. The gradients of the hidden states and of the
     head are made in the same sweep, which takes three matrix products where recomputing the logits takes four, and a
@@ -82,112 +150,69 @@ def multi_exit_loss(
             of each tile and exit.
         labels (`torch.Tensor` of shape `(num_tokens,)`, int64):
             Token to predict for each row, within the vocabulary. There may be none: the loss is then 0.
-        exit_loss_weights (`Sequence[float]`, *optional*):
-            Weight of each exit. Defaults to 1.0 each.
-        reduction (`str`, *optional*, defaults to `"sum"`):
-            `"sum"` over the exits (the paper's text) or their `"mean"` (its formula).
+        options ([`ExitLossOptions`], *optional*):
+            Options of the loss. With `detach_exits`, the last exit's head gets no gradient from the other exits; their
+            hidden states are the caller's to detach, before the norms that the exits own.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             What the sums over tokens are divided by. Defaults to `num_tokens`.
-        loss_type (`str`, *optional*, defaults to `"nll"`):
-            `"nll"`, or `"dft"`: each token's loss weighted by its own (detached) probability, as in Dynamic
-            Fine-Tuning (arXiv 2508.05629).
-        label_smoothing (`float`, *optional*, defaults to 0.0):
-            Share of the target mass spread over the whole vocabulary, from 0 to 1, with `loss_type="nll"`.
-        self_distillation_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the divergence of each exit from the last one, of at least 0.
-        self_distillation_temperature (`float`, *optional*, defaults to 1.0):
-            What both sides' logits are divided by in the divergence, above 0.
-        trains_head (`Sequence[bool]`, *optional*):
-            Whether the loss of an exit has a gradient with respect to its head; without it, the exit takes two
-            matrix products. Defaults to `True` each.
 
     Returns:
         [`MultiExitLossOutput`]
 
     Raises:
-        ValueError: If an option has a value that is not allowed, or, on a CPU, if a label is no token (an accelerator
+        ValueError: If `options` has not one weight for each exit, or, on a CPU, if a label is no token (an accelerator
             finds that by an assertion of its own).
     """
-    check_loss_options(reduction, loss_type, label_smoothing, self_distillation_weight, self_distillation_temperature)
-    weights = [1.0] * len(hidden_states) if exit_loss_weights is None else list(exit_loss_weights)
-    if reduction == "mean":
-        weights = [weight / len(weights) for weight in weights]
-    exit_heads = [lm_head] * len(hidden_states) if isinstance(lm_head, nn.Module) else list(lm_head)
-    trains_head = [True] * len(hidden_states) if trains_head is None else list(trains_head)
+    options = ExitLossOptions() if options is None else options
+    weights = options.weights(len(hidden_states))
+    modules = [lm_head] * len(hidden_states) if isinstance(lm_head, nn.Module) else list(lm_head)
 
-    with gathered(exit_heads):
-        heads: dict[int, _Head] = {}  # each once, by identity
-        for head, states in zip(exit_heads, hidden_states, strict=True):
-            if id(head) not in heads:  # a sharded one is gathered here
-                heads[id(head)] = _Head(head, len(heads), states)
-        deepest = heads[id(exit_heads[-1])]
-        device = deepest.params[0].device if deepest.is_product else hidden_states[-1].device
+    with gathered(modules):
+        heads = _heads(modules, hidden_states)
+        deepest, distinct = heads[-1], list(dict.fromkeys(heads))
+        device = deepest.params[0].device if isinstance(deepest, _MatrixHead) else hidden_states[-1].device
         # With the model split across devices the backbone can end on another one than the head's
-        hidden_states = [states.to(device) for states in hidden_states]
-        labels = labels.to(device)
-        _check_labels(labels, min(head.vocab_size for head in heads.values()))
-        num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
-        if not isinstance(num_items, torch.Tensor):
-            num_items = torch.full((), num_items, device=device)
-        num_items = num_items.to(device, torch.float32).clamp(min=1)
-        params = [param for head in heads.values() for param in head.params]
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*hidden_states, *params))
-        loss, losses, accuracies, agreements, divergences = _MultiExitLoss.apply(
-            _Objective(weights, loss_type, label_smoothing, self_distillation_weight, self_distillation_temperature),
-            list(heads.values()),
-            [heads[id(head)].number for head in exit_heads],
-            trains_head,
-            labels,
+        hidden_states, labels = [states.to(device) for states in hidden_states], labels.to(device)
+        _check_labels(labels, min(head.vocab_size for head in distinct))
+        exits = [_Exit(*of_exit) for of_exit in zip(hidden_states, heads, weights)]
+        for exit_ in exits[:-1]:
+            exit_.trains_head = not (options.detach_exits and exit_.head is deepest)
+        losses, correct, agreeing, divergences = _sweep(exits, labels, options)
+        num_tokens = max(labels.numel(), 1)
+        num_items = _as_tensor(num_tokens if num_items_in_batch is None else num_items_in_batch, device).clamp(min=1)
+        losses, divergences = losses / num_items, divergences / num_items
+        objectives = losses + options.self_distillation_weight * divergences
+        # Numbers, no tensor of them: to copy one to an accelerator would wait for all of the above
+        loss = sum((part * weight for part, weight in zip(objectives, weights)), losses.new_zeros(()))
+        loss = _WithGradients.apply(
+            loss,
             num_items,
-            needs_grad,
+            [exit_.grad for exit_ in exits] + [grad for head in distinct for grad in head.grads],
             *hidden_states,
-            *params,
+            *(param for head in distinct for param in head.params),
         )
     return MultiExitLossOutput(
-        loss, losses, accuracies, agreements, exit_divergences=divergences if self_distillation_weight else None
+        loss,
+        losses,
+        correct / num_tokens,
+        agreeing / num_tokens,
+        exit_divergences=divergences if options.self_distillation_weight else None,
     )
 
 
-def check_loss_options(
-    reduction: str,
-    loss_type: str,
-    label_smoothing: float,
-    self_distillation_weight: float = 0.0,
-    self_distillation_temperature: float = 1.0,
-) -> None:
-    """
-    Check the options of [`multi_exit_loss`]; see there for what they mean.
-
-    Raises:
-        ValueError: If an option has a value that is not allowed.
-    """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
-    if loss_type not in ("nll", "dft"):
-        raise ValueError(f"`loss_type` must be 'nll' or 'dft', got {loss_type!r}.")
-    if not 0.0 <= label_smoothing <= 1.0 or (label_smoothing and loss_type == "dft"):
-        raise ValueError(
-            f"`label_smoothing` must be from 0 to 1, and 0 with `loss_type='dft'`, got {label_smoothing!r}."
-        )
-    if not 0.0 <= self_distillation_weight < math.inf:
-        raise ValueError(
-            f"`self_distillation_weight` must be a finite number of at least 0, got {self_distillation_weight!r}."
-        )
-    if not 0.0 < self_distillation_temperature < math.inf:
-        raise ValueError(
-            f"`self_distillation_temperature` must be a finite number above 0, got {self_distillation_temperature!r}."
-        )
+def _heads(modules: Sequence[nn.Module], hidden_states: Sequence[torch.Tensor]) -> "list[_MatrixHead | _CalledHead]":
+    """The head of each exit: one object a module, which is gathered, or called with one row, once."""
+    heads: dict[int, _MatrixHead | _CalledHead] = {}
+    for module, states in zip(modules, hidden_states, strict=True):
+        if id(module) not in heads:
+            heads[id(module)] = _MatrixHead(module) if is_matrix_product(module) else _CalledHead(module, states)
+    return [heads[id(module)] for module in modules]
 
 
-@dataclass(frozen=True)
-class _Objective:
-    """What is summed over the exits."""
-
-    weights: list[float]
-    loss_type: str
-    label_smoothing: float
-    distillation_weight: float
-    temperature: float
+def _as_tensor(number: torch.Tensor | int, device: torch.device) -> torch.Tensor:
+    # `torch.tensor` would copy the number to an accelerator, and wait for it
+    tensor = number if isinstance(number, torch.Tensor) else torch.full((), number, device=device)
+    return tensor.to(device, torch.float32)
 
 
 def _check_labels(labels: torch.Tensor, vocab_size: int) -> None:
@@ -199,22 +224,231 @@ def _check_labels(labels: torch.Tensor, vocab_size: int) -> None:
         raise ValueError(f"`labels` must be tokens from 0 to {vocab_size - 1}, which the head knows, got {wrong}.")
 
 
-class _Head:
-    """A head, the size of its vocabulary, and the tensors that its gradients are for."""
+class _WithGradients(torch.autograd.Function):
+    """A loss with gradients that are already there, up to their division by `num_items`: `backward` hands them out."""
 
-    def __init__(self, module: nn.Module, number: int, states: torch.Tensor):
-        self.module, self.number = module, number
-        self.is_product = is_matrix_product(module)
-        if self.is_product:
-            self.params = [whole_weight(module)]
-            self.vocab_size = self.params[0].shape[0]
-        else:
-            row = states.detach()[:1] if len(states) else states.new_zeros(1, states.shape[-1])
-            output = module(row.unsqueeze(0))
-            self.params, self.vocab_size = _leaves(output), output.shape[-1]
+    @staticmethod
+    def forward(ctx, loss, num_items, grads, *tensors):
+        ctx.grads = [grad if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors)]
+        ctx.num_items = num_items
+        return loss.clone()
 
-    def tile(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]):
-        return _LinearTile(*params, *grads) if self.is_product else _ModuleTile(self, params, grads)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        if ctx.grads is None:
+            raise RuntimeError(
+                "The SoFT loss hands out its gradients once: call `backward` on one forward a single time "
+                "(`retain_graph=True` is not supported)."
+            )
+        grads, ctx.grads = ctx.grads, None
+        scale = grad_loss / ctx.num_items
+        return (None,) * 3 + tuple(grad if grad is None else grad.mul_(scale) for grad in grads)
+
+
+@torch.no_grad()
+def _sweep(exits: "Sequence[_Exit]", labels: torch.Tensor, options: ExitLossOptions) -> torch.Tensor:
+    """
+    Walk the tokens tile by tile, and in each the exits from deep to shallow, adding up the gradients.
+
+    Returns:
+        `torch.Tensor` of shape `(4, num_exits)`, float32: Sums over the tokens of losses, right greedy tokens, greedy
+        tokens that are the last exit's, and divergences from the last exit.
+    """
+    losses, correct, agreeing, divergences = sums = torch.zeros(4, len(exits), device=labels.device)
+    distills = options.self_distillation_weight > 0 and len(exits) > 1
+    vocab_size = max(exit_.head.vocab_size for exit_ in exits)
+    rows = _rows_per_tile(labels.device, vocab_size, live_tiles=1 + distills)  # the other one is the teacher's
+    for start in range(0, labels.numel(), rows):
+        tile = slice(start, start + rows)
+        target = labels[tile].unsqueeze(-1)
+        teacher = None
+        for e, exit_ in reversed([*enumerate(exits)]):  # the deepest first: the others are compared with it
+            is_deepest = e == len(exits) - 1
+            logits = exit_.head.logits(exit_.states[tile], exit_.is_trained)
+            greedy = logits.argmax(-1, keepdim=True)
+            if is_deepest:
+                deepest_greedy = greedy
+                teacher = logits.softmax(-1) if distills else None
+            correct[e] += (greedy == target).sum()
+            agreeing[e] += (greedy == deepest_greedy).sum()
+            of_tokens = _losses_of_tokens(logits, greedy, target, teacher, options)
+            losses[e] += of_tokens.loss.sum()
+            distillation = 0.0
+            if of_tokens.cross_entropy is not None:
+                if is_deepest:
+                    entropy = of_tokens.cross_entropy
+                divergences[e] += (of_tokens.cross_entropy - entropy).sum()
+                distillation = 0.0 if is_deepest else exit_.weight * options.self_distillation_weight
+            if exit_.is_trained:
+                weight = exit_.weight * of_tokens.slope
+                _to_gradient(logits, of_tokens.exp_sum, target, teacher, weight, distillation, options.label_smoothing)
+                exit_.head.accumulate(logits, exit_.grad, tile, exit_.trains_head)
+            del logits  # before the next tile is made
+        del teacher
+    return sums
+
+
+class _LossesOfTokens(NamedTuple):
+    """Of one exit and one tile; each of shape `(rows, 1)`."""
+
+    loss: torch.Tensor
+    slope: torch.Tensor  # the derivative of `loss` by the label's `-log p`
+    cross_entropy: torch.Tensor | None  # with the teacher
+    exp_sum: torch.Tensor
+
+
+def _losses_of_tokens(
+    logits: torch.Tensor,
+    greedy: torch.Tensor,
+    target: torch.Tensor,
+    teacher: torch.Tensor | None,
+    options: ExitLossOptions,
+) -> _LossesOfTokens:
+    """
+    What a tile's losses are; `logits` become `exp(logits - max)`, without a second tile.
+
+    With z the logits, y the label, q the teacher, e the label smoothing, s = log(sum_v exp z_v), log p = z - s:
+
+        nll             (1 - e) (-log p_y) + e (s - mean_v z_v)
+        dft             p_y (-log p_y), p_y taken for a constant
+        cross-entropy   -sum_v q_v log p_v = s - q . z
+    """
+    top_logit = logits.gather(-1, greedy)
+    target_logit = logits.gather(-1, target) - top_logit
+    logits.sub_(top_logit)
+    mean_logit = logits.mean(-1, keepdim=True) if options.label_smoothing else None
+    expected_logit = None if teacher is None else _dot(teacher, logits)
+
+    exp_sum = logits.exp_().sum(-1, keepdim=True)
+    log_sum = exp_sum.log()
+    loss, slope = LOSS_TYPES[options.loss_type](target_logit - log_sum)
+    if mean_logit is not None:
+        loss = torch.lerp(loss, log_sum - mean_logit, options.label_smoothing)
+    cross_entropy = None if expected_logit is None else log_sum - expected_logit
+    return _LossesOfTokens(loss, slope, cross_entropy, exp_sum)
+
+
+def _to_gradient(
+    exps: torch.Tensor,
+    exp_sum: torch.Tensor,
+    target: torch.Tensor,
+    teacher: torch.Tensor | None,
+    weight: torch.Tensor,
+    distillation: float,
+    label_smoothing: float,
+) -> None:
+    """
+    What a tile's gradient is: `exps`, as `_losses_of_tokens` leaves it, becomes d loss / d z.
+
+    With c the weight of a token, d that of its divergence, V the size of the vocabulary, and p, q, y, e as there:
+
+        d loss / d z = c (p - (1 - e) onehot(y) - e / V) + d (p - q)
+    """
+    exps.mul_((weight + distillation) / exp_sum)
+    if label_smoothing:
+        exps.sub_(weight * label_smoothing / exps.shape[-1])
+    exps.scatter_add_(-1, target, -weight * (1 - label_smoothing))
+    if distillation:
+        exps.sub_(teacher, alpha=distillation)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Products of the rows of two tiles, `(rows, 1)`, without a third tile."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a.unsqueeze(-2), b.unsqueeze(-1)).squeeze(-1)
+
+
+def _rows_per_tile(device: torch.device, vocab_size: int, live_tiles: int) -> int:
+    tile_bytes = _TILE_BYTES_CPU if device.type == "cpu" else _TILE_BYTES_ACCELERATOR
+    return max(1, tile_bytes // (4 * vocab_size * live_tiles))
+
+
+def _gradient_buffer(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    return torch.zeros_like(tensor, dtype=dtype) if torch.is_grad_enabled() and tensor.requires_grad else None
+
+
+class _MatrixHead:
+    """Logits and gradients of a bias-free linear head, by plain matrix products."""
+
+    def __init__(self, module: nn.Module):
+        weight = whole_weight(module)
+        self.params, self.vocab_size = [weight], weight.shape[0]
+        self.grads = [_gradient_buffer(weight, torch.float32)]
+        device_type = weight.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        self.dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
+        self.weight = weight.detach().to(self.dtype)
+
+    def logits(self, states: torch.Tensor, needs_grad: bool) -> torch.Tensor:
+        self.states = states.to(self.dtype)
+        with torch.autocast(states.device.type, enabled=False):
+            return (self.states @ self.weight.t()).float()
+
+    def accumulate(
+        self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice, trains_head: bool
+    ) -> None:
+        grad_logits, grad_weight = grad_logits.to(self.dtype), self.grads[0] if trains_head else None
+        with torch.autocast(grad_logits.device.type, enabled=False):
+            if grad_states is not None:
+                grad_states[tile] = grad_logits @ self.weight
+            if grad_weight is None:
+                return
+            if self.dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.t(), self.states)
+            elif grad_weight.is_cuda:  # float32 accumulation inside the product, no [vocab, hidden] copy
+                torch.addmm(grad_weight, grad_logits.t(), self.states, out_dtype=torch.float32, out=grad_weight)
+            else:
+                grad_weight.add_(grad_logits.t() @ self.states)
+
+
+class _CalledHead:
+    """Logits and gradients of any head (LoRA, quantized, hooked), by calling it a tile at a time."""
+
+    def __init__(self, module: nn.Module, states: torch.Tensor):
+        row = states.detach()[:1] if len(states) else states.new_zeros(1, states.shape[-1])
+        output = module(row.unsqueeze(0))
+        self.module, self.params, self.vocab_size = module, _leaves(output), output.shape[-1]
+        self.grads = [_gradient_buffer(param, torch.float32) for param in self.params]
+
+    def logits(self, states: torch.Tensor, needs_grad: bool) -> torch.Tensor:
+        with torch.set_grad_enabled(needs_grad):
+            self.states = states.detach().unsqueeze(0).requires_grad_(needs_grad)  # a batch, as Llama passes one
+            self.output = self.module(self.states).to(states.device)  # hooks may run it on another device
+        return self.output.detach().squeeze(0).to(torch.float32, copy=True)
+
+    def accumulate(
+        self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice, trains_head: bool
+    ) -> None:
+        output, self.output = self.output, None
+        if not output.requires_grad:  # a hook may cut it off
+            return
+        params = self.params if trains_head else []
+        grad_output = grad_logits.to(output.dtype).view_as(output)
+        # What the head reads may have been computed once for all of its calls: its graph has to stay
+        with _without_hooks(params):  # they are for the gradient that `backward` hands out
+            grads = torch.autograd.grad(
+                output, (self.states, *params), grad_output, retain_graph=True, allow_unused=True
+            )
+        if grad_states is not None and grads[0] is not None:
+            grad_states[tile] = grads[0].squeeze(0)
+        for total, grad in zip(self.grads, grads[1:]):
+            if total is not None and grad is not None:
+                total.add_(grad)
+
+
+class _Exit:
+    """An exit in the sweep: what it reads, through which head, and the gradient of its states so far."""
+
+    def __init__(self, states: torch.Tensor, head: _MatrixHead | _CalledHead, weight: float):
+        self.states, self.head, self.weight = states.detach(), head, weight
+        self.grad = _gradient_buffer(states, states.dtype)
+        self.trains_head = True
+
+    @property
+    def is_trained(self) -> bool:
+        trains_head = self.trains_head and any(grad is not None for grad in self.head.grads)
+        return self.weight != 0 and (self.grad is not None or trains_head)
 
 
 def _leaves(output: torch.Tensor) -> list[torch.Tensor]:
@@ -230,186 +464,6 @@ def _leaves(output: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-class _MultiExitLoss(torch.autograd.Function):
-    """See [`multi_exit_loss`]: `tensors` are the exits' hidden states, then the parameters of the heads."""
-
-    @staticmethod
-    def forward(ctx, objective, heads, head_of_exit, trains_head, labels, num_items, needs_grad, *tensors):
-        num_exits, device = len(head_of_exit), labels.device
-        hidden_states, last = tensors[:num_exits], num_exits - 1
-        wants_grad = [needs_grad and tensor.requires_grad for tensor in tensors]
-        # The gradients that `backward` hands out: hidden states first, then one buffer for each parameter of the heads
-        grads = [
-            torch.zeros_like(tensor, dtype=tensor.dtype if i < num_exits else torch.float32) if wanted else None
-            for i, (tensor, wanted) in enumerate(zip(tensors, wants_grad))
-        ]
-        tiles, start = [], num_exits
-        for head in heads:
-            end = start + len(head.params)
-            tiles.append(head.tile(tensors[start:end], grads[start:end]))
-            start = end
-        needs_sweep = [
-            weight != 0 and (grads[e] is not None or (trains_head[e] and tiles[head_of_exit[e]].wants_grad))
-            for e, weight in enumerate(objective.weights)
-        ]
-        distills, temperature = objective.distillation_weight > 0 and num_exits > 1, objective.temperature
-
-        losses, correct, agreeing, divergences = (torch.zeros(num_exits, device=device) for _ in range(4))
-        softens = distills and temperature != 1  # else one softmax serves both losses of an exit
-        rows = _rows_per_tile(device, max(tile.vocab_size for tile in tiles), live_tiles=1 + distills + softens)
-        for start in range(0, labels.numel(), rows):
-            tile = slice(start, start + rows)
-            target = labels[tile].unsqueeze(-1)
-            for e in reversed(range(num_exits)):  # the deepest first: the others are compared with it
-                head, weight = tiles[head_of_exit[e]], objective.weights[e]
-                logits = head.logits(hidden_states[e][tile], needs_sweep[e])
-
-                top1 = logits.argmax(-1)
-                if e == last:
-                    deepest_tokens = top1
-                correct[e] += (top1 == labels[tile]).sum()
-                agreeing[e] += (top1 == deepest_tokens).sum()
-
-                top_logit = logits.gather(-1, top1.unsqueeze(-1))
-                target_logit = logits.gather(-1, target) - top_logit
-                logits.sub_(top_logit)
-                mean_logit = logits.mean(-1, keepdim=True) if objective.label_smoothing else None
-                if softens or (distills and e == last):
-                    soft_probs, soft_log_sum = _soften(logits, temperature)
-                    if e == last:
-                        teacher = soft_probs
-                if distills:
-                    expected_logit = _dot(teacher, logits) / temperature
-
-                # Softmax in place: `logits` becomes exp(logits - max), then, scaled, the gradient
-                exp_sum = logits.exp_().sum(-1, keepdim=True)
-                log_sum = exp_sum.log()
-                log_prob = target_logit - log_sum
-                if distills:
-                    cross_entropy = (soft_log_sum if softens else log_sum) - expected_logit
-                    if e == last:
-                        entropy = cross_entropy
-                    divergences[e] += (cross_entropy - entropy).sum()
-                token_loss, scale = -log_prob, torch.full_like(log_prob, weight)
-                if objective.loss_type == "dft":
-                    scale = scale * log_prob.exp()
-                    token_loss = token_loss * log_prob.exp()
-                elif objective.label_smoothing:
-                    uniform_loss = log_sum - mean_logit
-                    token_loss = torch.lerp(token_loss, uniform_loss, objective.label_smoothing)
-                losses[e] += token_loss.sum()
-
-                if needs_sweep[e]:
-                    # d (T^2 KL) / d logits = T * (softmax of logits / T - the teacher's)
-                    soft_scale = weight * objective.distillation_weight * temperature if distills and e != last else 0
-                    # d loss / d logits = scale * (softmax - target distribution)
-                    grad_logits = logits.mul_((scale if softens else scale + soft_scale) / exp_sum)
-                    if objective.label_smoothing:
-                        grad_logits.sub_(scale * objective.label_smoothing / head.vocab_size)
-                    grad_logits.scatter_add_(-1, target, -scale * (1 - objective.label_smoothing))
-                    if distills and e != last:
-                        grad_logits.sub_(teacher, alpha=soft_scale)
-                        if softens:
-                            grad_logits.add_(soft_probs, alpha=soft_scale)
-                    head.accumulate(grad_logits, grads[e], tile, trains_head[e])
-                # Free the tiles before the next ones are made
-                logits = grad_logits = soft_probs = None
-            teacher = None
-
-        ctx.grads = [grad if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors)]
-        ctx.num_items = num_items
-        losses /= num_items
-        divergences /= num_items
-        num_tokens = max(labels.numel(), 1)
-        statistics = (losses, correct / num_tokens, agreeing / num_tokens, divergences)
-        ctx.mark_non_differentiable(*statistics)
-        total = losses + objective.distillation_weight * objective.temperature**2 * divergences
-        # Numbers, no tensor of them: to copy one to an accelerator would wait for all of the above
-        loss = sum((part * weight for part, weight in zip(total, objective.weights)), total.new_zeros(()))
-        return loss, *statistics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, *_):
-        if ctx.grads is None:
-            raise RuntimeError(
-                "The SoFT loss hands out its gradients once: call `backward` on one forward a single time "
-                "(`retain_graph=True` is not supported)."
-            )
-        grads, ctx.grads = ctx.grads, None
-        scale = grad_loss / ctx.num_items
-        return (None,) * 7 + tuple(grad if grad is None else grad.mul_(scale) for grad in grads)
-
-
-class _LinearTile:
-    """Logits and gradients of a bias-free linear head, by plain matrix products."""
-
-    def __init__(self, weight: torch.Tensor, grad_weight: torch.Tensor | None):
-        device_type = weight.device.type
-        self.dtype = weight.dtype
-        if torch.is_autocast_enabled(device_type):
-            self.dtype = torch.get_autocast_dtype(device_type)
-        self.weight = weight.detach().to(self.dtype)
-        self.vocab_size = weight.shape[0]
-        self.grad_weight = grad_weight
-        self.wants_grad = grad_weight is not None
-
-    def logits(self, states: torch.Tensor, needs_grad: bool) -> torch.Tensor:
-        self.states = states.detach().to(self.dtype)
-        with torch.autocast(states.device.type, enabled=False):
-            return (self.states @ self.weight.t()).float()
-
-    def accumulate(
-        self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice, trains_head: bool
-    ) -> None:
-        grad_logits, grad_weight = grad_logits.to(self.dtype), self.grad_weight if trains_head else None
-        with torch.autocast(grad_logits.device.type, enabled=False):
-            if grad_states is not None:
-                grad_states[tile] = grad_logits @ self.weight
-            if grad_weight is None:
-                return
-            if self.dtype == torch.float32:
-                grad_weight.addmm_(grad_logits.t(), self.states)
-            elif grad_weight.is_cuda:  # float32 accumulation inside the product, no [vocab, hidden] copy
-                torch.addmm(grad_weight, grad_logits.t(), self.states, out_dtype=torch.float32, out=grad_weight)
-            else:
-                grad_weight.add_(grad_logits.t() @ self.states)
-
-
-class _ModuleTile:
-    """Logits and gradients of any head (LoRA, quantized, hooked), by calling it a tile at a time."""
-
-    def __init__(self, head: _Head, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]):
-        self.lm_head, self.params, self.grads = head.module, params, grads
-        self.vocab_size = head.vocab_size
-        self.wants_grad = any(grad is not None for grad in grads)
-
-    def logits(self, states: torch.Tensor, needs_grad: bool) -> torch.Tensor:
-        with torch.set_grad_enabled(needs_grad):
-            self.states = states.detach().unsqueeze(0).requires_grad_(needs_grad)  # a batch, as Llama passes one
-            self.output = self.lm_head(self.states).to(states.device)  # hooks may run it on another device
-        return self.output.detach().squeeze(0).to(torch.float32, copy=True)
-
-    def accumulate(
-        self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice, trains_head: bool
-    ) -> None:
-        output, self.output = self.output, None
-        if not output.requires_grad:  # a hook may cut it off
-            return
-        params = self.params if trains_head else ()
-        grad_output = grad_logits.to(output.dtype).view_as(output)
-        # What the head reads may have been computed once for all of its calls: its graph has to stay
-        with _without_hooks(params):  # they are for the gradient that `backward` hands out
-            grads = torch.autograd.grad(
-                output, (self.states, *params), grad_output, retain_graph=True, allow_unused=True
-            )
-        if grad_states is not None and grads[0] is not None:
-            grad_states[tile] = grads[0].squeeze(0)
-        for total, grad in zip(self.grads, grads[1:]):
-            if total is not None and grad is not None:
-                total.add_(grad)
-
-
 @contextmanager
 def _without_hooks(tensors: Sequence[torch.Tensor]):
     """Context in which the tensors' own hooks (`register_hook`) do not run."""
@@ -423,22 +477,4 @@ def _without_hooks(tensors: Sequence[torch.Tensor]):
             tensor._backward_hooks = hooks
 
 
-def _soften(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax of `logits / temperature`, a new tile, and the logarithm of what it was divided by."""
-    probs = (logits / temperature).exp_()
-    total = probs.sum(-1, keepdim=True)
-    return probs.div_(total), total.log()
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Products of the rows of two tiles, `(rows, 1)`, without a third tile."""
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.bmm(a.unsqueeze(-2), b.unsqueeze(-1)).squeeze(-1)
-
-
-def _rows_per_tile(device: torch.device, vocab_size: int, live_tiles: int) -> int:
-    tile_bytes = _TILE_BYTES_CPU if device.type == "cpu" else _TILE_BYTES_ACCELERATOR
-    return max(1, tile_bytes // (4 * vocab_size * live_tiles))
-
-
-__all__ = ["MultiExitLossOutput", "multi_exit_loss"]
+__all__ = ["ExitLossOptions", "MultiExitLossOutput", "multi_exit_loss"]

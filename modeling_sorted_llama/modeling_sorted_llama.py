@@ -42,47 +42,11 @@ from .configuration_sorted_llama import (
     SortedLlamaConfig,
     check_exit_layer,
     check_exit_layers,
-    check_exit_loss_weights,
 )
 from .generation_sorted_llama import SortedGenerationMixin
 from .heads_sorted_llama import ExitHead, ExitLens, is_matrix_product
-from .loss_sorted_llama import MultiExitLossOutput, check_loss_options, multi_exit_loss
+from .loss_sorted_llama import EXIT_LOSS_OPTIONS, ExitLossOptions, MultiExitLossOutput, multi_exit_loss
 from .modes_sorted_llama import SORTED_GENERATION_FIELDS, make_plain
-
-
-class SortedLlamaKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]
-    """
-    Keyword arguments of [`SortedLlamaForCausalLM.forward`] beside those of every transformers model. All concern the
-    SoFT loss; see [`~modeling_sorted_llama.multi_exit_loss`].
-
-    Args:
-        shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Labels already shifted by one, as passed under context parallelism; used in place of `labels`.
-        exit_loss_weights (`list[float]`, *optional*):
-            Weight of each exit. Defaults to the config's, or 1.0 each.
-        exit_loss_reduction (`str`, *optional*, defaults to `"sum"`):
-            `"sum"` or `"mean"` over the exits.
-        loss_type (`str`, *optional*, defaults to `"nll"`):
-            `"nll"` or `"dft"`.
-        label_smoothing (`float`, *optional*, defaults to 0.0):
-            Share of the target mass spread over the vocabulary.
-        self_distillation_weight (`float`, *optional*, defaults to 0.0):
-            Weight of each exit's divergence from full depth.
-        self_distillation_temperature (`float`, *optional*, defaults to 1.0):
-            Temperature of both in that divergence.
-        detach_exits (`bool`, *optional*, defaults to `False`):
-            Whether the exits below full depth train nothing but what they own (`config.exit_heads`): no gradient of
-            theirs reaches a layer, the final norm or the shared LM head.
-    """
-
-    shift_labels: torch.LongTensor | None
-    exit_loss_weights: list[float] | None
-    exit_loss_reduction: str
-    loss_type: str
-    label_smoothing: float
-    self_distillation_weight: float
-    self_distillation_temperature: float
-    detach_exits: bool
 
 
 @dataclass
@@ -487,7 +451,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
         exit_layer: int | None = None,
         exit_layers: list[int] | None = None,
         skip_logits: bool | None = None,
-        **kwargs: Unpack[SortedLlamaKwargs],
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SortedCausalLMOutputWithPast:
         r"""
         Run the model, or its first layers. Every argument of [`~transformers.LlamaForCausalLM`] keeps its meaning;
@@ -503,9 +467,13 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
             exit_layers (`list[int]`, *optional*):
                 Exits whose losses are summed, ascending and ending in the full depth. Defaults to
                 `config.exit_layers`.
+            shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Labels already shifted by one, as passed under context parallelism; used in place of `labels`.
             skip_logits (`bool`, *optional*):
                 Whether to leave `logits` out of the output of a SoFT loss. Defaults to `True` while training several
                 exits, where they would be the largest tensor of the step, else to `False`.
+            kwargs (`Any`, *optional*):
+                The fields of [`ExitLossOptions`], with a SoFT loss; `num_items_in_batch`; what Llama takes.
 
         Returns:
             [`SortedCausalLMOutputWithPast`]: `logits` are those of the deepest layer that ran. With a [`SortedCache`],
@@ -519,11 +487,12 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
                 `output_attentions` are asked for where tokens are pending in the cache.
         """
         exits = self._loss_exits(exit_layer, exit_layers, labels)
-        loss_arguments = self._pop_loss_arguments(kwargs, exits)
+        options = self._exit_loss_options(kwargs, exits)
+        shifted = {} if exits is None else {n: kwargs.pop(n, None) for n in ("shift_labels", "num_items_in_batch")}
         depth = self.config.num_hidden_layers if exits is not None else self.model.depth(exit_layer)
         tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None and tokens is not None:
-            _check_labels(tokens.shape[:2], labels=labels, shift_labels=loss_arguments.get("shift_labels"))
+            _check_labels(tokens.shape[:2], labels=labels, shift_labels=shifted.get("shift_labels"))
         self._check_hidden_states(cache, depth, kwargs)
 
         outputs: SortedModelOutputWithPast = self.model(
@@ -541,7 +510,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
         loss = logits = None
         exit_statistics = {}
         if exits is not None:
-            multi_exit = self._multi_exit_loss(exits, outputs.exit_hidden_states, labels, **loss_arguments)
+            multi_exit = self._multi_exit_loss(exits, outputs.exit_hidden_states, labels, options, **shifted)
             loss = multi_exit.loss
             exit_statistics = {
                 "exit_losses": multi_exit.exit_losses,
@@ -594,71 +563,55 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
             exit_layers = self.config.exit_layers
         return None if exit_layers is None else check_exit_layers(exit_layers, self.config.num_hidden_layers)
 
-    def _pop_loss_arguments(self, kwargs: dict[str, Any], exits: list[int] | None) -> dict[str, Any]:
-        """Take the arguments of the SoFT loss out of `kwargs`; checked here, before any layer runs."""
-        names = (
-            "exit_loss_weights",
-            "exit_loss_reduction",
-            "loss_type",
-            "label_smoothing",
-            "self_distillation_weight",
-            "self_distillation_temperature",
-            "detach_exits",
-        )
-        own = {name: kwargs.pop(name, None) for name in names}
-        own = {name: value for name, value in own.items() if value is not None}
+    def _exit_loss_options(self, kwargs: dict[str, Any], exits: list[int] | None) -> ExitLossOptions | None:
+        """Take the options of the SoFT loss out of `kwargs`; checked here, before any layer runs."""
+        if kwargs.get("self_distillation_temperature") is not None:
+            raise ValueError(
+                f"`self_distillation_temperature={kwargs['self_distillation_temperature']!r}` is no option any more: "
+                "the divergence is that of the distributions as they are. Scale it by `self_distillation_weight`."
+            )
+        options = {name: kwargs.pop(name, None) for name in EXIT_LOSS_OPTIONS}
+        options = {name: value for name, value in options.items() if value is not None}
         if exits is None:
-            if own:
+            if options:
                 raise ValueError(
-                    f"{own} are arguments of the SoFT loss: it needs `labels` and `exit_layers` (here or in the "
+                    f"{options} are arguments of the SoFT loss: it needs `labels` and `exit_layers` (here or in the "
                     "config), and no `exit_layer`."
                 )
-            return {}
-        weights = own.get("exit_loss_weights")
-        if weights is None and exits == self.config.exit_layers:
-            weights = self.config.exit_loss_weights
-        options = {
-            "reduction": own.get("exit_loss_reduction", "sum"),
-            "loss_type": own.get("loss_type", "nll"),
-            "label_smoothing": own.get("label_smoothing", 0.0),
-            "self_distillation_weight": own.get("self_distillation_weight", 0.0),
-            "self_distillation_temperature": own.get("self_distillation_temperature", 1.0),
-        }
-        check_loss_options(**options)
-        detach_exits = own.get("detach_exits", False)
-        if detach_exits and not {*exits[:-1]} <= {*self.config.own_exits}:
+            return None
+        if exits == self.config.exit_layers:
+            options.setdefault("exit_loss_weights", self.config.exit_loss_weights)
+        loss_options = ExitLossOptions(**options)
+        loss_options.weights(len(exits))
+        if loss_options.detach_exits and not {*exits[:-1]} <= {*self.config.own_exits}:
             raise ValueError(
                 "`detach_exits=True` trains only what the exits own: every one of `exit_layers` below full depth must "
                 f"have weights of its own (`exit_heads='lens'` or 'separate'), got exits {exits} where "
                 f"{self.config.own_exits} have."
             )
-        return {
-            "detach_exits": detach_exits,
-            "exit_loss_weights": None if weights is None else check_exit_loss_weights(weights, len(exits)),
-            "shift_labels": kwargs.pop("shift_labels", None),
-            "num_items_in_batch": kwargs.pop("num_items_in_batch", None),
-            **options,
-        }
+        return loss_options
 
     def _multi_exit_loss(
-        self, exits, exit_hidden_states, labels, shift_labels=None, detach_exits=False, **loss_arguments
+        self,
+        exits: list[int],
+        exit_hidden_states: Sequence[torch.Tensor],
+        labels: torch.Tensor,
+        options: ExitLossOptions,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> MultiExitLossOutput:
-        exit_hidden_states = [_newest(states, labels.shape[1]) for states in exit_hidden_states]
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
         shift_labels = shift_labels.flatten()
-        # Only tokens with a label reach the norm and the head
-        labelled = (shift_labels != -100).nonzero().squeeze(-1)
-        if detach_exits:
-            exit_hidden_states = [*(states.detach() for states in exit_hidden_states[:-1]), exit_hidden_states[-1]]
-        normed = [
-            self.model.exit_norm(k)(states.flatten(0, -2).index_select(0, labelled.to(states.device)))
-            for k, states in zip(exits, exit_hidden_states, strict=True)
-        ]
+        labelled = (shift_labels != -100).nonzero().squeeze(-1)  # only these reach the norm and the head
+        normed = []
+        for k, states in zip(exits, exit_hidden_states, strict=True):
+            states = _newest(states, labels.shape[1]).flatten(0, -2).index_select(0, labelled.to(states.device))
+            is_detached = options.detach_exits and k != exits[-1]
+            normed.append(self.model.exit_norm(k)(states.detach() if is_detached else states))
         heads = [self.exit_head(k) for k in exits]
         gather_in_backward(self, heads)
-        trains_head = [not detach_exits or k == exits[-1] or str(k) in self.exit_lm_heads for k in exits]
-        return multi_exit_loss(normed, heads, shift_labels[labelled], trains_head=trains_head, **loss_arguments)
+        return multi_exit_loss(normed, heads, shift_labels[labelled], options, num_items_in_batch)
 
     def extract_submodel(self, exit_layer: int) -> LlamaForCausalLM:
         """

@@ -21,9 +21,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sorted_llama.modeling_sorted_llama import loss_sorted_llama, multi_exit_loss
+from sorted_llama.modeling_sorted_llama import ExitLossOptions, loss_sorted_llama
 from sorted_llama.modeling_sorted_llama.heads_sorted_llama import ExitHead, is_matrix_product
 from tests.tiny import reference_llama, tiny_sorted
+
+
+def multi_exit_loss(states, head, labels, weights=None, num_items=None, **options):
+    options = ExitLossOptions(exit_loss_weights=weights, **options)
+    return loss_sorted_llama.multi_exit_loss(states, head, labels, options, num_items)
 
 
 def assert_near(actual, expected, tolerance=1e-5):
@@ -41,10 +46,9 @@ def naive_token_losses(logits, labels, loss_type="nll", label_smoothing=0.0):
     return token_losses
 
 
-def naive_divergence(logits, teacher_logits, temperature):
+def naive_divergence(logits, teacher_logits):
     """Sum over the tokens of the divergence from a teacher that gets no gradient."""
-    teacher = (teacher_logits.detach().float() / temperature).softmax(-1)
-    return F.kl_div((logits.float() / temperature).log_softmax(-1), teacher, reduction="sum")
+    return F.kl_div(logits.float().log_softmax(-1), teacher_logits.detach().float().softmax(-1), reduction="sum")
 
 
 def naive_loss(
@@ -52,10 +56,9 @@ def naive_loss(
     head,
     labels,
     weights=None,
-    reduction="sum",
     num_items=None,
+    exit_loss_reduction="sum",
     self_distillation_weight=0.0,
-    self_distillation_temperature=1.0,
     **kwargs,
 ):
     """The loss, the exits' losses, accuracies, agreements and divergences, from the full logits of all exits."""
@@ -64,12 +67,12 @@ def naive_loss(
     heads = [head] * len(hidden_states) if isinstance(head, nn.Module) else head
     logits = [head(states) for head, states in zip(heads, hidden_states, strict=True)]
     losses = torch.stack([naive_token_losses(x, labels, **kwargs).sum() / num_items for x in logits])
-    divergences = [naive_divergence(x, logits[-1], self_distillation_temperature) / num_items for x in logits[:-1]]
+    divergences = [naive_divergence(x, logits[-1]) / num_items for x in logits[:-1]]
     divergences = torch.stack([*divergences, losses.new_zeros(())])
     top1 = torch.stack([x.argmax(-1) for x in logits])
-    loss = losses + self_distillation_weight * self_distillation_temperature**2 * divergences
+    loss = losses + self_distillation_weight * divergences
     loss = (loss * torch.tensor(weights)).sum()
-    if reduction == "mean":
+    if exit_loss_reduction == "mean":
         loss = loss / len(weights)
     return loss, losses, (top1 == labels).float().mean(-1), (top1 == top1[-1]).float().mean(-1), divergences
 
@@ -111,14 +114,12 @@ def test_equals_the_naive_sum(data):
         st.none()
         | st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=num_exits, max_size=num_exits).filter(any)
     )
-    reduction = data.draw(st.sampled_from(["sum", "mean"]))
     num_items = data.draw(st.sampled_from([None, 7, torch.tensor(50)]))
     options = data.draw(
         st.sampled_from([{}, {"loss_type": "dft"}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}])
     )
-    distillation = data.draw(st.sampled_from([None, (0.5, 1.0), (1.0, 2.0), (3.0, 0.7)]))
-    if distillation is not None:
-        options = {**options, **dict(zip(("self_distillation_weight", "self_distillation_temperature"), distillation))}
+    options = {**options, "exit_loss_reduction": data.draw(st.sampled_from(["sum", "mean"]))}
+    options |= {"self_distillation_weight": data.draw(st.sampled_from([0.0, 0.5, 3.0]))}
     heads = [head]
     if data.draw(st.booleans()):  # a head for each exit, some of which are the same
         number = data.draw(st.integers(1, num_exits))
@@ -129,9 +130,9 @@ def test_equals_the_naive_sum(data):
     rows = data.draw(st.integers(1, 12))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", 4 * vocab_size * rows)
-        fused = multi_exit_loss(states, lm_head, labels, weights, reduction, num_items, **options)
+        fused = multi_exit_loss(states, lm_head, labels, weights, num_items, **options)
     loss, losses, accuracies, agreements, divergences = naive_loss(
-        states, lm_head, labels, weights, reduction, num_items, **options
+        states, lm_head, labels, weights, num_items, **options
     )
 
     assert fused.loss.dtype == fused.exit_losses.dtype == torch.float32
@@ -140,7 +141,7 @@ def test_equals_the_naive_sum(data):
     torch.testing.assert_close(fused.exit_token_accuracies, accuracies)
     torch.testing.assert_close(fused.exit_agreements, agreements)
     statistics = [fused.exit_losses, fused.exit_token_accuracies, fused.exit_agreements]
-    if distillation is None:
+    if not options["self_distillation_weight"]:
         assert fused.exit_divergences is None
     else:
         assert (fused.exit_divergences - divergences).abs().max() < 1e-5 * (1 + losses.max())
@@ -238,7 +239,8 @@ def test_no_labelled_token():
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        ({"reduction": "none"}, "reduction"),
+        ({"exit_loss_reduction": "none"}, "exit_loss_reduction"),
+        ({"weights": [1.0, 1.0]}, "exit_loss_weights"),
         ({"loss_type": "focal"}, "loss_type"),
         ({"label_smoothing": -0.1}, "label_smoothing"),
         ({"label_smoothing": 1.1}, "label_smoothing"),
@@ -246,8 +248,6 @@ def test_no_labelled_token():
         ({"label_smoothing": 0.1, "loss_type": "dft"}, "label_smoothing"),
         ({"self_distillation_weight": -1.0}, "self_distillation_weight"),
         ({"self_distillation_weight": float("inf")}, "self_distillation_weight"),
-        ({"self_distillation_temperature": 0.0}, "self_distillation_temperature"),
-        ({"self_distillation_temperature": float("nan")}, "self_distillation_temperature"),
     ],
 )
 def test_wrong_arguments(arguments, named):
@@ -264,7 +264,7 @@ def test_two_forwards_accumulate():
     loss, *_ = naive_loss(states, head, labels)
     expected = gradients(loss, (*states, head.weight))
     for part in (slice(0, 5), slice(5, None)):
-        multi_exit_loss([s[part] for s in states], head, labels[part], num_items_in_batch=13).loss.backward()
+        multi_exit_loss([s[part] for s in states], head, labels[part], num_items=13).loss.backward()
     for actual, reference in zip((*states, head.weight), expected, strict=True):
         assert_near(actual.grad, reference)
 
@@ -325,23 +325,25 @@ def test_other_heads(small_tiles, make_head, options):
 
 
 @pytest.mark.parametrize("make_head", [lambda head: head, lora_head, biased_head], ids=["linear", "lora", "bias"])
-@pytest.mark.parametrize("trains_head", [[False, False, True], [True, False, False], [False] * 3], ids=str)
 @pytest.mark.parametrize("states_need_grad", [True, False])
-def test_exits_that_do_not_train_their_head(small_tiles, make_head, trains_head, states_need_grad):
+@pytest.mark.parametrize("owned", [[], [1], [0, 1]], ids=str)
+def test_detached_exits_train_heads_of_their_own_and_not_the_last_exits(
+    small_tiles, make_head, states_need_grad, owned
+):
     torch.manual_seed(0)
     states, head, labels = make_inputs()
-    head = make_head(head)
-    frozen = copy.deepcopy(head).requires_grad_(False)
-    params = [param for param in head.parameters() if param.requires_grad]
     states = [tensor.requires_grad_(states_need_grad) for tensor in states]
-    naive_heads = [head if trained else frozen for trained in trains_head]
+    head = make_head(head)
+    heads = [copy.deepcopy(head) if e in owned else head for e in range(3)]
+    frozen = copy.deepcopy(head).requires_grad_(False)
+    naive_heads = [head if e in owned or e == 2 else frozen for e, head in enumerate(heads)]
     loss, losses, *_ = naive_loss(states, naive_heads, labels)
-    fused = multi_exit_loss(states, head, labels, trains_head=trains_head)
+    fused = multi_exit_loss(states, heads, labels, detach_exits=True)
     assert_near(fused.exit_losses, losses)
-    tensors = [*(states if states_need_grad else []), *params]
-    if loss.requires_grad:
-        for actual, expected in zip(gradients(fused.loss, tensors), gradients(loss, tensors), strict=True):
-            assert_near(actual, expected)
+    params = {id(param): param for head in heads for param in head.parameters() if param.requires_grad}
+    tensors = [*(states if states_need_grad else []), *params.values()]
+    for actual, expected in zip(gradients(fused.loss, tensors), gradients(loss, tensors), strict=True):
+        assert_near(actual, expected)
 
 
 class _Scaled(nn.Linear):
@@ -616,7 +618,6 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 def test_fsdp2_of_two_processes(tmp_path):
     root = str(Path(__file__).parents[2])
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -727,11 +728,10 @@ def test_memory_is_one_tile_and_one_head_gradient(monkeypatch, num_exits, num_to
     assert TILE < memory.peak <= TILE + 4 * VOCAB * HIDDEN + state_gradients + small
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_memory_of_distillation_is_that_of_the_loss(monkeypatch, temperature):
+def test_memory_of_distillation_is_that_of_the_loss(monkeypatch):
     monkeypatch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", TILE)
     plain = measure(4, 400)
-    distilled = measure(4, 400, self_distillation_weight=1.0, self_distillation_temperature=temperature)
+    distilled = measure(4, 400, self_distillation_weight=1.0)
     assert distilled.peak <= plain.peak + TILE / 10
 
 
@@ -779,7 +779,7 @@ MODELS = [
         {"loss_type": "dft"},
         {"label_smoothing": 0.1},
         {"num_items_in_batch": 40},
-        {"self_distillation_weight": 0.7, "self_distillation_temperature": 2.0},
+        {"self_distillation_weight": 0.7},
     ],
     ids=str,
 )
@@ -790,11 +790,7 @@ def test_model_gradients(monkeypatch, overrides, options):
     reference = reference_llama(model, 4)
     input_ids, labels = make_batch()
     outputs = model(input_ids=input_ids, labels=labels, **options)
-    names = {
-        "exit_loss_weights": "weights",
-        "exit_loss_reduction": "reduction",
-        "num_items_in_batch": "num_items",
-    }
+    names = {"exit_loss_weights": "weights", "num_items_in_batch": "num_items"}
     naive_options = {names.get(name, name): value for name, value in options.items()}
     naive = naive_model_loss(reference, input_ids, labels, [1, 2, 4], **naive_options)
     loss, losses, accuracies, agreements, divergences = naive

@@ -394,6 +394,11 @@ def test_bad_options_of_the_soft_loss(argument, allowed):
     assert_refused(tiny_sorted(), [allowed, repr(next(iter(argument.values())))], **batch(), **argument)
 
 
+def test_a_temperature_of_the_distillation_is_refused_as_no_option_any_more():
+    options = {"self_distillation_weight": 1.0, "self_distillation_temperature": 2.0}
+    assert_refused(tiny_sorted(), ["`self_distillation_temperature=2.0`", "no option any more"], **batch(), **options)
+
+
 def test_untrained_exit_warns_once(caplog):
     model = tiny_sorted(num_hidden_layers=7, exit_layers=[3, 7])
     tokens = batch()["input_ids"]
