@@ -349,7 +349,7 @@ def _to_gradient(
     if label_smoothing:
         exps.sub_(weight * label_smoothing / exps.shape[-1])
     exps.scatter_add_(-1, target, -weight * (1 - label_smoothing))
-    if distillation:
+    if teacher is not None and distillation:
         exps.sub_(teacher, alpha=distillation)
 
 

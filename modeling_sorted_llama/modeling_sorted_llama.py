@@ -594,9 +594,9 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
     def _multi_exit_loss(
         self,
         exits: list[int],
-        exit_hidden_states: Sequence[torch.Tensor],
-        labels: torch.Tensor,
-        options: ExitLossOptions,
+        exit_hidden_states: Any,
+        labels: Any,
+        options: Any,
         shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> MultiExitLossOutput:
