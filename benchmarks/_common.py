@@ -4,6 +4,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 
-from sorted_llama import SortedCache, SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaForCausalLM
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
 
 
@@ -111,26 +112,30 @@ def where() -> str:
 
 
 def trace(model, generate: Callable[..., object], rows: int) -> list[tuple[int, int, int, int]]:
-    """What a call on a `SortedCache` runs, in order: first and last layer, tokens a row in them, and in the head."""
-    events = []
-    leave = SortedCache.leave
+    """What a call runs, in order, as hooks see it: first and last layer, tokens a row in them, and in the head."""
+    events: list[tuple[int, int, int, int]] = []
 
-    def logged(cache, first, last, block):
-        if block.width > 0:
-            events.append((first, last, block.width, 0))
-        return leave(cache, first, last, block)
+    def layer_runs(number: int, inputs: tuple, kwargs: dict) -> None:
+        states = inputs[0] if inputs else kwargs["hidden_states"]
+        tokens = states[..., 0].numel() // rows
+        if events and events[-1][1:] == (number, tokens, 0):  # the next layer, with the same tokens
+            events[-1] = (events[-1][0], number + 1, tokens, 0)
+        else:
+            events.append((number, number + 1, tokens, 0))
 
-    def head(_, inputs):
+    def head_runs(_, inputs: tuple) -> None:
         tokens = inputs[0][..., 0].numel() // rows
         events.append((0, 0, tokens, tokens))
 
-    hook = model.lm_head.register_forward_pre_hook(head)
-    SortedCache.leave = logged
+    hooks = [model.lm_head.register_forward_pre_hook(head_runs)]
+    for number, layer in enumerate(model.model.layers):
+        hook = partial(lambda number, _, inputs, kwargs: layer_runs(number, inputs, kwargs), number)
+        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         generate()
     finally:
-        SortedCache.leave = leave
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return events
 
 

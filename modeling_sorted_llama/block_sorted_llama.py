@@ -40,11 +40,20 @@ class Block:
         else:
             storage[rows, slots] = values
 
+    def store(
+        self, storage: torch.Tensor | None, values: torch.Tensor, batch_size: int, step: int, at_least: int = 0
+    ) -> torch.Tensor:
+        """[`write`] to `storage`, or to a larger one where it is `None` or ends before the block: see [`reserve`]."""
+        storage = reserve(storage, values, batch_size, self.end, step, at_least)
+        self.write(storage, values)
+        return storage
+
     def read(self, storage: torch.Tensor) -> torch.Tensor:
-        """The cells of `storage`, `(batch_size, slots, ...)`: `(num_rows, width, ...)`."""
+        """The cells of `storage`, `(batch_size, slots, dim)`: `(num_rows, width, dim)`."""
         if self.even and self.rows is None:
-            return storage[:, self.starts[0] : self.starts[0] + self.width]
-        return storage[self.index(storage.device)]
+            return outside_inference(storage[:, self.starts[0] : self.starts[0] + self.width])
+        rows, slots = self.index(storage.device)
+        return storage[rows, slots.clamp(max=storage.shape[1] - 1)]  # cells that hold no token may lie behind its end
 
     def select(self, storage: torch.Tensor) -> torch.Tensor:
         """The rows of `storage`: a view where they are all of them."""
@@ -68,15 +77,17 @@ def index_tensor(values: Iterable[int], device: torch.device) -> torch.Tensor:
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
+def outside_inference(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy: what `torch.inference_mode()` made can be neither written to nor trained through later."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
 def reserve(
     storage: torch.Tensor | None, values: torch.Tensor, batch_size: int, slots: int, step: int, at_least: int = 0
 ) -> torch.Tensor:
-    """
-    `storage`, `(batch_size, ..., slots, dim)`, with room for `slots`, that may be written to: what was made under
-    `torch.inference_mode()` may not be, outside of it. New slots are zeros: NaN would pass a mask.
-    """
+    """`storage`, `(batch_size, ..., slots, dim)`, with room for `slots`. New ones are zeros: NaN would pass a mask."""
     if storage is not None and storage.shape[-2] >= slots:
-        return storage.clone() if storage.is_inference() and not torch.is_inference_mode_enabled() else storage
+        return outside_inference(storage)
     slots = max(-(-slots // step) * step, at_least)
     grown = values.new_zeros(batch_size, *values.shape[1:-2], slots, values.shape[-1])
     if storage is not None:

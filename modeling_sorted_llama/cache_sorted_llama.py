@@ -1,16 +1,16 @@
 """SortedCache: a key-value cache that knows how deep each token has been run."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, eager_mask, sdpa_mask
 
-from .block_sorted_llama import Block, index_tensor, reserve
+from .block_sorted_llama import Block, index_tensor
 from .compat_sorted_llama import CACHE_NAME
 from .configuration_sorted_llama import as_int
 
@@ -19,35 +19,20 @@ STORAGE_BLOCK = 256  # tokens by which the keys and values of a layer grow: no c
 PENDING_BLOCK = 32
 
 
-class _SizesOfBlock(Cache):
-    """What transformers asks of a cache when it makes the mask of a block whose rows are of one length."""
-
-    def __init__(self, block: Block):
-        super().__init__(layers=[])
-        self.block = block
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.block.starts[0]
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.block.end, 0
-
-
 class SortedCacheLayer(DynamicLayer):
     """
     Keys and values of one decoder layer, each of shape `(batch_size, num_heads, max(lengths), head_dim)`, in storage
     that grows by blocks of 256 tokens. Row `r` holds `lengths[r]` tokens.
     """
 
-    def __init__(self, max_cache_len: int = 0):
+    def __init__(self, batch_size: int, max_cache_len: int = 0):
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
         super().__init__()
         self.max_cache_len = max_cache_len
-        self.lengths: tuple[int, ...] = ()
-        self.block: Block | None = None
+        self.lengths = (0,) * batch_size
 
-    # What transformers sees (and reorders, repeats) is the storage in use
+    # Others see the part of the storage that is in use
     @property
     def keys(self) -> torch.Tensor | None:
         return None if self._keys is None else self._keys[..., : self.get_seq_length(), :]
@@ -64,57 +49,35 @@ class SortedCacheLayer(DynamicLayer):
     def values(self, values: torch.Tensor | None) -> None:
         self._values = values
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+    def write(self, block: Block, key_states: torch.Tensor, value_states: torch.Tensor):
+        """Store the keys and values of a block, and return those that its rows attend to."""
         self.is_initialized = True
-
-    @torch.compiler.disable
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.prefetch()  # where the pass before ended at an exit, this layer was not the next one
-        block, appended = self.block, self.block is None
-        if block is None:  # a model that is not ours: the rows grow alike
-            block = _block_of_all_rows(self.lengths, key_states)
-        batch_size = len(self.lengths) or key_states.shape[0]
-        self._keys = reserve(self._keys, key_states, batch_size, block.end, STORAGE_BLOCK, self.max_cache_len)
-        self._values = reserve(self._values, value_states, batch_size, block.end, STORAGE_BLOCK, self.max_cache_len)
-        block.write(self._keys, key_states)
-        block.write(self._values, value_states)
-        if appended:
-            self.lengths = (block.end,) * batch_size
+        sizes = len(self.lengths), STORAGE_BLOCK, self.max_cache_len
+        self._keys = block.store(self._keys, key_states, *sizes)
+        self._values = block.store(self._values, value_states, *sizes)
         return block.select(self._keys[..., : block.end, :]), block.select(self._values[..., : block.end, :])
 
     def get_seq_length(self) -> int:
         return max(self.lengths, default=0)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
 
-    # The whole storage moves: tokens on their way up are in it before `lengths` counts them
-    def offload(self) -> None:
-        if self._keys is not None and self._values is not None:
-            self._keys = self._keys.to("cpu", non_blocking=True)
-            self._values = self._values.to("cpu", non_blocking=True)
+class BlockCache(Cache):
+    """The cache that the layers of a segment are given: it puts the keys and values of a block in their cells."""
 
-    def prefetch(self) -> None:
-        if self._keys is not None and self._values is not None and self._keys.device != self.device:
-            self._keys = self._keys.to(self.device, non_blocking=True)
-            self._values = self._values.to(self.device, non_blocking=True)
+    def __init__(self, layers: list[Any], block: Block):
+        super().__init__(layers=layers)
+        self.block = block
 
-    def crop(self, tokens_to_remove: int) -> None:
-        self.lengths = tuple(max(length - abs(tokens_to_remove), 0) for length in self.lengths)
-
-    def reset(self) -> None:
-        self.lengths = ()
-        self._keys = self._values = None
-        self.is_initialized = False
+    @torch.compiler.disable
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        layer: Any = self.layers[layer_idx]
+        return layer.write(self.block, key_states, value_states)
 
 
 class SortedCache(Cache):
     """
     A key-value cache in which every token may have been run to its own depth. `generate` makes one wherever depth
-    moves; passed back in, it continues in any mode.
+    moves; passed back in, it continues in any mode. Only sorted models can fill it.
 
     Exits cut the decoder into segments. Each layer knows how many tokens passed it, and the hidden states of tokens
     that stopped at an exit are kept there, *pending*: the next forward pass that goes deeper takes them along, as one
@@ -128,8 +91,6 @@ class SortedCache(Cache):
     Args:
         max_cache_len (`int`, *optional*, defaults to 0):
             Number of tokens to allocate at once; more still fit.
-        offloading (`bool`, *optional*, defaults to `False`):
-            Whether to keep keys and values in CPU memory, as [`~transformers.DynamicCache`] does.
 
     Attributes:
         lengths (`tuple[int, ...]`): Number of tokens of each row.
@@ -155,56 +116,30 @@ class SortedCache(Cache):
     ```
     """
 
-    def __init__(self, max_cache_len: int = 0, offloading: bool = False):
-        new_layer: Any = partial(SortedCacheLayer, max_cache_len)
-        super().__init__(layer_class_to_replicate=new_layer, offloading=offloading)
+    layers: list[Any]
+
+    def __init__(self, max_cache_len: int = 0):
+        super().__init__(layers=[])
+        self.max_cache_len = max_cache_len
         self.lengths: tuple[int, ...] = ()
         self.pending: dict[int, torch.Tensor] = {}
         self.layer_token_passes = 0
-        self._positions: torch.Tensor | None = None  # (batch_size, slots)
-        self._mask: torch.Tensor | None = None  # (batch_size, slots); `None` where every token is attended to
+        self._positions: Any = None  # (batch_size, slots, 1)
+        self._mask: torch.Tensor | None = None  # (batch_size, slots, 1); `None` where every token is attended to
         self._angles: torch.Tensor | None = None  # (batch_size, slots, 2 * head_dim); see `_write_angles`
         self._positions_ahead = 0  # of the slots, in the row where they are most; padding makes it negative
-        self._block: Block | None = None
-        self._plain_lengths: tuple[int, ...] = ()
 
     # What transformers asks of a cache
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        self._add_layers(layer_idx + 1)
-        if self._block is None:
-            self._begin_plain_update(key_states, layer_idx)
-        self.layers[layer_idx].block = self._block
-        self.layers[layer_idx].lengths = self.lengths_in(layer_idx)  # zeros before the first
-        keys_and_values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self._block is None and layer_idx == 0:
-            self.lengths = self.layers[0].lengths
-        return keys_and_values
-
-    def prefetch(self, layer_idx: int, *args: Any, **kwargs: Any) -> None:
-        if len(self.layers) > 1:  # a lone layer would be its own successor, fetched while it is in use
-            super().prefetch(layer_idx, *args, **kwargs)
-
-    def _begin_plain_update(self, key_states: torch.Tensor, layer_idx: int) -> None:
-        """A plain Llama goes on with this cache: all rows alike, and nothing may be pending in its layers."""
-        if layer_idx == 0:
-            self._plain_lengths = self.lengths
-            self.pending = {}  # the new tokens will not be among them
-            if self._positions is not None:
-                block = _block_of_all_rows(self.lengths, key_states)
-                self._write_positions(self._next_positions(block, self._positions.device), block)
-                self._append_to_mask(None, block, self._positions.device)
-        passed = self.lengths_in(layer_idx)
-        if self._plain_lengths and passed != self._plain_lengths:
-            raise ValueError(
-                f"The cache holds {max(self._plain_lengths)} tokens in layer {layer_idx} but {max(passed)} in layer "
-                f"{layer_idx + 1}, and a plain Llama cannot take along what is pending: run a sorted model to this "
-                "depth first, or start from an empty cache."
-            )
+    def update(self, *args: Any, **kwargs: Any):
+        raise ValueError(
+            "Only a sorted model can go on with a `SortedCache`, which has to know how deep each token has been run: "
+            "load the checkpoint as a `SortedLlamaForCausalLM`, or start this model from an empty `DynamicCache()`."
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens of the longest row; of layer `layer_idx`, those that passed it."""
-        return max(self.lengths, default=0) if layer_idx == 0 else max(self.lengths_in(layer_idx), default=0)
+        return max(self.lengths if layer_idx == 0 else self.lengths_in(layer_idx), default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.get_seq_length(layer_idx) + query_length, 0
@@ -212,10 +147,6 @@ class SortedCache(Cache):
     @property
     def batch_size(self) -> int:
         return len(self.lengths) or -1
-
-    @property
-    def is_croppable(self) -> bool:
-        return True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens of every row (transformers counts them negative)."""
@@ -227,8 +158,7 @@ class SortedCache(Cache):
         self.rollback([max(length + tokens_to_remove, 0) for length in self.lengths])
 
     def reset(self) -> None:
-        super().reset()
-        self.lengths, self.pending = (), {}
+        self.layers, self.lengths, self.pending = [], (), {}
         self._positions = self._mask = self._angles = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -247,26 +177,25 @@ class SortedCache(Cache):
         rows = [row for row in range(len(self.lengths)) for _ in range(repeats)]
         self._apply_to_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0), rows)
 
-    def _apply_to_rows(self, function: Any, rows: list[int]) -> None:
-        if self.offloading and torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # a layer may be on its way
+    def _apply_to_rows(self, function: Callable[[torch.Tensor], torch.Tensor], rows: list[int]) -> None:
+        """`function` makes the rows `rows` of every tensor."""
+
+        def apply(tensor: torch.Tensor | None) -> Any:
+            return None if tensor is None else function(tensor)
+
         for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys, layer.values = function(layer.keys), function(layer.values)
-                layer.lengths = tuple(layer.lengths[row] for row in rows)
+            layer.keys, layer.values = apply(layer.keys), apply(layer.values)
+            layer.lengths = tuple(layer.lengths[row] for row in rows)
         self.lengths = tuple(self.lengths[row] for row in rows)
         self.pending = {depth: function(states) for depth, states in self.pending.items()}
-        self._positions = None if self._positions is None else function(self._positions)
-        self._mask = None if self._mask is None else function(self._mask)
-        self._angles = None if self._angles is None else function(self._angles)
+        self._positions, self._mask, self._angles = map(apply, (self._positions, self._mask, self._angles))
         self._free_pending()
 
     # What the sorted model asks of it
 
     def lengths_in(self, layer_idx: int) -> tuple[int, ...]:
         """Number of tokens of each row that passed layer `layer_idx` (from 0)."""
-        lengths = self.layers[layer_idx].lengths if layer_idx < len(self.layers) else ()
-        return lengths or (0,) * len(self.lengths)
+        return self.layers[layer_idx].lengths if layer_idx < len(self.layers) else (0,) * len(self.lengths)
 
     def rollback(self, lengths: Sequence[int]) -> None:
         """
@@ -285,11 +214,8 @@ class SortedCache(Cache):
                 f"`lengths` must hold {len(self.lengths)} integers of at least 0, one a row, got {list(lengths)}."
             )
         self.lengths = tuple(map(min, self.lengths, lengths))
-        cropped: dict[tuple[int, ...], tuple[int, ...]] = {}  # the layers of a segment have the same lengths
         for layer in self.layers:
-            if layer.lengths not in cropped:
-                cropped[layer.lengths] = tuple(map(min, layer.lengths, lengths))
-            layer.lengths = cropped[layer.lengths]
+            layer.lengths = tuple(map(min, layer.lengths, lengths))
         self._free_pending()
 
     def append(
@@ -331,75 +257,25 @@ class SortedCache(Cache):
         """
         num_rows, num_tokens = inputs_embeds.shape[:2]
         known = self.lengths or (0,) * num_rows
-        expected = len(known) if rows is None else len(rows)
-        if num_rows != expected:
-            raise ValueError(f"The cache holds {expected} rows, but the input has {num_rows}.")
         starts = known if rows is None else [known[row] for row in rows]
+        if num_rows != len(starts):
+            raise ValueError(f"The cache holds {len(starts)} rows, but the input has {num_rows}.")
         block = Block(rows, starts, [num_tokens] * num_rows if counts is None else counts)
         self._check_mask(attention_mask, block)
         self.lengths = known
         if num_tokens == 0:
             return block
 
-        batch_size, device = len(self.lengths), inputs_embeds.device
+        device = inputs_embeds.device
         if position_ids is None:
             position_ids = self._next_positions(block, device)
-        self._write_positions(position_ids, block)
+        position_ids = position_ids.expand(num_rows, num_tokens)
+        self._positions = block.store(self._positions, position_ids.unsqueeze(-1), len(known), STORAGE_BLOCK)
         self._append_to_mask(attention_mask, block, device)
         if rotary_emb is not None and (rotary_emb.rope_type == "longrope" or "dynamic" in rotary_emb.rope_type):
             self._write_angles(rotary_emb, position_ids, block, inputs_embeds, one_by_one)
-
-        grown = list(self.lengths)
-        for row, start, count in zip(range(batch_size) if rows is None else rows, starts, block.counts, strict=True):
-            grown[row] = start + count
-        self.lengths = tuple(grown)
+        self.lengths = _lengths_behind(block, known)
         return block
-
-    def _write_positions(self, position_ids: torch.Tensor, block: Block) -> None:
-        values = position_ids.expand(len(block.starts), block.width).unsqueeze(-1)
-        if self._positions is None and max(self.lengths) > 0:  # a plain Llama has filled the cache
-            self._positions = torch.arange(max(self.lengths), device=values.device).repeat(len(self.lengths), 1)
-        positions = None if self._positions is None else self._positions.unsqueeze(-1)
-        positions = reserve(positions, values, len(self.lengths), block.end, STORAGE_BLOCK)
-        block.write(positions, values)
-        self._positions = positions.squeeze(-1)
-
-    def _write_angles(
-        self, rotary_emb: Any, position_ids: torch.Tensor, block: Block, states: torch.Tensor, one_by_one: bool
-    ) -> None:
-        """
-        RoPE of kind `dynamic` and `longrope` turns all tokens of a call by angles that depend on the greatest position
-        in it, and remembers the greatest of all. A block of drafts, or of tokens that were pending, is no call of
-        plain decoding: each of its tokens gets, once, the angles that it has there.
-        """
-        position_ids = position_ids.expand(len(block.starts), block.width)
-        if block.rows is None and block.even:
-            self._positions_ahead = int(position_ids.max()) - (block.end - 1)
-        values: Any = None
-        parts = [slice(i, i + 1) for i in range(block.width)] if one_by_one else [slice(0, block.width)]
-        for start in set(block.starts):
-            rows = index_tensor([i for i, s in enumerate(block.starts) if s == start], states.device)
-            for part in parts:
-                newest = position_ids.new_full((len(rows), 1), start + part.stop - 1 + self._positions_ahead)
-                rotary_emb(states, position_ids=torch.zeros_like(newest))  # forgets the greatest
-                positions = torch.cat([position_ids[rows, part], newest], dim=1)
-                angles = torch.cat(rotary_emb(states, position_ids=positions), dim=-1)[:, :-1]
-                if values is None:
-                    values = angles.new_zeros(len(block.starts), block.width, angles.shape[-1])
-                values[rows, part] = angles
-        self._angles = reserve(self._angles, values, len(self.lengths), block.end, STORAGE_BLOCK)
-        block.write(self._angles, values)
-
-    def _next_positions(self, block: Block, device: torch.device) -> torch.Tensor:
-        new = torch.arange(block.width, device=device)
-        if self._positions is None:
-            return new + index_tensor(block.starts, device)[:, None]
-        if block.even and block.rows is None:
-            start = block.starts[0]
-            return new + (self._positions[:, start - 1 : start] + 1 if start > 0 else 0)
-        rows, slots = block.index(device)
-        newest = self._positions[rows, slots[:, :1].clamp(min=1) - 1]
-        return new + torch.where(slots[:, :1] > 0, newest + 1, 0)
 
     def _check_mask(self, attention_mask: torch.Tensor | None, block: Block) -> None:
         num_rows, widths = len(block.starts), {block.width, block.end if block.even else block.width}
@@ -411,19 +287,53 @@ class SortedCache(Cache):
                 f"where rows are of one length, or ({num_rows}, {block.width}), got {tuple(attention_mask.shape)}."
             )
 
+    def _next_positions(self, block: Block, device: torch.device) -> torch.Tensor:
+        """Positions of a block's tokens, each behind the one before it in its row."""
+        new = torch.arange(block.width, device=device)
+        if self._positions is None or max(block.starts) == 0:
+            return new
+        if block.even and block.rows is None:
+            return new + self._positions[:, block.starts[0] - 1] + 1
+        rows, slots = block.index(device)
+        newest = self._positions[rows, (slots[:, :1] - 1).clamp(min=0)].squeeze(-1)
+        return new + torch.where(slots[:, :1] > 0, newest + 1, 0)
+
     def _append_to_mask(self, attention_mask: torch.Tensor | None, block: Block, device: torch.device) -> None:
         if attention_mask is None and self._mask is None:
             return
-        new = torch.ones(len(block.starts), block.width, dtype=torch.bool, device=device)
-        if attention_mask is not None:
-            new = attention_mask[:, -block.width :].to(device, torch.bool)
+        batch_size = len(self.lengths)
         if self._mask is None:
-            self._mask = torch.ones(len(self.lengths), max(self.lengths), dtype=torch.bool, device=device)
-        mask = reserve(self._mask.unsqueeze(-1), new.unsqueeze(-1), len(self.lengths), block.end, STORAGE_BLOCK)
-        block.write(mask, new.unsqueeze(-1))
-        self._mask = mask.squeeze(-1)
-        if attention_mask is not None and attention_mask.shape[1] > block.width and block.rows is None:
-            self._mask[:, : block.starts[0]] = attention_mask[:, : -block.width]
+            self._mask = torch.ones(batch_size, max(self.lengths), 1, dtype=torch.bool, device=device)
+        if attention_mask is None:
+            attention_mask = torch.ones(len(block.starts), block.width, device=device)
+        attended = attention_mask.to(device, torch.bool).unsqueeze(-1)
+        self._mask = block.store(self._mask, attended[:, -block.width :], batch_size, STORAGE_BLOCK)
+        if attended.shape[1] > block.width and block.rows is None:
+            self._mask[:, : block.starts[0]] = attended[:, : -block.width]
+
+    def _write_angles(
+        self, rotary_emb: Any, position_ids: torch.Tensor, block: Block, states: torch.Tensor, one_by_one: bool
+    ) -> None:
+        """
+        RoPE of kind `dynamic` and `longrope` turns all tokens of a call by angles that depend on the greatest position
+        in it, and remembers the greatest of all. A block of drafts, or of tokens that were pending, is no call of
+        plain decoding: each of its tokens gets, once, the angles that it has there.
+        """
+        if block.rows is None and block.even:
+            self._positions_ahead = int(position_ids.max()) - (block.end - 1)
+        values: Any = None
+        calls = [slice(i, i + 1) for i in range(block.width)] if one_by_one else [slice(0, block.width)]
+        for start in set(block.starts):
+            rows = index_tensor([i for i, s in enumerate(block.starts) if s == start], states.device)
+            for call in calls:
+                newest = position_ids.new_full((len(rows), 1), start + call.stop - 1 + self._positions_ahead)
+                rotary_emb(states, position_ids=torch.zeros_like(newest))  # forgets the greatest
+                positions = torch.cat([position_ids[rows, call], newest], dim=1)
+                angles = torch.cat(rotary_emb(states, position_ids=positions), dim=-1)[:, :-1]
+                if values is None:
+                    values = angles.new_zeros(len(block.starts), block.width, angles.shape[-1])
+                values[rows, call] = angles
+        self._angles = block.store(self._angles, values, len(self.lengths), STORAGE_BLOCK)
 
     def segments(self, depth: int, rows: list[int] | None = None) -> list[tuple[int, int]]:
         """
@@ -435,8 +345,9 @@ class SortedCache(Cache):
         cuts = [0]
         for cut in range(1, depth):
             below, above = self.lengths_in(cut - 1), self.lengths_in(cut)
-            if below is above:
+            if below == above:
                 continue
+            cuts.append(cut)  # also where only other rows differ: the layers of a segment hold the same tokens
             short = [row for row in (range(len(below)) if rows is None else rows) if above[row] < below[row]]
             if short and cut not in self.pending:
                 raise ValueError(
@@ -445,117 +356,125 @@ class SortedCache(Cache):
                     f"and cannot be continued at `exit_layer={depth}`. Go on at `exit_layer={cut}`, or start from an "
                     "empty cache."
                 )
-            if below != above:  # of other rows, too: the layers of a segment hold the same tokens
-                cuts.append(cut)
         return list(zip(cuts, [*cuts[1:], depth], strict=True))
 
-    def enter(self, first: int, hidden_states: torch.Tensor, block: Block) -> tuple[torch.Tensor, Block]:
-        """Join what is pending before layer `first` with the states that arrive there."""
-        passed = self.lengths_in(first)
-        starts = passed if block.rows is None else [passed[row] for row in block.rows]
-        if list(starts) != block.starts:
-            if block.width > 0:
-                self.suspend(first, hidden_states, block)
-            counts = [a + n - b for a, n, b in zip(block.starts, block.counts, starts, strict=True)]
-            relative = Block(block.rows, [0] * len(starts), counts)
-            pending = self.pending[first]
-            self.pending[first] = pending = reserve(pending, pending, len(passed), relative.end, PENDING_BLOCK)
-            hidden_states = relative.read(pending)
-            block = Block(block.rows, starts, counts)
-        self._block = block
-        return hidden_states, block
-
-    def leave(self, first: int, last: int, block: Block) -> None:
-        """Layers `first` to `last` have run the block."""
-        self._block = None
-        if block.width == 0:
-            return
-        passed = list(self.lengths_in(first))
-        rows = range(len(passed)) if block.rows is None else block.rows
-        for row, start, count in zip(rows, block.starts, block.counts, strict=True):
-            passed[row] = start + count
-        lengths = tuple(passed)
-        self._add_layers(last)
+    @contextmanager
+    def segment(
+        self, first: int, last: int, hidden_states: torch.Tensor, block: Block
+    ) -> Iterator[tuple[torch.Tensor, Block]]:
+        """
+        Run a block of tokens through layers `first` to `last`, and what is pending there with it: the states and the
+        block to run in the `with` statement. Behind it these layers hold the tokens. Where it raises, the states on
+        their way up are lost: the cache keeps what every layer of it holds, and what is still pending.
+        """
+        try:
+            hidden_states, block = self._take_along(first, hidden_states, block)
+            while len(self.layers) < last:
+                self.layers.append(SortedCacheLayer(len(self.lengths), self.max_cache_len))
+            yield hidden_states, block
+        except BaseException:
+            self.rollback([min(block.starts)] * len(self.lengths))
+            raise
+        lengths = _lengths_behind(block, self.lengths_in(first))
         for layer in self.layers[first:last]:
             layer.lengths = lengths
         self.layer_token_passes += sum(block.counts) * (last - first)
         self._free_pending()
 
-    def abandon(self, block: Block) -> None:
-        """A pass has failed, and the states on their way up are lost: keep what every layer of them holds."""
-        self._block = None
-        self.rollback([min(block.starts)] * len(self.lengths))
+    def _take_along(self, first: int, hidden_states: torch.Tensor, block: Block) -> tuple[torch.Tensor, Block]:
+        """What is pending before layer `first`, and the states that arrive there behind it."""
+        passed = self.lengths_in(first)
+        starts = passed if block.rows is None else [passed[row] for row in block.rows]
+        if list(starts) == block.starts:
+            return hidden_states, block
+        self.suspend(first, hidden_states, block)
+        counts = [a + n - b for a, n, b in zip(block.starts, block.counts, starts, strict=True)]
+        return Block(block.rows, [0] * len(starts), counts).read(self.pending[first]), Block(
+            block.rows, starts, counts
+        )
 
     def suspend(self, depth: int, hidden_states: torch.Tensor, block: Block) -> None:
         """Keep states that layer `depth` (from 0) has not run: pending, until a pass goes deeper."""
+        if block.width == 0:
+            return
         passed = self.lengths_in(depth)
         rows = range(len(passed)) if block.rows is None else block.rows
         offsets = [start - passed[row] for start, row in zip(block.starts, rows, strict=True)]
-        relative = Block(block.rows, offsets, block.counts)
-        self.pending[depth] = reserve(self.pending.get(depth), hidden_states, len(passed), relative.end, PENDING_BLOCK)
-        relative.write(self.pending[depth], hidden_states)
+        cells = Block(block.rows, offsets, block.counts)  # the first of them is for the row's first pending token
+        self.pending[depth] = cells.store(self.pending.get(depth), hidden_states, len(passed), PENDING_BLOCK)
 
-    def position_ids(self, block: Block) -> torch.Tensor:
-        """Positions of a block's tokens, `(num_rows, width)`."""
-        # Cells without a token may lie behind the newest token of all
-        self._positions = _reserve_tokens(self._positions, block.end)
-        return block.read(self._positions)
+    def layer_inputs(
+        self, block: Block, config: PreTrainedConfig, rotary_emb: nn.Module, hidden_states: torch.Tensor
+    ) -> dict[str, Any]:
+        """
+        What the layers are given beside the states of a block.
 
-    def position_embeddings(
-        self, block: Block, rotary_emb: nn.Module, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the angles of a block's tokens, each `(num_rows, width, head_dim)`."""
+        Raises:
+            ValueError: If the attention implementation of `config` cannot attend to rows of different lengths.
+        """
+        position_ids = block.read(self._positions).squeeze(-1)
         if self._angles is None:
-            return rotary_emb(hidden_states, position_ids=self.position_ids(block))
-        self._angles = reserve(self._angles, self._angles, len(self.lengths), block.end, STORAGE_BLOCK)
-        cos, sin = block.read(self._angles).to(hidden_states.device).chunk(2, dim=-1)
-        return cos, sin
+            position_embeddings = rotary_emb(hidden_states, position_ids=position_ids)
+        else:
+            position_embeddings = block.read(self._angles).to(hidden_states.device).chunk(2, dim=-1)
+        return {
+            "attention_mask": self.attention_mask(block, config, hidden_states),
+            "position_embeddings": position_embeddings,
+            "position_ids": position_ids,
+            CACHE_NAME: BlockCache(self.layers, block),
+        }
 
     def attention_mask(self, block: Block, config: PreTrainedConfig, hidden_states: torch.Tensor):
         """
         The mask of a block against all cached tokens, for the attention implementation of `config`.
 
+        It is made by the implementation's own function and not by `create_causal_mask`, whose `and_mask_function`
+        would take a millisecond (it is called for every pair of tokens, by `torch.vmap`), and which, without one,
+        reads the padding from the device.
+
         Raises:
             ValueError: If the implementation cannot attend to rows of different lengths.
         """
-        implementation = config._attn_implementation
+        implementation, device = config._attn_implementation, hidden_states.device
         make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)  # a user's own may share sdpa's
-        mask = None
-        if self._mask is not None:
-            self._mask = _reserve_tokens(self._mask, block.end)
-            mask = block.select(self._mask[:, : block.end]).to(hidden_states.device)
-        if make_mask not in (sdpa_mask, eager_mask):
-            if not block.even:
-                raise ValueError(
-                    f"`attn_implementation={implementation!r}` cannot attend to rows of different lengths: load the "
-                    "model with `attn_implementation='sdpa'`, or generate one row at a time."
-                )
-            if make_mask is None and 1 < block.width < block.end:
+        attended = None if self._mask is None else block.select(self._mask[:, : block.end, 0]).to(device)
+        if make_mask in (sdpa_mask, eager_mask):
+            if attended is None and block.even and block.width == 1:
+                return None  # one token, and it attends to all others
+        elif not block.even:
+            raise ValueError(
+                f"`attn_implementation={implementation!r}` cannot attend to rows of different lengths: load the "
+                "model with `attn_implementation='sdpa'`, or generate one row at a time."
+            )
+        elif make_mask is None:
+            if 1 < block.width < block.end:
                 raise ValueError(
                     f"`attn_implementation={implementation!r}` has no mask for several tokens behind others: register "
                     "one under its name with transformers' `AttentionMaskInterface`, `sdpa_mask` for example."
                 )
-            return create_causal_mask(config, hidden_states, mask, **{CACHE_NAME: _SizesOfBlock(block)})
-        if mask is None and block.even and (block.width == 1 or (block.starts[0] == 0 and make_mask is sdpa_mask)):
             return None
-        device = hidden_states.device
-        slots = torch.arange(block.width, device=device)
-        slots = (slots + block.starts[0])[None] if len(set(block.starts)) == 1 else block.index(device)[1]
-        keys = torch.arange(block.end, device=device)
-        attended = keys <= slots[..., None]
-        if mask is not None:
-            attended = attended & mask[:, None]
-            # A token with nothing to attend to attends to itself: no NaN
-            attended = attended | ~attended.any(-1, keepdim=True) & (keys == slots[..., None])
-        attended = attended[:, None]
-        if make_mask is sdpa_mask:
-            return attended
-        zero = torch.zeros((), dtype=hidden_states.dtype, device=device)
-        return torch.where(attended, zero, torch.finfo(hidden_states.dtype).min)
 
-    def _add_layers(self, number: int) -> None:
-        while len(self.layers) < number:
-            self.layers.append(self.layer_class_to_replicate())  # type: ignore[misc]
+        offset, mask_function = block.starts[0], causal_mask_function
+        if len(set(block.starts)) > 1:
+            offset, slots = 0, block.index(device)[1]
+
+            def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+                return kv_idx <= slots[batch_idx, q_idx]
+
+        return make_mask(
+            batch_size=len(block.starts),
+            q_length=block.width,
+            kv_length=block.end,
+            q_offset=offset,
+            kv_offset=0,
+            mask_function=mask_function,
+            attention_mask=attended,
+            allow_is_causal_skip=attended is None and block.even,
+            dtype=hidden_states.dtype,
+            config=config,
+            use_vmap=False,
+            device=device,
+        )
 
     def _free_pending(self) -> None:
         for depth in list(self.pending):
@@ -564,24 +483,18 @@ class SortedCache(Cache):
                 del self.pending[depth]
 
 
+def _lengths_behind(block: Block, lengths: Sequence[int]) -> tuple[int, ...]:
+    """`lengths` of all rows, those of the block's rows counted to its end."""
+    grown = list(lengths)
+    rows = range(len(grown)) if block.rows is None else block.rows
+    for row, start, count in zip(rows, block.starts, block.counts, strict=True):
+        grown[row] = start + count
+    return tuple(grown)
+
+
 def is_sorted_cache(cache: Any) -> bool:
     # By name: remote code and an installed package have a class each
     return type(cache).__name__ == "SortedCache"
-
-
-def _block_of_all_rows(lengths: tuple[int, ...], states: torch.Tensor) -> Block:
-    batch_size, num_tokens = states.shape[0], states.shape[-2]
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            f"The rows of this cache hold different numbers of tokens, {list(lengths)}: only a sorted model can go on."
-        )
-    return Block(None, lengths or (0,) * batch_size, (num_tokens,) * batch_size)
-
-
-def _reserve_tokens(storage: Any, slots: int) -> torch.Tensor:
-    """`storage`, `(batch_size, slots)`, with room for `slots`."""
-    storage = storage.unsqueeze(-1)
-    return reserve(storage, storage, storage.shape[0], slots, STORAGE_BLOCK).squeeze(-1)
 
 
 def as_sorted_cache(cache: Any) -> Any:

@@ -76,9 +76,8 @@ class SortedGenerationMixin(GenerationMixin):
                     f"sampling, not with {generation_mode.value}: do not pass `assistant_model`."
                 )
             if given is None:
-                kind = generation_config.cache_implementation
-                length = generation_config.max_length if kind == "static" else 0
-                model_kwargs[CACHE_NAME] = SortedCache(length, offloading=kind == "offloaded")
+                static = generation_config.cache_implementation == "static"
+                model_kwargs[CACHE_NAME] = SortedCache(generation_config.max_length if static else 0)
         elif given is not None:
             check_cache_depth(given, depth, synchronize=True)
         elif isinstance(cache, Cache):

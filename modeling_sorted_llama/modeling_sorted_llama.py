@@ -302,42 +302,28 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         if cache_rows is not None and cache_rows == list(range(len(cache.lengths))):
             cache_rows = None
         segments = cache.segments(depth, cache_rows)
-        hidden_states = inputs_embeds
         block = cache.append(
             inputs_embeds, position_ids, attention_mask, cache_rows, rotary_emb=self.rotary_emb, one_by_one=one_by_one
         )
-        entered: Any = None
+        hidden_states, prepared = inputs_embeds, None
         exit_hidden_states: list[torch.Tensor] = []
-        try:
-            for first, last in segments:
-                hidden_states, block = cache.enter(first, hidden_states, block)
+        for first, last in segments:
+            with cache.segment(first, last, hidden_states, block) as (hidden_states, block):
                 if block.width == 0:
-                    cache.leave(first, last, block)
                     continue
-                if block is not entered:
-                    entered = block
-                    position_ids = cache.position_ids(block)
-                    position_embeddings = cache.position_embeddings(block, self.rotary_emb, hidden_states)
-                    causal_mask = cache.attention_mask(block, self.config, hidden_states)
+                if block is not prepared:  # a segment with nothing pending runs the same block as the one below it
+                    prepared, layer_inputs = (
+                        block,
+                        cache.layer_inputs(block, self.config, self.rotary_emb, hidden_states),
+                    )
                 hidden_states, kept_states = self._run_layers(
-                    first,
-                    last,
-                    hidden_states,
-                    kept,
-                    attention_mask=causal_mask,
-                    position_embeddings=position_embeddings,
-                    position_ids=position_ids,
-                    use_cache=True,
-                    **{CACHE_NAME: cache},
-                    **kwargs,
+                    first, last, hidden_states, kept, use_cache=True, **layer_inputs, **kwargs
                 )
                 exit_hidden_states += map(block.align_right, kept_states)
-                cache.leave(first, last, block)
-        except BaseException:
-            cache.abandon(block)
-            raise
-        if depth < len(self.layers) and block.width > 0:
-            cache.suspend(depth, hidden_states, block)
+                if last == depth < len(self.layers):
+                    cache.suspend(depth, hidden_states, block)
+                elif last == len(self.layers):  # a deeper model may own the cache: it has a hole now, and says so
+                    cache.pending.pop(last, None)
         return [*exit_hidden_states, block.align_right(hidden_states)]
 
 

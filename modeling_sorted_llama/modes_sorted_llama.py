@@ -345,9 +345,9 @@ def _check_company(mode: str, value: Any, decoding, generation_config: Generatio
             f"(`num_beams={generation_config.num_beams}`, `prompt_lookup_num_tokens="
             f"{generation_config.prompt_lookup_num_tokens}`, ...)."
         )
-    if generation_config.cache_implementation not in (None, "dynamic", "static", "offloaded"):
+    if generation_config.cache_implementation not in (None, "dynamic", "static"):
         raise ValueError(
-            f"{call} works with `cache_implementation` 'dynamic', 'static' and 'offloaded', got "
+            f"{call} works with `cache_implementation` 'dynamic' and 'static', got "
             f"{generation_config.cache_implementation!r}."
         )
     if generation_config.output_attentions:

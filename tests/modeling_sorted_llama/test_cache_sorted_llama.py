@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from sorted_llama import SortedCache
+from sorted_llama import SortedCache, SortedLlamaForCausalLM
 from sorted_llama.modeling_sorted_llama.cache_sorted_llama import PENDING_BLOCK, STORAGE_BLOCK
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
 from tests.tiny import reference_llama, tiny_sorted
@@ -443,15 +443,19 @@ def test_logits_of_the_causal_model():
     torch.testing.assert_close(logits, expected[:, -2:], **CLOSE)
 
 
-# 3. Plain Llamas
+# 3. Other models
+
+
+def smaller_model(depth):
+    """A sorted model of the first layers of `sorted_model()`, which knows nothing of those above."""
+    return SortedLlamaForCausalLM.from_llama(sorted_model().extract_submodel(depth), exit_layers=[depth])
 
 
 @pytest.mark.parametrize("filled", [1, 2, 3])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_a_cache_that_a_submodel_filled(filled, depth):
+def test_a_cache_that_a_smaller_model_filled(filled, depth):
     model, tokens, cache = tiny_sorted(exit_layers=[1, 2, 3, 4]), random_tokens(2, 6), SortedCache()
-    with torch.no_grad():
-        model.extract_submodel(filled)(input_ids=tokens[:, :5], **{CACHE_NAME: cache})
+    run(cache, tokens[:, :5], filled, smaller_model(filled))
     calls = count_layer_calls(model)
     if depth <= filled:
         states = run(cache, tokens[:, 5:], depth, model)
@@ -462,87 +466,65 @@ def test_a_cache_that_a_submodel_filled(filled, depth):
     for new in (tokens[:, 5:], tokens[:, :0]):
         with pytest.raises(ValueError, match=rf"5 tokens in layer {filled} but 0 in layer {filled + 1}.*={depth}"):
             run(cache, new, depth, model)
-    for mode in (
-        {"exit_layer": depth},
-        {"exit_layer": [depth, depth]},
-        {"exit_threshold": 2.0, "max_exit_layer": depth},
-    ):
+    for mode in ({"exit_layer": depth}, {"exit_layer": [depth, depth]}, {"exit_threshold": 2.0}):
         with pytest.raises(ValueError, match=f"5 tokens in layer {filled} but 0 in layer {filled + 1}"):
             model.generate(tokens, cache=cache, **mode, max_new_tokens=2)
     assert calls == []
     assert cache.lengths == (5, 5)
 
 
-def test_a_submodel_that_goes_on_where_states_are_pending():
+def test_a_smaller_model_that_goes_on_where_states_are_pending():
     """Some of the hidden states are there, those of the newest tokens are not: as much a hole as none at all."""
     tokens, cache = random_tokens(2, 8), SortedCache()
     run(cache, tokens[:, :5], depth=2)
-    run_plain(tokens[:, 5:7], 2, cache)
+    run(cache, tokens[:, 5:7], 2, smaller_model(2))
     with pytest.raises(ValueError, match="7 tokens in layer 2 but 0 in layer 3"):
         run(cache, tokens[:, 7:])
     states = run(cache, tokens[:, 7:], depth=2)
     torch.testing.assert_close(states, run_plain(tokens, 2)[0][:, -1:], **CLOSE)
 
 
-def test_a_plain_llama_that_would_go_deeper_than_the_cache():
-    """transformers' own loop would attend to what is not there."""
+@pytest.mark.parametrize("filled", [0, 5])
+def test_a_plain_llama_is_refused(filled):
     tokens, cache = random_tokens(2, 6), SortedCache()
-    run(cache, tokens[:, :5], depth=2)
-    with pytest.raises(ValueError, match="5 tokens in layer 2 but 0 in layer 3"):
-        run_plain(tokens[:, 5:], LAYERS, cache)
+    if filled:
+        run(cache, tokens[:, :filled])
+    message = "Only a sorted model can go on with a `SortedCache`.*`SortedLlamaForCausalLM`.*`DynamicCache"
+    with pytest.raises(ValueError, match=message):
+        run_plain(tokens[:, filled:], cache=cache)
+    with pytest.raises(ValueError, match=message):
+        reference().generate(tokens, **{CACHE_NAME: cache}, max_new_tokens=2)
+    torch.testing.assert_close(run(cache, tokens[:, filled:]), run_plain(tokens)[0][:, filled:], **CLOSE)
 
 
-def test_a_plain_llama_on_rows_of_different_lengths():
-    tokens, cache = random_tokens(2, 6), SortedCache()
-    run(cache, tokens[:, :5])
-    cache.rollback([3, 5])
-    with pytest.raises(ValueError, match=r"different numbers of tokens, \[3, 5\]"):
-        run_plain(tokens[:, 5:], LAYERS, cache)
+def test_it_cannot_be_offloaded():
+    with pytest.raises(TypeError, match="offloading"):
+        SortedCache(offloading=True)
 
 
-@pytest.mark.parametrize("strategy", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
-@pytest.mark.parametrize("sorted_too", [False, True])
-def test_generate_with_it_equals_generate_with_a_dynamic_cache(strategy, sorted_too):
-    model = sorted_model() if sorted_too else reference()
+STRATEGIES = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "samples": {"do_sample": True, "num_return_sequences": 2},
+    "beam samples": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("depth", [2, LAYERS])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_generate_with_it_equals_generate_with_a_dynamic_cache(strategy, depth):
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
-    inputs = {"input_ids": random_tokens(3, 5) * mask, "attention_mask": mask, "max_new_tokens": 8, **strategy}
+    inputs = {"input_ids": random_tokens(3, 5) * mask, "attention_mask": mask}
+    if strategy == "prompt lookup":  # of one row
+        inputs = {name: values[:1] for name, values in inputs.items()}
+    arguments = {**inputs, **STRATEGIES[strategy], "max_new_tokens": 8}
     torch.manual_seed(0)
-    expected = reference().generate(**inputs, **{CACHE_NAME: DynamicCache()})
+    expected = reference(depth).generate(**arguments, **{CACHE_NAME: DynamicCache()})
     torch.manual_seed(0)
     cache = SortedCache()
-    assert torch.equal(model.generate(**inputs, **{CACHE_NAME: cache}), expected)
-    assert cache.get_seq_length() > 5 and cache.pending == {}
-
-
-@pytest.mark.parametrize("before", ["nothing", "empty pass", "error"])
-def test_the_sorted_model_and_a_plain_llama_by_turns(before):
-    tokens, cache, model = random_tokens(2, 12), SortedCache(), sorted_model()
-    run_plain(tokens[:, :3], LAYERS, cache)
-    run(cache, tokens[:, 3:5])
-    if before == "empty pass":
-        catch_up(cache)
-    elif before == "error":
-        with raising_hook(model, 2), pytest.raises(RuntimeError, match="out of order"):
-            run(cache, tokens[:, 5:7])
-    run_plain(tokens[:, 5:7], LAYERS, cache)
-    run(cache, tokens[:, 7:9])  # their positions are those behind the plain Llama's
-    cache.rollback([2, 2])
-    states = run(cache, tokens[:, 2:])
-    torch.testing.assert_close(states, run_plain(tokens)[0][:, 2:], **CLOSE)
-    assert_equals_straight_pass(cache, tokens)
-
-
-def test_the_tokens_of_a_plain_llama_are_attended_to():
-    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
-    tokens, cache = random_tokens(2, 6), SortedCache()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    run(cache, tokens[:, :3], attention_mask=mask, position_ids=positions)
-    mask = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], dim=1)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    run_plain(tokens[:, 3:5], LAYERS, cache, attention_mask=mask[:, :5], position_ids=positions[:, 3:5])
-    states = run(cache, tokens[:, 5:], position_ids=positions[:, 5:])
-    expected, _ = run_plain(tokens, attention_mask=mask, position_ids=positions)
-    torch.testing.assert_close(states, expected[:, -1:], **CLOSE)
+    assert torch.equal(sorted_model().generate(**arguments, exit_layer=depth, **{CACHE_NAME: cache}), expected)
+    assert cache.get_seq_length() > 5 and set(cache.pending) == ({2} if depth == 2 else set())
 
 
 # 4. Memory
@@ -801,20 +783,6 @@ def test_reset():
     states = run(cache, tokens[:, 4:])
     torch.testing.assert_close(states, run_plain(tokens)[0], **CLOSE)
     assert_equals_straight_pass(cache, tokens)
-
-
-def test_layers_move_to_the_cpu_and_back():
-    cache, new = ragged_cache()
-    kept, _ = ragged_cache()
-    for layer, same in zip(cache.layers, kept.layers, strict=False):
-        layer.offload()
-        assert torch.equal(layer.keys, same.keys) and torch.equal(layer.values, same.values)
-        layer.prefetch()
-        assert torch.equal(layer.keys, same.keys) and torch.equal(layer.values, same.values)
-    assert torch.equal(run(cache, new), run(kept, new))
-    cache.rollback([4, 4])
-    cache.layers[0].offload()
-    assert torch.equal(cache.layers[0].keys, kept.layers[0].keys[..., :4, :])
 
 
 # 7. Errors on the way

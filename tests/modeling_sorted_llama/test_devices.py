@@ -1,4 +1,4 @@
-"""Where tensors are: caches offloaded to the CPU, and no tensor on a default device that is not the model's."""
+"""Where tensors are: layers on two devices, an offloaded cache, and a default device that is not the model's."""
 
 import os
 import subprocess
@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from sorted_llama.modeling_sorted_llama.block_sorted_llama import index_tensor
-from sorted_llama.modeling_sorted_llama.cache_sorted_llama import SortedCacheLayer
 from tests.tiny import Pieces, prompts, tiny_sorted
 
 
@@ -36,71 +34,17 @@ def generate(model, **arguments):
 
 
 @pytest.mark.usefixtures("streams")
-@pytest.mark.parametrize("mode", MODES)
-def test_offloading_changes_no_token(mode):
+@pytest.mark.parametrize("mode", ["exit_layer", "lone_layer"])
+def test_an_offloaded_cache_changes_no_token_at_an_exit(mode):
     model = tiny_sorted()
     expected = generate(model, **MODES[mode])
     assert torch.equal(generate(model, **MODES[mode], cache_implementation="offloaded"), expected)
 
 
-class SideStream:
-    """A stream beside the default one: what is asked of it is done once the default one has waited for it."""
-
-    queue: list = []
-    entered = False
-
-    def wait_stream(self, _):
-        pass
-
-    def __enter__(self):
-        SideStream.entered = True
-
-    def __exit__(self, *_):
-        SideStream.entered = False
-
-
-class DefaultStream:
-    def wait_stream(self, _):
-        while SideStream.queue:
-            SideStream.queue.pop(0)()
-
-
-@pytest.fixture
-def layers_away(monkeypatch):
-    """Layers that really go away: keys and values that nobody has fetched, or waited for, are NaN."""
-    away = {}
-
-    def names(layer):
-        return ("_keys", "_values") if isinstance(layer, SortedCacheLayer) else ("keys", "values")
-
-    def offload(layer):
-        away[layer] = [getattr(layer, name) for name in names(layer)]
-        for name, tensor in zip(names(layer), away[layer], strict=True):
-            setattr(layer, name, torch.full_like(tensor, torch.nan))
-
-    def fetch(layer):
-        for name, tensor in zip(names(layer), away.pop(layer, ())):
-            setattr(layer, name, tensor)
-
-    def prefetch(layer):
-        if layer in away:
-            SideStream.queue.append(lambda: fetch(layer)) if SideStream.entered else fetch(layer)
-
-    for layer_class in (CacheLayerMixin, SortedCacheLayer):
-        monkeypatch.setattr(layer_class, "offload", offload)
-        monkeypatch.setattr(layer_class, "prefetch", prefetch)
-    monkeypatch.setattr(torch, "Stream", SideStream)
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: DefaultStream())
-    SideStream.queue.clear()
-    return away
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_layer_is_fetched_before_it_is_used(layers_away, mode):
-    model = tiny_sorted()
-    expected = generate(model, **MODES[mode])
-    assert torch.equal(generate(model, **MODES[mode], cache_implementation="offloaded"), expected)
-    assert bool(layers_away) == (mode != "lone_layer")  # transformers would fetch a lone layer while it is in use
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("exit_layer", "lone_layer")])
+def test_an_offloaded_cache_is_refused_where_depth_moves(mode):
+    with pytest.raises(ValueError, match="`cache_implementation` 'dynamic' and 'static', got 'offloaded'"):
+        generate(tiny_sorted(), **MODES[mode], cache_implementation="offloaded")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -173,12 +117,6 @@ with FakeTensorMode(allow_non_fake_inputs=True):
         assert states.last_hidden_state.device == SECOND and states.last_hidden_state.shape[1] == 6
         layers = [layer.keys.device for layer in cache.layers]
         assert layers == [FIRST, FIRST, SECOND, SECOND], layers
-        for layer in cache.layers:
-            device = layer.device
-            layer.offload()
-            assert layer.keys.device.type == layer.values.device.type == "cpu"
-            layer.prefetch()
-            assert layer.keys.device == layer.values.device == device
 
         # A tied head stays with the embeddings, where the labels are too; the normed states are on the last device
         states = [torch.zeros(10, 32, device=SECOND) for _ in range(3)]
