@@ -16,13 +16,13 @@ from sorted_llama.trainer.model_card import get_block, new_page, open_page, set_
 
 from .checkpoint import load_config
 from .plot import plot_quality_speed
-from .record import FILE_NAME, load_evaluation, write_json
+from .record import FILE_NAME, exit_scores, first_metric, full_depth, harness_results, load_evaluation, write_json
+from .settings import Setting
 
 
 PAGE_NAME = "README.md"
 PLOT_NAME = "quality_speed.png"
 TAGS = ["sorted-llama", "soft", "early-exit", "self-speculation"]
-ARGUMENTS = {"exit": "exit_layer", "threshold": "exit_threshold", "draft": "assistant_early_exit"}
 GOOD_ENOUGH = 0.95  # of full depth's score: the depth that the page suggests
 
 
@@ -67,15 +67,7 @@ def write_card(
 
 
 def install(made: str | Path, folder: str | Path) -> None:
-    """
-    Put what [`render_card`] made into a folder, each file whole.
-
-    Args:
-        made (`str` or `Path`):
-            Where it is.
-        folder (`str` or `Path`):
-            Where it shall be.
-    """
+    """Put what [`render_card`] made into a folder, each file whole."""
     for file in (PLOT_NAME, FILE_NAME, PAGE_NAME):
         if (Path(made) / file).is_file():
             temporary = Path(folder) / f"{file}.tmp"
@@ -93,16 +85,8 @@ def render_card(
     peers: Sequence[tuple[str, str | Path]] = (),
 ) -> ModelCard:
     """
-    Make the page of a checkpoint, its plot and, where it changes, its `evaluation.json`; nothing in the checkpoint's
-    folder is touched.
-
-    Args:
-        path (`str` or `Path`):
-            Folder of the checkpoint.
-        target (`str` or `Path`):
-            Folder to write to.
-        evaluation, name, base_model, license, peers (*optional*):
-            See [`write_card`], as for what is returned and raised.
+    Make what [`write_card`] writes, from the same arguments, in the folder `target`: the page, its plot and, where it
+    changes, `evaluation.json`. Nothing in the checkpoint's folder is touched.
     """
     folder, target = Path(path), Path(target)
     if not (folder / "config.json").is_file():
@@ -142,10 +126,11 @@ def _evaluation_of(
     record = None
     if evaluation is not None or (folder / FILE_NAME).is_file():
         record = load_evaluation(evaluation if evaluation is not None else folder)
-        if record["request"]["exit_layers"][-1] != config.num_hidden_layers:
+        depth = full_depth(record).value
+        if depth != config.num_hidden_layers:
             raise ValueError(
-                f"`evaluation` is of a model of {record['request']['exit_layers'][-1]} layers, the checkpoint in "
-                f"{str(folder)!r} has {config.num_hidden_layers}."
+                f"`evaluation` is of a model of {depth} layers, the checkpoint in {str(folder)!r} has "
+                f"{config.num_hidden_layers}."
             )
     compared = {peer: load_evaluation(file) for peer, file in peers} or (record or {}).get("peers", {})
     for peer, other in compared.items():
@@ -191,7 +176,7 @@ def _check_peer(record: dict[str, Any] | None, name: str, peer: dict[str, Any]) 
     different = [f"{key} ({theirs[key]}, not {value})" for key, value in ours.items() if theirs[key] != value]
     if different:
         raise ValueError(f"`peers`: {name!r} was measured with other {'; '.join(different)}.")
-    full = f"exit {peer['request']['exit_layers'][-1]}"
+    full = str(full_depth(peer))
     for task, results in record["tasks"].items():
         scores = peer["tasks"].get(task, {"settings": {}})["settings"].get(full, {})
         if results["metric"] not in scores or full not in peer["speed"]:
@@ -217,22 +202,10 @@ def exits_block(
     record: dict[str, Any], exits: list[int], pictured: bool, peers: dict[str, dict[str, Any]] | None = None
 ) -> str:
     """
-    Tables of the calls and of the exits, the plot, and which exit to take.
-
-    Args:
-        record (`dict`):
-            An evaluation.
-        exits (`list[int]`):
-            The checkpoint's exits; those that the evaluation lacks are said not to be evaluated.
-        pictured (`bool`):
-            Whether there is a plot.
-        peers (`dict[str, dict]`, *optional*):
-            Evaluations of other models, by the names to show.
-
-    Returns:
-        `str`: Markdown.
+    Tables of the calls and of the exits, the plot, and which exit to take, in Markdown. Of the checkpoint's exits,
+    those that the evaluation lacks are said not to be evaluated; `pictured` says whether there is a plot.
     """
-    request, made, full = record["request"], record["made_by"], exits[-1]
+    request, made = record["request"], record["made_by"]
     blocks = [_table_of_calls(record, exits, peers or {})]
     notes = f"Scores: greedy answers{_rows(request)}."
     if "speed" in record:
@@ -247,172 +220,135 @@ def exits_block(
     blocks.append(notes)
     if pictured:
         blocks.append(f"![Score of every exit and mode against its speed-up over full depth]({PLOT_NAME})")
-    choices = _choices(record, [k for k in exits if str(k) in record["exits"]])
+    choices = [*_choices_of_depth(record, [k for k in exits if str(k) in record["exits"]]), *_choice_of_draft(record)]
     if choices:
         blocks.append("\n".join(choices))
     blocks += [
         "More of each exit; agreement: how often its greedy token is full depth's; calibration error: how far its "
         "confidence is from that, on average:",
-        _table_of_exits(record, exits, full),
+        _table_of_exits(record, exits),
         f"Measured {markdown(made['date'][:10])} by {code_span(made['command'])}; all numbers are in `{FILE_NAME}`.",
     ]
     return "\n\n".join(blocks)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    """Of cells that are Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---:"] * len(header), *rows))
-
-
-def _table_of_calls(record: dict[str, Any], exits: list[int], peers: dict[str, dict[str, Any]]) -> str:
-    """What each way to call the model scores, and how fast it is; below, what other models do at full depth."""
-    tasks, harness, speed = record["tasks"], harness_results(record), record.get("speed", {})
-    full = f"exit {exits[-1]}"
-    header = ["`generate(...)`"]
-    header += [markdown(f"{task}: {results['metric'].replace('_', ' ')}") for task, results in tasks.items()]
-    header += [markdown(f"{task}: {_first_metric(results)}") for task, results in harness.items()]
-    header += ["tokens/s (best)", "speed-up"] if speed else []
-    rows = []
-    for name in dict.fromkeys([*(f"exit {k}" for k in exits), *record["request"]["settings"]]):
-        kind, value = name.split(" ")
-        if kind == "exit" and value not in record["exits"]:
-            rows.append([f"`exit_layer={value}`", "not evaluated", *[""] * (len(header) - 2)])
-            continue
-        row = [f"`{ARGUMENTS[kind]}={value}`" + (" (full)" if name == full else "")]
-        for results in tasks.values():
-            scored = results["settings"].get(full if kind == "draft" else name)
-            row.append(f"{100 * scored[results['metric']]:.1f} %" if scored else "not evaluated")
-        for results in harness.values():
-            of_exit = {} if kind == "threshold" else results.get(str(exits[-1]) if kind == "draft" else value, {})
-            score = of_exit.get(_first_metric(results))
-            row.append("" if score is None else f"{score:.4g}")
-        if speed:
-            row += _speed_cells(speed[name], speed[full])
-        rows.append(row)
-    for peer, other in peers.items():
-        theirs = f"exit {other['request']['exit_layers'][-1]}"
-        row = [markdown(peer)]
-        for task, results in tasks.items():
-            row.append(f"{100 * other['tasks'][task]['settings'][theirs][results['metric']]:.1f} %")
-        row += [""] * len(harness)
-        if speed:
-            row += _speed_cells(other["speed"][theirs], speed[full])
-        rows.append(row)
-    return _table(header, rows)
-
-
-def _speed_cells(speed: dict[str, float], full: dict[str, float]) -> list[str]:
-    return [f"{speed['median']:.1f} ({speed['best']:.1f})", f"{speed['median'] / full['median']:.2f}x"]
-
-
-def _table_of_exits(record: dict[str, Any], exits: list[int], full: int) -> str:
-    header = ["exit", "parameters run", "GFLOP a token", "KV bytes a token"]
-    for task in record["tasks"]:
-        header += [markdown(f"{task}: loss"), "agreement", "calibration error"]
-    rows = []
-    for k in exits:
-        cost = record["exits"].get(str(k))
-        if cost is None:
-            continue
-        row = [str(k), f"{cost['parameters'] / 1e6:,.1f} M", f"{cost['flops'] / 1e9:.3g}", f"{cost['kv_bytes']:,}"]
-        for results in record["tasks"].values():
-            read = results["exits"][str(k)]
-            row += [f"{read['loss']:.3f}", f"{100 * read['agreement']:.1f} %"]
-            row.append(f"{read['reliability']['expected_calibration_error']:.3f}" if k != full else "")
-        rows.append(row)
-    return _table(header, rows)
 
 
 def _rows(request: dict) -> str:
     return "".join(f", {task['rows']} rows of {markdown(name)}" for name, task in request["tasks"].items())
 
 
-def _choices(record: dict[str, Any], exits: list[int]) -> list[str]:
-    """Which exit or mode to take for what, from the numbers alone."""
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    """Of cells that are Markdown; a row may end early."""
+    filled = [row + [""] * (len(header) - len(row)) for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---:"] * len(header), *filled))
+
+
+def _table_of_calls(record: dict[str, Any], exits: list[int], peers: dict[str, dict[str, Any]]) -> str:
+    """What each way to call the model scores, and how fast it is; below, what other models do at full depth."""
+    header = ["`generate(...)`"]
+    header += [markdown(f"{name}: {task['metric'].replace('_', ' ')}") for name, task in record["tasks"].items()]
+    header += [markdown(f"{name}: {first_metric(task)}") for name, task in harness_results(record).items()]
+    header += ["tokens/s (best)", "speed-up"] if "speed" in record else []
+    names = dict.fromkeys([*(f"exit {k}" for k in exits), *record["request"]["settings"]])
+    rows = [_row_of_call(record, name) for name in names]
+    rows += [_row_of_peer(record, name, peer) for name, peer in peers.items()]
+    return _table(header, rows)
+
+
+def _row_of_call(record: dict[str, Any], name: str) -> list[str]:
+    setting, full = Setting.read(name), full_depth(record)
+    if setting.kind == "exit" and str(setting.value) not in record["exits"]:
+        return [f"`{setting.call}`", "not evaluated"]
+    scored = full if setting.mode.lossless else setting
+    row = [f"`{setting.call}`" + (" (full)" if setting == full else "")]
+    for task in record["tasks"].values():
+        scores = task["settings"].get(str(full) if setting.mode.lossless else name)
+        row.append(f"{100 * scores[task['metric']]:.1f} %" if scores else "not evaluated")
+    for task in harness_results(record).values():
+        score = task.get(str(scored.value), {}).get(first_metric(task)) if scored.kind == "exit" else None
+        row.append("" if score is None else f"{score:.4g}")
+    return row + (_speed_cells(record["speed"][name], record) if "speed" in record else [])
+
+
+def _row_of_peer(record: dict[str, Any], name: str, peer: dict[str, Any]) -> list[str]:
+    theirs, row = str(full_depth(peer)), [markdown(name)]
+    for task, results in record["tasks"].items():
+        row.append(f"{100 * peer['tasks'][task]['settings'][theirs][results['metric']]:.1f} %")
+    row += [""] * len(harness_results(record))
+    return row + (_speed_cells(peer["speed"][theirs], record) if "speed" in record else [])
+
+
+def _speed_cells(speed: dict[str, float], record: dict[str, Any]) -> list[str]:
+    full = record["speed"][str(full_depth(record))]
+    return [f"{speed['median']:.1f} ({speed['best']:.1f})", f"{speed['median'] / full['median']:.2f}x"]
+
+
+def _table_of_exits(record: dict[str, Any], exits: list[int]) -> str:
+    header = ["exit", "parameters run", "GFLOP a token", "KV bytes a token"]
+    for task in record["tasks"]:
+        header += [markdown(f"{task}: loss"), "agreement", "calibration error"]
+    rows = []
+    for k in [k for k in exits if str(k) in record["exits"]]:
+        cost = record["exits"][str(k)]
+        row = [str(k), f"{cost['parameters'] / 1e6:,.1f} M", f"{cost['flops'] / 1e9:.3g}", f"{cost['kv_bytes']:,}"]
+        for results in record["tasks"].values():
+            read = results["exits"][str(k)]
+            row += [f"{read['loss']:.3f}", f"{100 * read['agreement']:.1f} %"]
+            row.append(f"{read['reliability']['expected_calibration_error']:.3f}" if k != exits[-1] else "")
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _choices_of_depth(record: dict[str, Any], exits: list[int]) -> list[str]:
+    """Which exit or threshold to take for what, from the numbers alone."""
     lines = []
-    speed = record.get("speed", {})
-    full = f"exit {exits[-1]}"
-    for task, results in ((markdown(task), results) for task, results in record["tasks"].items()):
-        of_full = results["settings"].get(full, {}).get(results["metric"])
-        if not of_full:
+    share = f"at least {GOOD_ENOUGH:.0%} of full depth's score"
+    for name, results in record["tasks"].items():
+        task, metric = markdown(name), results["metric"]
+        scores = {k: results["settings"].get(f"exit {k}", {}).get(metric, 0.0) for k in exits}
+        if not scores[exits[-1]]:
             continue
-        scores = {k: results["settings"].get(f"exit {k}", {}).get(results["metric"], 0.0) for k in exits}
-        enough = next(k for k in exits if scores[k] >= GOOD_ENOUGH * of_full)
-        share = f"at least {GOOD_ENOUGH:.0%} of full depth's score"
+        enough = next(k for k in exits if scores[k] >= GOOD_ENOUGH * scores[exits[-1]])
         lines.append(
             f"- {task}: `exit_layer={enough}` is the shallowest exit with {share}."
             if enough != exits[-1]
             else f"- {task}: no shallower exit has {share}."
         )
-        suggestions = {s["wanted_agreement"]: s for s in results.get("suggested_thresholds", [])}
         shown = [
-            f"{s['exit_threshold']:g} for {wanted:.0%} ({s['mean_layers']:.1f} layers a token)"
-            for wanted, s in suggestions.items()
+            f"{s['exit_threshold']:g} for {s['wanted_agreement']:.0%} ({s['mean_layers']:.1f} layers a token)"
+            for s in results.get("suggested_thresholds", [])
             if s["exit_threshold"] <= 1
         ]
         if shown and len(exits) > 1:
             lines.append(f"- {task}: `exit_threshold` by the agreement with full depth to keep: {', '.join(shown)}.")
-    drafts = {name: s["median"] / speed[full]["median"] for name, s in speed.items() if name.startswith("draft ")}
-    if drafts:
-        best = max(drafts, key=lambda name: drafts[name])
-        k = best.removeprefix("draft ")
-        lines.append(
-            f"- Full depth's answers: `assistant_early_exit={k}` was {drafts[best]:.2f}x as fast as plain decoding"
-            + ("." if drafts[best] > 1.02 else ": drafting does not pay there.")
-        )
     return lines
 
 
-def harness_results(record: dict[str, Any]) -> dict[str, dict[str, dict]]:
-    """Of each task of the harness that was asked for, the metrics by exit; of a group its members' if it has none."""
-    found = {}
-    for asked, results in record["harness"].items():
-        measured = {name: by_exit for name, by_exit in results.items() if _first_metric(by_exit) is not None}
-        found.update({asked: measured[asked]} if asked in measured else measured)
-    return found
-
-
-def _first_metric(results: dict[str, dict]) -> str | None:
-    """The first metric of a task of the harness that is no standard error."""
-    return next((name for metrics in results.values() for name in metrics if "stderr" not in name), None)
+def _choice_of_draft(record: dict[str, Any]) -> list[str]:
+    """How fast the best of the settings with full depth's answers is."""
+    speed, full = record.get("speed", {}), str(full_depth(record))
+    speed_ups = {Setting.read(name): of_name["median"] / speed[full]["median"] for name, of_name in speed.items()}
+    lossless = [setting for setting in speed_ups if setting.mode.lossless]
+    if not lossless:
+        return []
+    best = max(lossless, key=lambda setting: speed_ups[setting])
+    pays = "." if speed_ups[best] > 1.02 else ": drafting does not pay there."
+    return [f"- Full depth's answers: `{best.call}` was {speed_ups[best]:.2f}x as fast as plain decoding{pays}"]
 
 
 def eval_results(record: dict[str, Any]) -> list[EvalResult]:
-    """
-    The scores as the Hub's metadata has them.
-
-    Args:
-        record (`dict`):
-            An evaluation.
-
-    Returns:
-        `list[EvalResult]`: One for each exit, task and metric.
-    """
-    found = []
-    depth = record["request"]["exit_layers"][-1]
-    for task, results in record["tasks"].items():
-        for setting, scores in results["settings"].items():
-            if setting.startswith("exit "):
-                found += [_eval_result(task, setting, depth, name, value) for name, value in scores.items()]
-    for task, by_exit in harness_results(record).items():
-        for k, metrics in by_exit.items():
-            for name, value in metrics.items():
-                if "stderr" not in name:
-                    found.append(_eval_result(task, f"exit {k}", depth, name.split(",")[0], value))
-    return found
-
-
-def _eval_result(task: str, setting: str, depth: int, metric: str, value: float) -> EvalResult:
-    task, metric = one_line(task), one_line(metric)
-    name = f"{metric.replace('_', ' ')}, {setting.removeprefix('exit ')} of {depth} layers"
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=task,
-        dataset_name=task,
-        metric_type=metric,
-        metric_value=round(value, 6),
-        metric_name=name,
-    )
+    """The scores as the Hub's metadata has them, one for each exit, task and metric."""
+    depth = full_depth(record).value
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=one_line(score.task),
+            dataset_name=one_line(score.task),
+            metric_type=one_line(score.metric),
+            metric_value=round(score.value, 6),
+            metric_name=f"{one_line(score.metric).replace('_', ' ')}, {score.exit_layer} of {depth} layers",
+        )
+        for score in exit_scores(record)
+    ]
 
 
 __all__ = ["eval_results", "exits_block", "write_card"]

@@ -1,6 +1,5 @@
 """A checkpoint from its folder or the Hub; what is wrong with it is told in a line, the cheap parts first."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +49,7 @@ def load_config(path: str | Path, revision: str | None = None, **fields: Any) ->
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
-    """
-    The tokenizer of a checkpoint.
-
-    Args:
-        path (`str` or `Path`):
-            Folder, or id on the Hub.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub. Defaults to the main branch.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerBase`]
-
-    Raises:
-        ValueError: If there is none, or if its files are broken.
-    """
+    """The tokenizer of a checkpoint; `ValueError` if there is none, or if its files are broken."""
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision)
     except Exception as error:  # the tokenizers library has no narrower one
@@ -72,19 +57,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
 
 
 def load_answering_tokenizer(path: str | Path) -> Any:
-    """
-    The tokenizer of a checkpoint, to ask questions with.
-
-    Args:
-        path (`str` or `Path`):
-            Folder, or id on the Hub.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerBase`]: With a token to pad with.
-
-    Raises:
-        ValueError: If there is none, if its files are broken, or if it has no end-of-text token.
-    """
+    """A tokenizer to ask questions with: it must have a token that ends answers, and gets one to pad with."""
     tokenizer = load_tokenizer(path)
     if tokenizer.eos_token is None:
         raise ValueError(f"The tokenizer of {str(path)!r} has no end-of-text token (`eos_token`), which ends answers.")
@@ -92,7 +65,7 @@ def load_answering_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def load_model(path: str | Path, dtype: str, device: str | None = None) -> Any:
+def load_model(path: str | Path, dtype: str, device: str | None = None, exit_layers: list[int] | None = None) -> Any:
     """
     A model to evaluate.
 
@@ -103,6 +76,8 @@ def load_model(path: str | Path, dtype: str, device: str | None = None) -> Any:
             Type of the weights.
         device (`str`, *optional*):
             Defaults to a GPU where there is one.
+        exit_layers (`list[int]`, *optional*):
+            Exits where thresholds leave. Defaults to those of the checkpoint.
 
     Returns:
         [`SortedLlamaForCausalLM`]
@@ -110,8 +85,9 @@ def load_model(path: str | Path, dtype: str, device: str | None = None) -> Any:
     Raises:
         ValueError: If there are no weights, if their files are broken, or if some are missing.
     """
+    fields: dict[str, Any] = {} if exit_layers is None else {"exit_layers": exit_layers, "exit_loss_weights": None}
     try:
-        model, info = SortedLlamaForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, info = SortedLlamaForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **fields)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"The weights of {str(path)!r} could not be loaded: {one_line(error)}") from error
     missing = sorted(info["missing_keys"])
@@ -121,16 +97,7 @@ def load_model(path: str | Path, dtype: str, device: str | None = None) -> Any:
 
 
 def check_device(device: str | None) -> None:
-    """
-    Check that a device is there.
-
-    Args:
-        device (`str`, *optional*):
-            As torch names it; `None` is the default, which always is.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Check that torch finds a device here, by its name; `None` stands for the default, which always is."""
     if device is None:
         return
     try:
@@ -139,21 +106,3 @@ def check_device(device: str | None) -> None:
         raise ValueError(
             f"`device` must be one that torch finds here, got {device!r}: {one_line(error)[:200]}"
         ) from error
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """
-    Of some of every tensor's values: another training has another one.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-
-    Returns:
-        `str`
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        some = tensor.flatten()[:: max(tensor.numel() // 64, 1)]
-        digest.update(f"{name} {tuple(tensor.shape)} {some.float().tolist()}".encode())
-    return digest.hexdigest()

@@ -17,33 +17,17 @@ class Cost:
             Parameters of the sub-model: embeddings, layers, norm, LM head (a tied head counts once).
         flops (`int`):
             Floating point operations, two for each weight of a matrix product, and of attention over `context` tokens.
-        weight_bytes (`int`):
-            Weights that are read, one row at a time.
         kv_bytes (`int`):
             Keys and values that are kept.
     """
 
     parameters: int
     flops: int
-    weight_bytes: int
     kv_bytes: int
 
 
 def cost_of_exit(model: SortedLlamaForCausalLM, exit_layer: int, context: int = 0) -> Cost:
-    """
-    Cost of a token at an exit.
-
-    Args:
-        model ([`SortedLlamaForCausalLM`]):
-            The model, in the dtype that it runs in.
-        exit_layer (`int`):
-            Number of layers.
-        context (`int`, *optional*, defaults to 0):
-            Tokens before it, whose keys and values attention reads.
-
-    Returns:
-        [`Cost`]
-    """
+    """Cost of a token at an exit, in the model's dtype, behind `context` tokens whose keys and values are read."""
     config = model.config
     head, norm = model.exit_head(exit_layer), model.model.exit_norm(exit_layer)
     layers = model.model.layers[:exit_layer]
@@ -56,6 +40,5 @@ def cost_of_exit(model: SortedLlamaForCausalLM, exit_layer: int, context: int = 
     return Cost(
         parameters=sum(p.numel() for p in owned.values()),
         flops=2 * multiplied + attention,
-        weight_bytes=sum(p.numel() * p.element_size() for p in read.values()),
         kv_bytes=2 * exit_layer * config.num_key_value_heads * head_dim * kv_size,
     )

@@ -1,37 +1,26 @@
 """The evaluation of a checkpoint: every exit, every mode, one JSON file that a stopped run goes on from."""
 
-import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import (
     check_exit_layer,
     check_exit_layers,
-    is_number,
+    check_int,
+    check_number,
 )
 from sorted_llama.trainer.escaping import one_line
 
-from .calibration import draft_gain, reliability, suggest_thresholds
-from .checkpoint import check_device, fingerprint, load_answering_tokenizer, load_config, load_model
+from .calibration import calibration_error, suggest_thresholds
+from .checkpoint import check_device, load_answering_tokenizer, load_config, load_model
 from .cost import cost_of_exit
 from .measure import answers, decoding_speeds, teacher_forced
-from .record import FILE_NAME, SCHEMA_VERSION, check_record, load_evaluation, write_json
+from .record import FILE_NAME, check_output, fingerprint, load_evaluation, machine_name, open_record, write_record
+from .settings import Setting
 from .tasks import Task, load_task
-
-
-PACKAGES = ("sorted-llama", "torch", "transformers", "tokenizers", "datasets", "lm-eval")
 
 
 def evaluate(
@@ -99,88 +88,167 @@ def evaluate(
     """
     if not data and not harness_tasks:
         raise ValueError("There is nothing to evaluate: pass `data` or `harness_tasks`.")
-    numbers = {"num_timed": num_timed, "max_new_tokens": max_new_tokens, "runs": runs, "batch_size": batch_size}
-    for name, value in {**numbers, "limit": 1 if limit is None else limit}.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    counts = {"num_timed": num_timed, "max_new_tokens": max_new_tokens, "runs": runs, "batch_size": batch_size}
+    for name, value in {**counts, "limit": 1 if limit is None else limit}.items():
+        check_int(value, name, 1)
     for threshold in exit_thresholds:
-        if not is_number(threshold) or threshold < 0:
-            raise ValueError(f"`exit_thresholds` must be finite numbers of at least 0, got {threshold!r}.")
+        check_number(threshold, "exit_thresholds", 0)
     check_device(device)
-    config = load_config(path)
-    exits, drafts = _depths(config, exit_layers, drafts)
-    if output is None and not Path(path).is_dir():
-        raise ValueError(f"`path={path!r}` is no folder here that could take the results: pass `output`.")
-    output = Path(output) if output is not None else Path(path) / FILE_NAME
-    if not output.parent.is_dir() or output.is_dir():
-        raise ValueError(f"`output` must be a file in a folder that exists, got {str(output)!r}.")
-    if output.exists() and not overwrite:
-        load_evaluation(output)  # what is broken there is told before the weights are loaded
+    exits, drafts = _depths(load_config(path), exit_layers, drafts)
+    output = _output(path, output, overwrite)
     tokenizer = load_answering_tokenizer(path)
     tasks = _load_tasks(data, tokenizer, limit, chat)
+    task_manager = None
     if harness_tasks:
-        from .harness import SortedLlamaLM, evaluate_harness, find_tasks
+        from .harness import find_tasks
 
-        manager = find_tasks(harness_tasks)
-    model = load_model(path, dtype, device)
-    model.config.exit_layers = exits  # where thresholds leave
+        task_manager = find_tasks(harness_tasks)
+    model = load_model(path, dtype, device, exit_layers=exits)
 
-    timed = [row["prompt"] for row in tasks[0].rows[:num_timed]] if tasks else []
-    longest = min(max_new_tokens, tasks[0].max_new_tokens) if tasks else 0
-    settings: dict[str, dict] = {f"exit {k}": {"exit_layer": k} for k in exits}
-    if len(exits) > 1:
-        settings |= {f"threshold {t}": {"exit_threshold": t} for t in exit_thresholds}
-    drafting = {f"draft {k}": {"assistant_early_exit": k} for k in drafts}
-    request = {
+    run = _Run(
+        model=model,
+        tokenizer=tokenizer,
+        tasks=tasks,
+        harness_tasks=list(harness_tasks),
+        task_manager=task_manager,
+        exits=exits,
+        settings=_settings(exits, exit_thresholds, drafts),
+        timed=[row["prompt"] for row in tasks[0].rows[:num_timed]] if tasks else [],
+        max_new_tokens=min(max_new_tokens, tasks[0].max_new_tokens) if tasks else 0,
+        runs=runs,
+        batch_size=batch_size,
+        limit=limit,
+        chat=chat,
+    )
+    record = open_record(output, _request(run, path, dtype), overwrite, model.device)
+    record["exits"] = {str(k): asdict(cost_of_exit(model, k)) for k in exits}
+    for step in STEPS:
+        for _ in step(run, record):
+            write_record(output, record)
+    return record
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all steps of an evaluation share."""
+
+    model: Any
+    tokenizer: Any
+    tasks: list[Task]
+    harness_tasks: list[str]
+    task_manager: Any
+    exits: list[int]
+    settings: list[Setting]
+    timed: list[str]
+    max_new_tokens: int
+    runs: int
+    batch_size: int
+    limit: int | None
+    chat: bool
+
+
+# The steps. Each adds what the record lacks, and yields where that is to be written
+
+
+def _score_tasks(run: _Run, record: dict[str, Any]) -> Iterator[None]:
+    """What the exits make of the right answers of each task, and how the answers of each setting score."""
+    for task in run.tasks:
+        results = record["tasks"].setdefault(task.name, {"metric": task.metric, "settings": {}})
+        if "exits" not in results:
+            results.update(_read_exits(run, task))
+            yield
+        prompts = [row["prompt"] for row in task.rows]
+        for setting in run.settings:
+            if not setting.mode.lossless and str(setting) not in results["settings"]:
+                bar = one_line(f"{task.name}, {setting}")
+                length, batch_size = task.max_new_tokens, run.batch_size
+                texts = answers(run.model, run.tokenizer, prompts, length, batch_size, bar, **setting.arguments)
+                results["settings"][str(setting)] = task.score(texts)
+                yield
+
+
+def _time_decoding(run: _Run, record: dict[str, Any]) -> Iterator[None]:
+    """Tokens per second of every setting."""
+    if run.tasks and "speed" not in record:
+        ways = {str(setting): setting.arguments for setting in run.settings}
+        speeds = decoding_speeds(
+            run.model, run.tokenizer, run.timed, ways, run.max_new_tokens, run.runs, progress=True
+        )
+        record["speed"] = {name: asdict(speed) for name, speed in speeds.items()}
+        record["made_by"]["machine"] = machine_name(run.model.device)  # a run may go on elsewhere
+        yield
+
+
+def _run_harness(run: _Run, record: dict[str, Any]) -> Iterator[None]:
+    """What lm-evaluation-harness finds at every exit."""
+    missing = [name for name in run.harness_tasks if name not in record["harness"]]
+    if missing:
+        from .harness import SortedLlamaLM, evaluate_harness
+
+        lm = SortedLlamaLM(run.model, exit_layers=run.exits, tokenizer=run.tokenizer, batch_size=run.batch_size)
+        options = {"task_manager": run.task_manager, "limit": run.limit, "apply_chat_template": run.chat}
+        for name in missing:
+            record["harness"][name] = evaluate_harness(lm, run.exits, name, bootstrap_iters=0, **options)
+            yield
+
+
+STEPS = (_score_tasks, _time_decoding, _run_harness)
+
+
+def _read_exits(run: _Run, task: Task) -> dict[str, Any]:
+    """Of each exit loss, agreement and reliability, and suggested thresholds, from one pass over the right answers."""
+    read = teacher_forced(run.model, run.tokenizer, task.rows, run.exits, run.batch_size, progress=True)
+    found: dict[str, dict] = {}
+    for i, k in enumerate(run.exits):
+        found[str(k)] = {"loss": read.losses[i].mean().item(), "agreement": read.agrees[i].float().mean().item()}
+        if k != run.exits[-1]:
+            error = calibration_error(read.confidences[i], read.agrees[i])
+            found[str(k)]["reliability"] = {"expected_calibration_error": error}
+    return {"exits": found, "suggested_thresholds": [asdict(s) for s in suggest_thresholds(read, run.exits)]}
+
+
+# What is asked for
+
+
+def _settings(exits: list[int], thresholds: Sequence[float], drafts: list[int]) -> list[Setting]:
+    values = {"exit": exits, "threshold": thresholds if len(exits) > 1 else [], "draft": drafts}
+    return [Setting(kind, value) for kind, of_kind in values.items() for value in of_kind]
+
+
+def _request(run: _Run, path: str, dtype: str) -> dict[str, Any]:
+    """What a record is of: one of another request is not gone on with."""
+    return {
         "path": path,
-        "weights": fingerprint(model),
-        "exit_layers": exits,
-        "settings": settings | drafting,
+        "weights": fingerprint(run.model),
+        "exit_layers": run.exits,
+        "settings": {str(setting): setting.arguments for setting in run.settings},
         "tasks": {
-            t.name: {"kind": t.kind, "source": t.source, "rows": len(t.rows), "sha256": t.digest} for t in tasks
+            task.name: {"kind": task.kind, "source": task.source, "rows": len(task.rows), "sha256": task.digest}
+            for task in run.tasks
         },
-        "harness_tasks": list(harness_tasks),
-        "limit": limit,
+        "harness_tasks": run.harness_tasks,
+        "limit": run.limit,
         "timed": {
-            "prompts": len(timed),
-            "prompt_tokens": sum(len(tokenizer(prompt)["input_ids"]) for prompt in timed),
-            "max_new_tokens": longest,
-            "runs": runs,
+            "prompts": len(run.timed),
+            "prompt_tokens": sum(len(run.tokenizer(prompt)["input_ids"]) for prompt in run.timed),
+            "max_new_tokens": run.max_new_tokens,
+            "runs": run.runs,
             "batch_size": 1,
         },
         "dtype": dtype,
-        "device": model.device.type,
-        "chat": chat,
+        "device": run.model.device.type,
+        "chat": run.chat,
     }
-    record = _open(output, request, overwrite, _machine(model.device))
-    record["exits"] = {str(k): asdict(cost_of_exit(model, k)) for k in exits}
 
-    for task in tasks:
-        of_task = record["tasks"].setdefault(task.name, {"kind": task.kind, "metric": task.metric, "settings": {}})
-        if "exits" not in of_task:
-            of_task.update(_read_exits(model, tokenizer, task, exits, batch_size))
-            _write(output, record)
-        prompts = [row["prompt"] for row in task.rows]
-        for name, decoding in settings.items():
-            if name not in of_task["settings"]:
-                bar = one_line(f"{task.name}, {name}")
-                texts = answers(model, tokenizer, prompts, task.max_new_tokens, batch_size, bar, **decoding)
-                of_task["settings"][name] = task.score(texts)
-                _write(output, record)
-    if tasks and "speed" not in record:
-        speeds = decoding_speeds(model, tokenizer, timed, settings | drafting, longest, runs, progress=True)
-        record["speed"] = {name: asdict(speed) for name, speed in speeds.items()}
-        record["made_by"]["machine"] = _machine(model.device)  # a run may go on elsewhere
-        _write(output, record)
-    missing = [name for name in harness_tasks if name not in record["harness"]]
-    if missing:
-        lm = SortedLlamaLM(model, exit_layers=exits, tokenizer=tokenizer, batch_size=batch_size)
-        for name in missing:
-            record["harness"][name] = evaluate_harness(
-                lm, exits, name, limit=limit, bootstrap_iters=0, task_manager=manager, apply_chat_template=chat
-            )
-            _write(output, record)
-    return record
+
+def _output(path: str, output: str | Path | None, overwrite: bool) -> Path:
+    """The file to write; what is broken in one that is there is told before the weights are loaded."""
+    if output is None and not Path(path).is_dir():
+        raise ValueError(f"`path={path!r}` is no folder here that could take the results: pass `output`.")
+    output = check_output(Path(path) / FILE_NAME if output is None else output)
+    if output.exists() and not overwrite:
+        load_evaluation(output)
+    return output
 
 
 def _depths(
@@ -209,91 +277,3 @@ def _load_tasks(data: Sequence[tuple[str, str]], tokenizer: Any, limit: int | No
             )
         sources[task.name] = task.source
     return tasks
-
-
-def _read_exits(model, tokenizer, task: Task, exits: list[int], batch_size: int) -> dict[str, Any]:
-    """Of each exit loss, agreement, reliability and what drafting promises; suggested thresholds beside them."""
-    read = teacher_forced(model, tokenizer, task.rows, exits, batch_size, progress=True)
-    full = cost_of_exit(model, exits[-1]).weight_bytes
-    head = sum(p.numel() * p.element_size() for p in model.exit_head(exits[-1]).parameters())
-    found: dict[str, dict] = {}
-    for i, k in enumerate(exits):
-        agreement = read.agrees[i].float().mean().item()
-        found[str(k)] = {"loss": read.losses[i].mean().item(), "agreement": agreement}
-        if k != exits[-1]:
-            layers = cost_of_exit(model, k).weight_bytes - head
-            gain, drafts = draft_gain(agreement, layers / full, head / full)
-            found[str(k)] |= {
-                "reliability": asdict(reliability(read.confidences[i], read.agrees[i])),
-                "expected_draft_speed_up": gain,
-                "expected_drafts": drafts,
-            }
-    return {"exits": found, "suggested_thresholds": [asdict(s) for s in suggest_thresholds(read, exits)]}
-
-
-def _open(output: Path, request: dict, overwrite: bool, machine: str) -> dict[str, Any]:
-    """The record to go on with, or a new one."""
-    request = json.loads(json.dumps(request))
-    if output.exists() and not overwrite:
-        record = load_evaluation(output)
-        if record["request"] == request:
-            return record
-        different = [name for name, value in request.items() if record["request"].get(name) != value]
-        raise ValueError(
-            f"`output={str(output)!r}` holds results of another {', '.join(different)}: pass another file, or "
-            "`overwrite` to replace them."
-        )
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "request": request,
-        "made_by": {
-            "command": _command(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "git_revision": _git_revision(),
-            "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-            "machine": machine,
-        },
-        "tasks": {},
-        "harness": {},
-    }
-
-
-def _write(output: Path, record: dict[str, Any]) -> None:
-    check_record(record)  # a model that overflows says what is no number
-    write_json(output, record)
-
-
-def _command() -> str:
-    program = Path(sys.argv[0]).name
-    start = ["sorted-llama"] if program in ("sorted-llama", "__main__.py") else ["python", program]
-    return shlex.join([*start, *sys.argv[1:]])
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """Of the repository that this file is a file of; not of one whose environment it was installed into."""
-    folder = str(Path(__file__).parent)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", folder, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return cpu if device.type == "cpu" else f"{device.type} of {platform.node()}"

@@ -30,9 +30,8 @@ from sorted_llama.modeling_sorted_llama.submodel_weights import EMBEDDINGS, HEAD
 from sorted_llama.trainer.escaping import hub_links, markdown, one_line, python_literal
 from sorted_llama.trainer.model_card import QUESTION, START
 
-from .card import harness_results
 from .checkpoint import load_config, load_tokenizer
-from .record import FILE_NAME, load_evaluation
+from .record import FILE_NAME, exit_scores, load_evaluation
 
 
 def extract(
@@ -215,15 +214,11 @@ def _page(source: _Source, config: SortedLlamaConfig, exit_layer: int, name: str
 
 def _scores(record: dict[str, Any], exit_layer: int) -> list[str]:
     """Rows of a table: what the evaluation of the whole checkpoint found of this exit."""
-    rows = []
-    for task, results in record["tasks"].items():
-        for metric, value in results["settings"].get(f"exit {exit_layer}", {}).items():
-            rows.append(f"| {markdown(task)} | {markdown(metric.replace('_', ' '))} | {100 * value:.1f} % |")
-    for task, by_exit in harness_results(record).items():
-        for metric, value in by_exit.get(str(exit_layer), {}).items():
-            if "stderr" not in metric:
-                what = markdown(metric.split(",")[0].replace("_", " "))
-                rows.append(f"| {markdown(task)} | {what} | {value:.4g} |")
+    rows = [
+        f"| {markdown(score.task)} | {markdown(score.metric.replace('_', ' '))} | {score.shown} |"
+        for score in exit_scores(record)
+        if score.exit_layer == exit_layer
+    ]
     return ["| task | metric | score |", "|---|---|---:|", *rows] if rows else []
 
 

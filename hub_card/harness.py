@@ -25,9 +25,10 @@ import sorted_llama.modeling_sorted_llama  # noqa: F401  (registers the model wi
 from sorted_llama.trainer.escaping import one_line
 
 from .measure import read_at_exit
+from .settings import MODES
 
 
-MODES = ("exit_layer", "exit_threshold", "assistant_early_exit")
+_ARGUMENTS = [mode.argument for mode in MODES.values()]
 
 # Of a request, context and continuation, to its score: log-probability, and whether it is the greedy continuation
 Key = tuple[tuple[int, ...], tuple[int, ...]]
@@ -121,7 +122,7 @@ class SortedLlamaLM(HFLM):
                     self._scores.setdefault(key, {})[k] = (float(of_key.sum()), bool(right.all()))
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
-        if not any(generation_kwargs.get(name) is not None for name in MODES):
+        if not any(generation_kwargs.get(name) is not None for name in _ARGUMENTS):
             generation_kwargs["exit_layer"] = self.exit_layer
         return super()._model_generate(context, max_length, stop, **generation_kwargs)
 

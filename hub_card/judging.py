@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
 from sorted_llama.trainer.escaping import one_line
 
-from .checkpoint import check_device, fingerprint, load_answering_tokenizer, load_config, load_model
+from .checkpoint import check_device, load_answering_tokenizer, load_config, load_model
 from .judge import PairwiseResult, check_judge, digest_of, judge_pairs, load_cache, open_cache, write_reply
 from .measure import answers
-from .record import write_json
+from .record import fingerprint, write_json
 from .tasks import Task, load_task
 
 

@@ -3,17 +3,25 @@
 import itertools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sorted_llama.trainer.escaping import one_line
 
+from .record import full_depth
+from .settings import MODES, Mode, Setting
 
-# After Okabe and Ito, told apart by colour-blind readers, the blue lighter; all of them read on white and on dark
-COLORS = {"exit": "#1F83C6", "threshold": "#D55E00", "draft": "#009E73"}
-DIRECTIONS = {"exit": 90, "threshold": 180, "draft": 270, "peer": 0}  # of a label from its point, where there is room
-PEER = "#CC79A7"
+
+PEER = Mode("", "", "", "#CC79A7", "D", "none", 0)  # how other models are drawn
 GREY = "#888888"
-LABELS = {"exit": "one exit for all tokens", "threshold": "exit_threshold", "draft": "assistant_early_exit (lossless)"}
+
+
+class Point(NamedTuple):
+    """Where a label belongs, and how it looks."""
+
+    panel: Any
+    name: str
+    at: tuple[float, float]
+    mode: Mode
 
 
 def plot_quality_speed(
@@ -34,50 +42,59 @@ def plot_quality_speed(
     Returns:
         `bool`: Whether there was something to draw: no picture without scores and speeds.
     """
-    if not record["tasks"] or "speed" not in record:
+    tasks = record["tasks"]
+    if not tasks or "speed" not in record:
         return False
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    full = f"exit {record['request']['exit_layers'][-1]}"
-    speed_ups = {name: s["median"] / record["speed"][full]["median"] for name, s in record["speed"].items()}
-    tasks = record["tasks"]
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.4), dpi=150, squeeze=False)
-    labels = []
-    for panel, (task, results) in zip(panels[0], tasks.items(), strict=True):
-        scores = {name: 100 * values[results["metric"]] for name, values in results["settings"].items()}
-        for kind, color in COLORS.items():
-            # Drafting gives full depth's answers: its score is not measured again
-            points = {
-                name.removeprefix(f"{kind} "): (speed_up, scores.get(full if kind == "draft" else name))
-                for name, speed_up in speed_ups.items()
-                if name.startswith(f"{kind} ") and (full if kind == "draft" else name) in scores
-            }
-            if not points:
-                continue
-            style = "none" if kind == "draft" else "--" if kind == "exit" else "-"
-            marker = {"exit": "o", "threshold": "s", "draft": "^"}[kind]
-            xs, ys = zip(*sorted(points.values()), strict=True)
-            panel.plot(xs, ys, color=color, marker=marker, linestyle=style, label=LABELS[kind], clip_on=False)
-            labels += [(panel, name, at, kind, color) for name, at in points.items()]
-        for name, peer in (peers or {}).items():
-            theirs = f"exit {peer['request']['exit_layers'][-1]}"
-            at = (
-                peer["speed"][theirs]["median"] / record["speed"][full]["median"],
-                100 * peer["tasks"][task]["settings"][theirs][results["metric"]],
-            )
-            panel.plot(*at, color=PEER, marker="D", linestyle="none", clip_on=False)
-            labels.append((panel, name, at, "peer", PEER))
-        _dress(panel, task, results["metric"])
+    points: list[Point] = []
+    for panel, task in zip(panels[0], tasks, strict=True):
+        points += [*_draw_settings(panel, record, task), *_draw_peers(panel, record, task, peers or {})]
+        _dress(panel, task, tasks[task]["metric"])
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, fontsize=8, frameon=False, labelcolor=GREY, loc="lower center", ncols=len(names))
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    _place(figure, labels)
+    _place_labels(figure, points)
     figure.savefig(path, transparent=True)
     pyplot.close(figure)
     return True
+
+
+def _draw_settings(panel: Any, record: dict[str, Any], task: str) -> list[Point]:
+    """A curve for each kind of setting that was measured."""
+    results, full = record["tasks"][task], str(full_depth(record))
+    points = []
+    for name, speed in record["speed"].items():
+        setting = Setting.read(name)
+        scores = results["settings"].get(full if setting.mode.lossless else name)
+        if scores is not None:
+            at = (speed["median"] / record["speed"][full]["median"], 100 * scores[results["metric"]])
+            points.append(Point(panel, str(setting.value), at, setting.mode))
+    for mode in MODES.values():
+        curve = sorted(point.at for point in points if point.mode == mode)
+        if curve:
+            _draw(panel, curve, mode, label=mode.label)
+    return points
+
+
+def _draw_peers(panel: Any, record: dict[str, Any], task: str, peers: dict[str, dict[str, Any]]) -> list[Point]:
+    points = []
+    for name, peer in peers.items():
+        theirs, ours = str(full_depth(peer)), str(full_depth(record))
+        speed_up = peer["speed"][theirs]["median"] / record["speed"][ours]["median"]
+        score = peer["tasks"][task]["settings"][theirs][record["tasks"][task]["metric"]]
+        points.append(Point(panel, name, (speed_up, 100 * score), PEER))
+        _draw(panel, [points[-1].at], PEER)
+    return points
+
+
+def _draw(panel: Any, curve: list[tuple[float, float]], mode: Mode, **options: Any) -> None:
+    xs, ys = zip(*curve, strict=True)
+    panel.plot(xs, ys, color=mode.color, marker=mode.marker, linestyle=mode.linestyle, clip_on=False, **options)
 
 
 def _dress(panel: Any, task: str, metric: str) -> None:
@@ -95,7 +112,7 @@ def _dress(panel: Any, task: str, metric: str) -> None:
         spine.set_color(GREY)
 
 
-def _place(figure: Any, labels: list[tuple]) -> None:
+def _place_labels(figure: Any, points: list[Point]) -> None:
     """Write each label where it covers no point, no line and no other label, as near as there is room."""
     renderer, pixels = figure.canvas.get_renderer(), figure.dpi / 72
     taken = []
@@ -106,8 +123,8 @@ def _place(figure: Any, labels: list[tuple]) -> None:
             for (x0, y0), (x1, y1) in zip(at, at[1:], strict=False) if line.get_linestyle() != "None" else ():
                 steps = int(math.hypot(x1 - x0, y1 - y0) / (4 * pixels)) + 1
                 taken += [_box(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps, 1, 1) for i in range(steps)]
-    for panel, name, at, kind, color in labels:
-        style = {"fontsize": 8, "color": color, "ha": "center", "va": "center", "parse_math": False}
+    for panel, name, at, mode in points:
+        style = {"fontsize": 8, "color": mode.color, "ha": "center", "va": "center", "parse_math": False}
         text = panel.text(0, 0, one_line(name), **style)
         _, _, width, height = text.get_window_extent(renderer).bounds
         text.remove()
@@ -115,13 +132,13 @@ def _place(figure: Any, labels: list[tuple]) -> None:
         ground, (x, y) = panel.get_window_extent(renderer).extents, panel.transData.transform(at)
         tried: list[tuple] = []
         for away, turn in itertools.product((6, 14, 24, 36, 50), (0, 45, -45, 90, -90, 135, -135, 180)):
-            angle = math.radians(DIRECTIONS[kind] + turn)
+            angle = math.radians(mode.direction + turn)
             dx, dy = (math.cos(angle) * (away * pixels + width / 2), math.sin(angle) * (away * pixels + height / 2))
             box = _box(x + dx, y + dy, width, height)
             covered = sum(_shared(box, other) for other in taken) + width * height - _shared(box, ground)
             tried.append((round(covered), len(tried), away, (dx / pixels, dy / pixels), box))
         _, _, away, place, box = min(tried, key=lambda one: one[:2])
-        arrow = {"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkB": 4} if away > 6 else None
+        arrow = {"arrowstyle": "-", "color": mode.color, "lw": 0.5, "shrinkB": 4} if away > 6 else None
         panel.annotate(one_line(name), at, place, textcoords="offset points", arrowprops=arrow, **style)
         taken.append(box)
 

@@ -1,17 +1,32 @@
-"""The file of an evaluation: how it is written, and what is checked before anything is read from it."""
+"""The file of an evaluation: what is checked before it is read, how it is written, and where it comes from."""
 
+import hashlib
 import json
-import re
-from collections.abc import Callable
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layers, is_number
+
+from .settings import MODES, Setting
 
 
 SCHEMA_VERSION = 1
 FILE_NAME = "evaluation.json"  # in the checkpoint's folder
+PACKAGES = ("sorted-llama", "torch", "transformers", "tokenizers", "datasets", "lm-eval")
+
+
+# What is checked
 
 
 @dataclass(frozen=True)
@@ -22,18 +37,6 @@ class Value:
     holds: Callable[[Any], bool]
 
 
-TEXT = Value("text", lambda value: isinstance(value, str))
-COUNT = Value("an integer from 0 to 2^63", lambda value: type(value) is int and 0 <= value < 2**63)
-NUMBER = Value("a finite number", is_number)
-SHARE = Value("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
-SPEED = Value("a number above 0", lambda value: is_number(value) and value > 0)
-EXIT = Value("the number of an exit", lambda value: re.fullmatch(r"[1-9]\d{0,8}", value) is not None)
-SETTING = Value(
-    "'exit K', 'draft K' or 'threshold T'",
-    lambda value: re.fullmatch(r"(exit|draft) [1-9]\d{0,8}|threshold \d+(\.\d+)?(e[-+]?\d+)?", value) is not None,
-)
-
-
 @dataclass(frozen=True)
 class Each:
     """A mapping whose keys and values are alike."""
@@ -42,20 +45,30 @@ class Each:
     value: Any
 
 
-# What the page and its picture read. `?`: a stopped run, or an older version, has none
-READ = {
-    "loss": NUMBER,
-    "agreement": SHARE,
-    "reliability?": {"expected_calibration_error": NUMBER},  # of the exits below full depth
-}
-SUGGESTION = {"wanted_agreement": SHARE, "exit_threshold": NUMBER, "mean_layers": NUMBER}
+def _is_setting(name: str) -> bool:
+    try:
+        return bool(Setting.read(name))
+    except ValueError:
+        return False
+
+
+TEXT = Value("text", lambda value: isinstance(value, str))
+COUNT = Value("an integer from 0 to 2^63", lambda value: type(value) is int and 0 <= value < 2**63)
+NUMBER = Value("a finite number", is_number)
+SHARE = Value("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+SPEED = Value("a number above 0", lambda value: is_number(value) and value > 0)
+EXIT = Value("the number of an exit", lambda value: _is_setting(f"exit {value}"))
+SETTING = Value(f"the name of a setting, one of {', '.join(MODES)} and a value", _is_setting)
+
+# What the page and its plot read; `?`: a stopped run, or an older version, has none
+TIMED = {"prompts": COUNT, "prompt_tokens": COUNT, "max_new_tokens": COUNT, "runs": COUNT}
 TASK = {
     "metric": TEXT,
     "settings": Each(SETTING, Each(TEXT, SHARE)),
-    "exits": Each(EXIT, READ),
-    "suggested_thresholds?": [SUGGESTION],
+    # The reliability is of the exits below full depth
+    "exits": Each(EXIT, {"loss": NUMBER, "agreement": SHARE, "reliability?": {"expected_calibration_error": NUMBER}}),
+    "suggested_thresholds?": [{"wanted_agreement": SHARE, "exit_threshold": NUMBER, "mean_layers": NUMBER}],
 }
-TIMED = {"prompts": COUNT, "prompt_tokens": COUNT, "max_new_tokens": COUNT, "runs": COUNT}
 RECORD = {
     "request": {
         "exit_layers": [COUNT],
@@ -99,25 +112,14 @@ def load_evaluation(path: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{str(file)!r} is no evaluation: it holds no object, but {_shown(record)}.")
     if record.get("schema_version") != SCHEMA_VERSION:
-        version = record.get("schema_version")
-        raise ValueError(f"{str(file)!r} has schema version {_shown(version)}, this version reads {SCHEMA_VERSION}.")
+        found = record.get("schema_version")
+        raise ValueError(f"{str(file)!r} has schema version {_shown(found)}, this version reads {SCHEMA_VERSION}.")
     check_record(record, f"{str(file)!r}: ")
     return record
 
 
 def check_record(record: dict[str, Any], source: str = "") -> None:
-    """
-    Check what is read of an evaluation, so that nothing else has to.
-
-    Args:
-        record (`dict`):
-            An evaluation.
-        source (`str`, *optional*, defaults to `""`):
-            What the message begins with.
-
-    Raises:
-        ValueError: If a field is missing or holds what no evaluation writes; the message names it.
-    """
+    """Check what is read of an evaluation, so that nothing else has to; an error names `source` and the field."""
     _check(record, RECORD, "", source)
     full = check_exit_layers(record["request"]["exit_layers"], None, f"{source}request.exit_layers")[-1]
     _check(record["exits"], {str(full): {}}, "exits", source)
@@ -168,16 +170,143 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def write_json(path: Path, content: dict) -> None:
-    """
-    Write JSON so that an interruption leaves the old file or the new one.
+# What is read
 
-    Args:
-        path (`Path`):
-            File.
-        content (`dict`):
-            What it is to hold.
-    """
+
+def full_depth(record: dict[str, Any]) -> Setting:
+    """What an evaluation compares the other settings with."""
+    return Setting("exit", record["request"]["exit_layers"][-1])
+
+
+class Score(NamedTuple):
+    """What an exit scored, and how a page shows it."""
+
+    task: str
+    exit_layer: int
+    metric: str
+    value: float
+    shown: str
+
+
+def exit_scores(record: dict[str, Any]) -> Iterator[Score]:
+    """The scores of the exits, without standard errors."""
+    for task, results in record["tasks"].items():
+        for name, scores in results["settings"].items():
+            setting = Setting.read(name)
+            if setting.kind == "exit":
+                for metric, value in scores.items():
+                    yield Score(task, int(setting.value), metric, value, f"{100 * value:.1f} %")
+    for task, by_exit in harness_results(record).items():
+        for k, metrics in by_exit.items():
+            for metric, value in metrics.items():
+                if "stderr" not in metric:
+                    yield Score(task, int(k), metric.split(",")[0], value, f"{value:.4g}")
+
+
+def harness_results(record: dict[str, Any]) -> dict[str, dict[str, dict]]:
+    """Of each task of the harness that was asked for, the metrics by exit; of a group its members' if it has none."""
+    found = {}
+    for asked, results in record["harness"].items():
+        measured = {name: by_exit for name, by_exit in results.items() if first_metric(by_exit) is not None}
+        found.update({asked: measured[asked]} if asked in measured else measured)
+    return found
+
+
+def first_metric(results: dict[str, dict]) -> str | None:
+    """The first metric of a task of the harness that is no standard error."""
+    return next((name for metrics in results.values() for name in metrics if "stderr" not in name), None)
+
+
+# What is written
+
+
+def check_output(output: str | Path) -> Path:
+    """The file to write to, if it can be one."""
+    output = Path(output)
+    if not output.parent.is_dir() or output.is_dir():
+        raise ValueError(f"`output` must be a file in a folder that exists, got {str(output)!r}.")
+    return output
+
+
+def open_record(output: Path, request: dict, overwrite: bool, device: torch.device) -> dict[str, Any]:
+    """The record to go on with, or a new one; `ValueError` if the file holds the results of another request."""
+    request = json.loads(json.dumps(request))
+    if output.exists() and not overwrite:
+        record = load_evaluation(output)
+        if record["request"] == request:
+            return record
+        different = [name for name, value in request.items() if record["request"].get(name) != value]
+        raise ValueError(
+            f"`output={str(output)!r}` holds results of another {', '.join(different)}: pass another file, or "
+            "`overwrite` to replace them."
+        )
+    made_by = {
+        "command": _command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_revision": _git_revision(),
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "machine": machine_name(device),
+    }
+    return {"schema_version": SCHEMA_VERSION, "request": request, "made_by": made_by, "tasks": {}, "harness": {}}
+
+
+def write_record(output: Path, record: dict[str, Any]) -> None:
+    """Write a record, if it is one: a model that overflows says what is no number."""
+    check_record(record)
+    write_json(output, record)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON so that an interruption leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
     temporary.replace(path)
+
+
+# Where it comes from
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A digest of some of every tensor's values: another training has another one."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        some = tensor.flatten()[:: max(tensor.numel() // 64, 1)]
+        digest.update(f"{name} {tuple(tensor.shape)} {some.float().tolist()}".encode())
+    return digest.hexdigest()
+
+
+def machine_name(device: torch.device) -> str:
+    """What a speed is measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return cpu if device.type == "cpu" else f"{device.type} of {platform.node()}"
+
+
+def _command() -> str:
+    program = Path(sys.argv[0]).name
+    start = ["sorted-llama"] if program in ("sorted-llama", "__main__.py") else ["python", program]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Of the repository that this file is a file of; not of one whose environment it was installed into."""
+    folder = str(Path(__file__).parent)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", folder, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -85,7 +85,7 @@ WRONG = [
     (("tasks", TASK, "exits", "2", "loss"), math.nan, "`tasks.trivia.exits.2.loss` must be a finite number, got nan"),
     (("tasks", TASK, "exits"), {}, "`tasks.trivia.exits.1` is missing"),
     (("tasks", TASK, "settings"), [], r"`tasks.trivia.settings` must be an object, got \[\]"),
-    (("tasks", TASK, "settings"), {"exit one": {}}, "its key` must be 'exit K', .*got 'exit one'"),
+    (("tasks", TASK, "settings"), {"exit one": {}}, "its key` must be the name of a setting, .*got 'exit one'"),
     (("speed", "exit 4", "median"), 0, "`speed.exit 4.median` must be a number above 0, got 0"),
     (("speed", "exit 4"), None, "`speed.exit 4` must be an object, got None"),
     (("speed",), {}, "`speed.exit 1` is missing"),

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+import sorted_llama.hub_card.record as record_module
 from sorted_llama import SortedLlamaForCausalLM
 from sorted_llama.hub_card import evaluate, evaluation, load_evaluation
 from sorted_llama.hub_card.card import write_card
@@ -132,6 +133,27 @@ def test_results_of_other_settings_are_kept(folder):
         evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
 
 
+def test_a_file_of_an_earlier_version_is_read_and_gone_on_with(folder):
+    """It held fields that nothing reads."""
+    path = folder / "model"
+    record = evaluate(str(path), data(folder)[:1], **QUICK)
+    old = json.loads(json.dumps(record))
+    old["exits"]["1"]["weight_bytes"] = 5
+    task = old["tasks"]["trivia"]
+    task["kind"] = "qa"
+    task["suggested_thresholds"][0]["agreement"] = 0.9
+    task["exits"]["1"] |= {"expected_draft_speed_up": 1.2, "expected_drafts": 3}
+    task["exits"]["1"]["reliability"]["bins"] = [{"confidence": 0.5, "agreement": 0.5, "share": 1.0}]
+    del old["speed"], task["settings"]["threshold 0.5"]
+    (path / "evaluation.json").write_text(json.dumps(old))
+    write_card(path)
+    again = evaluate(str(path), data(folder)[:1], **QUICK)
+    assert again["request"] == record["request"] and again["made_by"] == record["made_by"]
+    assert again["tasks"]["trivia"]["settings"] == record["tasks"]["trivia"]["settings"] and list(again["speed"])
+    assert again["tasks"]["trivia"]["exits"] == task["exits"]
+    write_card(path)
+
+
 def test_other_exits_than_the_config_names(folder):
     """What is evaluated at a threshold leaves at the exits that are evaluated."""
     save_tiny(folder / "plain", tiny_llama(initializer_range=0.2))
@@ -153,7 +175,7 @@ def test_other_exits_than_the_config_names(folder):
         ({"exit_layers": [1, 2]}, r"`exit_layers` must be .* ends in 2: pass \[1, 2, 4\]"),
         ({"exit_layers": []}, "`exit_layers` must be .* is empty"),
         ({"exit_layers": "1,2,4"}, r"`exit_layers` must be .* pass \[1,2,4\]"),
-        ({"exit_thresholds": [-0.1]}, "`exit_thresholds` must be finite numbers of at least 0, got -0.1"),
+        ({"exit_thresholds": [-0.1]}, "`exit_thresholds` must be a finite number of at least 0, got -0.1"),
         ({"exit_thresholds": [float("nan")]}, "`exit_thresholds` must be .* got nan"),
         ({"exit_thresholds": ["0.5"]}, "`exit_thresholds` must be .* got '0.5'"),
         ({"device": "cuda:99"}, "`device` must be one that torch finds here, got 'cuda:99'"),
@@ -163,9 +185,9 @@ def test_other_exits_than_the_config_names(folder):
         ({"exit_layers": [2, 1, 4]}, "`exit_layers` must be"),
         ({"exit_layers": [0, 4]}, "`exit_layers` must be"),
         ({"drafts": [4]}, "`drafts` must be an integer from 1 to 3, got 4"),
-        ({"runs": 0}, "`runs` must be at least 1, got 0"),
-        ({"num_timed": 0}, "`num_timed` must be at least 1, got 0"),
-        ({"limit": 0}, "`limit` must be at least 1, got 0"),
+        ({"runs": 0}, "`runs` must be an integer of at least 1, got 0"),
+        ({"num_timed": 0}, "`num_timed` must be an integer of at least 1, got 0"),
+        ({"limit": 0}, "`limit` must be an integer of at least 1, got 0"),
         ({"harness_tasks": ["no_such_task"]}, "lm-evaluation-harness has no task 'no_such_task'"),
     ],
     ids=str,
@@ -321,16 +343,16 @@ def test_the_revision_is_of_the_repository_that_holds_the_package(tmp_path, monk
     git("init", "-q")
     package = tmp_path / ".venv" / "hub_card"
     package.mkdir(parents=True)
-    (package / "evaluation.py").write_text("")
-    monkeypatch.setattr(evaluation, "__file__", str(package / "evaluation.py"))
+    (package / "record.py").write_text("")
+    monkeypatch.setattr(record_module, "__file__", str(package / "record.py"))
     git("commit", "-q", "--allow-empty", "-m", "theirs")
-    assert evaluation._git_revision() is None
+    assert record_module._git_revision() is None
     git("add", "-f", ".venv")
     git("commit", "-q", "-m", "ours")
-    assert evaluation._git_revision() == git("rev-parse", "HEAD")
+    assert record_module._git_revision() == git("rev-parse", "HEAD")
     (tmp_path / "other").mkdir()
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "other"))
-    revision = evaluation._git_revision()
+    revision = record_module._git_revision()
     monkeypatch.delenv("GIT_DIR")
     assert revision == git("rev-parse", "HEAD")
 

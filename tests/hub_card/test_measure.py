@@ -61,8 +61,6 @@ def test_cost(tied, dtype):
         llama = model.extract_submodel(k)
         cost = cost_of_exit(model, k)
         assert cost.parameters == sum(p.numel() for p in llama.parameters())
-        embeddings = 0 if tied else llama.model.embed_tokens.weight.numel()
-        assert cost.weight_bytes == (cost.parameters - embeddings) * dtype.itemsize
         outputs = llama(torch.arange(3, 13)[None], use_cache=True)
         cache = outputs.past_key_values if "past_key_values" in outputs else outputs.cache
         kept = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
