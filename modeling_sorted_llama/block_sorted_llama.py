@@ -14,6 +14,7 @@ class Block:
 
     def __init__(self, rows: list[int] | None, starts: Sequence[int], counts: Sequence[int]):
         self.rows = rows  # `None`: all rows of the cache
+        self.row_numbers = range(len(starts)) if rows is None else rows
         self.starts = list(starts)
         self.counts = list(counts)
         self.width = max(self.counts)
@@ -21,12 +22,18 @@ class Block:
         self.even = len(set(self.starts)) == 1 and len(set(self.counts)) == 1
         self._index: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def count_in(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """`lengths` of all rows, with the block's tokens."""
+        grown = list(lengths)
+        for row, start, count in zip(self.row_numbers, self.starts, self.counts, strict=True):
+            grown[row] = start + count
+        return tuple(grown)
+
     def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows, `(num_rows, 1)`, and slots, `(num_rows, width)`, of the cells."""
         if device not in self._index:
-            rows = range(len(self.starts)) if self.rows is None else self.rows
             slots = index_tensor(self.starts, device)[:, None] + torch.arange(self.width, device=device)
-            self._index[device] = index_tensor(rows, device)[:, None], slots
+            self._index[device] = index_tensor(self.row_numbers, device)[:, None], slots
         return self._index[device]
 
     def write(self, storage: torch.Tensor, values: torch.Tensor) -> None:

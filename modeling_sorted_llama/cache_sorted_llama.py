@@ -1,6 +1,6 @@
 """SortedCache: a key-value cache that knows how deep each token has been run."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,35 +19,30 @@ STORAGE_BLOCK = 256  # tokens by which the keys and values of a layer grow: no c
 PENDING_BLOCK = 32
 
 
+def _in_use(name: str) -> Any:
+    """The part of a layer's storage that holds tokens, read and set under a public name."""
+
+    def get(layer: Any) -> torch.Tensor | None:
+        storage = getattr(layer, name)
+        return None if storage is None else storage[..., : layer.get_seq_length(), :]
+
+    return property(get, lambda layer, storage: setattr(layer, name, storage))
+
+
 class SortedCacheLayer(DynamicLayer):
     """
     Keys and values of one decoder layer, each of shape `(batch_size, num_heads, max(lengths), head_dim)`, in storage
     that grows by blocks of 256 tokens. Row `r` holds `lengths[r]` tokens.
     """
 
+    _keys: torch.Tensor | None
+    _values: torch.Tensor | None
+    keys, values = _in_use("_keys"), _in_use("_values")
+
     def __init__(self, batch_size: int, max_cache_len: int = 0):
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
         super().__init__()
         self.max_cache_len = max_cache_len
         self.lengths = (0,) * batch_size
-
-    # Others see the part of the storage that is in use
-    @property
-    def keys(self) -> torch.Tensor | None:
-        return None if self._keys is None else self._keys[..., : self.get_seq_length(), :]
-
-    @keys.setter
-    def keys(self, keys: torch.Tensor | None) -> None:
-        self._keys = keys
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        return None if self._values is None else self._values[..., : self.get_seq_length(), :]
-
-    @values.setter
-    def values(self, values: torch.Tensor | None) -> None:
-        self._values = values
 
     def write(self, block: Block, key_states: torch.Tensor, value_states: torch.Tensor):
         """Store the keys and values of a block, and return those that its rows attend to."""
@@ -167,28 +162,24 @@ class SortedCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, in that order. A cache without tokens has no rows yet, and stays as it is."""
-        if not self.lengths:
-            return
-        rows = torch.arange(len(self.lengths), device="cpu")[torch.as_tensor(indices).cpu()]
-        self._apply_to_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)), rows.tolist())
+        if self.lengths:
+            rows = torch.arange(len(self.lengths), device="cpu")
+            self._select_rows(rows[torch.as_tensor(indices).cpu()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        rows = [row for row in range(len(self.lengths)) for _ in range(repeats)]
-        self._apply_to_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0), rows)
+        self._select_rows([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
-    def _apply_to_rows(self, function: Callable[[torch.Tensor], torch.Tensor], rows: list[int]) -> None:
-        """`function` makes the rows `rows` of every tensor."""
-
-        def apply(tensor: torch.Tensor | None) -> Any:
-            return None if tensor is None else function(tensor)
+    def _select_rows(self, rows: list[int]) -> None:
+        def select(tensor: torch.Tensor | None) -> Any:
+            return None if tensor is None else tensor.index_select(0, index_tensor(rows, tensor.device))
 
         for layer in self.layers:
-            layer.keys, layer.values = apply(layer.keys), apply(layer.values)
+            layer.keys, layer.values = select(layer.keys), select(layer.values)
             layer.lengths = tuple(layer.lengths[row] for row in rows)
         self.lengths = tuple(self.lengths[row] for row in rows)
-        self.pending = {depth: function(states) for depth, states in self.pending.items()}
-        self._positions, self._mask, self._angles = map(apply, (self._positions, self._mask, self._angles))
+        self.pending = {depth: select(states) for depth, states in self.pending.items()}
+        self._positions, self._mask, self._angles = map(select, (self._positions, self._mask, self._angles))
         self._free_pending()
 
     # What the sorted model asks of it
@@ -229,28 +220,10 @@ class SortedCache(Cache):
         one_by_one: bool = False,
     ) -> Block:
         """
-        Give new tokens their slots and positions, before any layer runs.
+        Give new tokens their cells, positions and mask, before any layer runs.
 
-        Args:
-            inputs_embeds (`torch.Tensor` of shape `(num_rows, num_tokens, hidden_size)`):
-                The new tokens.
-            position_ids (`torch.LongTensor` of shape `(num_rows, num_tokens)`, *optional*):
-                Their positions. Default to those after the row's newest token.
-            attention_mask (`torch.Tensor` of shape `(num_rows, num_tokens)`, *optional*):
-                0 where a token is never attended to; may hold the cached tokens before. Defaults to 1 for the
-                new tokens, and to what it was for the others.
-            rows (`list[int]`, *optional*):
-                The rows that grow. Default to all.
-            counts (`Sequence[int]`, *optional*):
-                Number of tokens of each row, left-aligned. Default to `num_tokens`.
-            rotary_emb (`torch.nn.Module`, *optional*):
-                The model's rotary embedding, where the angles of a token depend on how it arrives (RoPE of kind
-                `dynamic` and `longrope`).
-            one_by_one (`bool`, *optional*, defaults to `False`):
-                Whether the tokens are decoded ones, which come one after the other, and not together as a prompt's do.
-
-        Returns:
-            `Block`: Their cells.
+        `inputs_embeds`, `(num_rows, num_tokens, hidden_size)`, are tokens of `rows`, of which `counts` are real, the
+        first ones. A mask may begin with the cached tokens. `one_by_one` and `rotary_emb`: see `_write_angles`.
 
         Raises:
             ValueError: If the number of rows or the mask's shape is not that of the cache.
@@ -274,7 +247,7 @@ class SortedCache(Cache):
         self._append_to_mask(attention_mask, block, device)
         if rotary_emb is not None and (rotary_emb.rope_type == "longrope" or "dynamic" in rotary_emb.rope_type):
             self._write_angles(rotary_emb, position_ids, block, inputs_embeds, one_by_one)
-        self.lengths = _lengths_behind(block, known)
+        self.lengths = block.count_in(known)
         return block
 
     def _check_mask(self, attention_mask: torch.Tensor | None, block: Block) -> None:
@@ -321,7 +294,7 @@ class SortedCache(Cache):
         """
         if block.rows is None and block.even:
             self._positions_ahead = int(position_ids.max()) - (block.end - 1)
-        values: Any = None
+        angles = torch.cat(rotary_emb(states, position_ids=position_ids), dim=-1)
         calls = [slice(i, i + 1) for i in range(block.width)] if one_by_one else [slice(0, block.width)]
         for start in set(block.starts):
             rows = index_tensor([i for i, s in enumerate(block.starts) if s == start], states.device)
@@ -329,11 +302,8 @@ class SortedCache(Cache):
                 newest = position_ids.new_full((len(rows), 1), start + call.stop - 1 + self._positions_ahead)
                 rotary_emb(states, position_ids=torch.zeros_like(newest))  # forgets the greatest
                 positions = torch.cat([position_ids[rows, call], newest], dim=1)
-                angles = torch.cat(rotary_emb(states, position_ids=positions), dim=-1)[:, :-1]
-                if values is None:
-                    values = angles.new_zeros(len(block.starts), block.width, angles.shape[-1])
-                values[rows, call] = angles
-        self._angles = block.store(self._angles, values, len(self.lengths), STORAGE_BLOCK)
+                angles[rows, call] = torch.cat(rotary_emb(states, position_ids=positions), dim=-1)[:, :-1]
+        self._angles = block.store(self._angles, angles, len(self.lengths), STORAGE_BLOCK)
 
     def segments(self, depth: int, rows: list[int] | None = None) -> list[tuple[int, int]]:
         """
@@ -363,9 +333,9 @@ class SortedCache(Cache):
         self, first: int, last: int, hidden_states: torch.Tensor, block: Block
     ) -> Iterator[tuple[torch.Tensor, Block]]:
         """
-        Run a block of tokens through layers `first` to `last`, and what is pending there with it: the states and the
-        block to run in the `with` statement. Behind it these layers hold the tokens. Where it raises, the states on
-        their way up are lost: the cache keeps what every layer of it holds, and what is still pending.
+        The states and the block to run through layers `first` to `last`: those that arrive there, and what is pending.
+        At the end of the `with` statement these layers hold their tokens. Where it raises, the states on their way up
+        are lost, and the cache forgets their tokens.
         """
         try:
             hidden_states, block = self._take_along(first, hidden_states, block)
@@ -375,7 +345,7 @@ class SortedCache(Cache):
         except BaseException:
             self.rollback([min(block.starts)] * len(self.lengths))
             raise
-        lengths = _lengths_behind(block, self.lengths_in(first))
+        lengths = block.count_in(self.lengths_in(first))
         for layer in self.layers[first:last]:
             layer.lengths = lengths
         self.layer_token_passes += sum(block.counts) * (last - first)
@@ -384,34 +354,27 @@ class SortedCache(Cache):
     def _take_along(self, first: int, hidden_states: torch.Tensor, block: Block) -> tuple[torch.Tensor, Block]:
         """What is pending before layer `first`, and the states that arrive there behind it."""
         passed = self.lengths_in(first)
-        starts = passed if block.rows is None else [passed[row] for row in block.rows]
-        if list(starts) == block.starts:
+        starts = [passed[row] for row in block.row_numbers]
+        if starts == block.starts:
             return hidden_states, block
         self.suspend(first, hidden_states, block)
-        counts = [a + n - b for a, n, b in zip(block.starts, block.counts, starts, strict=True)]
-        return Block(block.rows, [0] * len(starts), counts).read(self.pending[first]), Block(
-            block.rows, starts, counts
-        )
+        counts = [start + count - new for start, count, new in zip(block.starts, block.counts, starts, strict=True)]
+        pending = Block(block.rows, [0] * len(starts), counts)
+        return pending.read(self.pending[first]), Block(block.rows, starts, counts)
 
     def suspend(self, depth: int, hidden_states: torch.Tensor, block: Block) -> None:
         """Keep states that layer `depth` (from 0) has not run: pending, until a pass goes deeper."""
         if block.width == 0:
             return
         passed = self.lengths_in(depth)
-        rows = range(len(passed)) if block.rows is None else block.rows
-        offsets = [start - passed[row] for start, row in zip(block.starts, rows, strict=True)]
-        cells = Block(block.rows, offsets, block.counts)  # the first of them is for the row's first pending token
+        offsets = [start - passed[row] for start, row in zip(block.starts, block.row_numbers, strict=True)]
+        cells = Block(block.rows, offsets, block.counts)
         self.pending[depth] = cells.store(self.pending.get(depth), hidden_states, len(passed), PENDING_BLOCK)
 
     def layer_inputs(
         self, block: Block, config: PreTrainedConfig, rotary_emb: nn.Module, hidden_states: torch.Tensor
     ) -> dict[str, Any]:
-        """
-        What the layers are given beside the states of a block.
-
-        Raises:
-            ValueError: If the attention implementation of `config` cannot attend to rows of different lengths.
-        """
+        """What the layers are given beside the states of a block."""
         position_ids = block.read(self._positions).squeeze(-1)
         if self._angles is None:
             position_embeddings = rotary_emb(hidden_states, position_ids=position_ids)
@@ -428,9 +391,8 @@ class SortedCache(Cache):
         """
         The mask of a block against all cached tokens, for the attention implementation of `config`.
 
-        It is made by the implementation's own function and not by `create_causal_mask`, whose `and_mask_function`
-        would take a millisecond (it is called for every pair of tokens, by `torch.vmap`), and which, without one,
-        reads the padding from the device.
+        The implementation's own function makes it: through `create_causal_mask` it would be given rows of different
+        lengths as an `and_mask_function`, which takes a millisecond (`torch.vmap`), and wait to read the padding.
 
         Raises:
             ValueError: If the implementation cannot attend to rows of different lengths.
@@ -440,7 +402,7 @@ class SortedCache(Cache):
         attended = None if self._mask is None else block.select(self._mask[:, : block.end, 0]).to(device)
         if make_mask in (sdpa_mask, eager_mask):
             if attended is None and block.even and block.width == 1:
-                return None  # one token, and it attends to all others
+                return None  # the newest token attends to all
         elif not block.even:
             raise ValueError(
                 f"`attn_implementation={implementation!r}` cannot attend to rows of different lengths: load the "
@@ -483,15 +445,6 @@ class SortedCache(Cache):
                 del self.pending[depth]
 
 
-def _lengths_behind(block: Block, lengths: Sequence[int]) -> tuple[int, ...]:
-    """`lengths` of all rows, those of the block's rows counted to its end."""
-    grown = list(lengths)
-    rows = range(len(grown)) if block.rows is None else block.rows
-    for row, start, count in zip(rows, block.starts, block.counts, strict=True):
-        grown[row] = start + count
-    return tuple(grown)
-
-
 def is_sorted_cache(cache: Any) -> bool:
     # By name: remote code and an installed package have a class each
     return type(cache).__name__ == "SortedCache"
@@ -510,28 +463,16 @@ def as_sorted_cache(cache: Any) -> Any:
 
 def check_cache_depth(cache: Cache, depth: int, synchronize: bool = False) -> None:
     """
-    Refuse a cache whose upper layers have seen fewer tokens than its first: their keys and values are missing.
-
-    Args:
-        cache ([`~transformers.Cache`]):
-            The cache to continue from.
-        depth (`int`):
-            Number of layers about to run.
-        synchronize (`bool`, *optional*, defaults to `False`):
-            Whether to read lengths that live on a device (static caches), which waits for it. Without it only layers
-            that were never run are found there.
-
-    Raises:
-        ValueError: If the cache is shallower than `depth`.
+    Refuse a cache whose upper layers have seen fewer tokens than its first: their keys and values are missing. Lengths
+    that live on a device (static caches) are read, which waits for it, only with `synchronize`.
     """
     if is_sorted_cache(cache):
         cache.segments(depth)
         return
     first, last = cache.get_seq_length(0), cache.get_seq_length(depth - 1)
-    if isinstance(first, torch.Tensor) or isinstance(last, torch.Tensor):
-        if not synchronize and isinstance(last, torch.Tensor):
-            return
-        first, last = int(first), int(last)
+    if isinstance(last, torch.Tensor) and not synchronize:
+        return
+    first, last = int(first), int(last)
     if last < first:
         raise ValueError(
             f"The cache holds {first} tokens in its first layer but {last} in layer {depth}: it was filled at a "

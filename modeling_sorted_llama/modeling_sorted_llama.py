@@ -311,11 +311,9 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
             with cache.segment(first, last, hidden_states, block) as (hidden_states, block):
                 if block.width == 0:
                     continue
-                if block is not prepared:  # a segment with nothing pending runs the same block as the one below it
-                    prepared, layer_inputs = (
-                        block,
-                        cache.layer_inputs(block, self.config, self.rotary_emb, hidden_states),
-                    )
+                if block is not prepared:  # where nothing is pending, a segment runs the same block as the one below
+                    prepared = block
+                    layer_inputs = cache.layer_inputs(block, self.config, self.rotary_emb, hidden_states)
                 hidden_states, kept_states = self._run_layers(
                     first, last, hidden_states, kept, use_cache=True, **layer_inputs, **kwargs
                 )
