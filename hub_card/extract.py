@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ class _Source:
                 f"`path`: the Hub could not be asked for {name} of {self.path!r}: {one_line(error)}"
             ) from error
 
+    @cached_property
     def weight_map(self) -> dict[str, str]:
         """Name of each tensor, and of the file that holds it."""
         cached = self.is_local or try_to_load_from_cache(self.path, SAFE_WEIGHTS_NAME, revision=self.revision)
@@ -137,46 +139,51 @@ class _Source:
         with safe_open(single, "pt") as file:
             return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
 
+    @contextmanager
+    def opened(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Of each tensor, the open file that holds it."""
+        file_of = {name: self.weight_map[name] for name in names}
+        with ExitStack() as stack:
+            files = {file: stack.enter_context(safe_open(self.file(file), "pt")) for file in {*file_of.values()}}
+            yield {name: files[file] for name, file in file_of.items()}
+
 
 def _write_weights(
     source: _Source, config: SortedLlamaConfig, exit_layer: int, folder: Path, max_shard_size: int | str
 ) -> None:
-    weight_map = source.weight_map()
-    targets_of = {name: submodel_name(name, config, exit_layer) for name in weight_map}
-    names = {target: name for name, target in targets_of.items() if target is not None}
+    names = _names_of_submodel(source.weight_map, config, exit_layer)
     matrix = lens_matrix(config, exit_layer)
-    if matrix is not None:
-        names.setdefault(HEAD, EMBEDDINGS)
-    elif config.tie_word_embeddings and exit_layer not in config.own_exits:
-        names.pop(HEAD, None)
-
-    def opened(stack: ExitStack, needed: Iterable[str]) -> dict[str, Any]:
-        files = {weight_map[name] for name in needed}
-        return {name: stack.enter_context(safe_open(source.file(name), "pt")) for name in files}
-
-    with ExitStack() as stack:
-        files = opened(stack, names.values())
-        shapes = {}
-        for target, name in names.items():
-            tensor = files[weight_map[name]].get_slice(name)
-            shape = tensor.get_shape()
-            dtype = (tensor[:0] if shape else files[weight_map[name]].get_tensor(name)).dtype
-            shapes[target] = torch.empty(shape, dtype=dtype, device="meta")
+    with source.opened(names.values()) as files:
+        shapes = {target: _without_data(files[name], name) for target, name in names.items()}
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file_name, targets in plan.filename_to_tensors.items():
-        with ExitStack() as stack:
-            needed = [names[target] for target in targets]
-            if matrix is not None and HEAD in targets:
-                needed.append(matrix)
-            files = opened(stack, needed)
-            tensors = {name: files[weight_map[name]].get_tensor(name) for name in needed}
-            state = {target: tensors[names[target]] for target in targets}
-            if matrix in tensors:
-                state[HEAD] = fold_lens(state[HEAD], tensors[matrix])
-            save_file(state, folder / file_name, metadata={"format": "pt"})
+        folded = [matrix] if matrix is not None and HEAD in targets else []
+        with source.opened([names[target] for target in targets] + folded) as files:
+            state = {target: files[names[target]].get_tensor(names[target]) for target in targets}
+            for name in folded:
+                state[HEAD] = fold_lens(state[HEAD], files[name].get_tensor(name))
+        save_file(state, folder / file_name, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _names_of_submodel(tensors: Iterable[str], config: SortedLlamaConfig, exit_layer: int) -> dict[str, str]:
+    """Of each tensor of the plain Llama, the tensor of the checkpoint that it is."""
+    targets = {name: submodel_name(name, config, exit_layer) for name in tensors}
+    names = {target: name for name, target in targets.items() if target is not None}
+    if lens_matrix(config, exit_layer) is not None:
+        names.setdefault(HEAD, EMBEDDINGS)
+    elif config.tie_word_embeddings and exit_layer not in config.own_exits:
+        names.pop(HEAD, None)
+    return names
+
+
+def _without_data(file: Any, name: str) -> torch.Tensor:
+    """A tensor of a file, of which only shape and type are read."""
+    shape = file.get_slice(name).get_shape()
+    dtype = (file.get_slice(name)[:0] if shape else file.get_tensor(name)).dtype
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _page(source: _Source, config: SortedLlamaConfig, exit_layer: int, name: str, chat: bool) -> str:

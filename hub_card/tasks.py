@@ -12,6 +12,7 @@ from datasets import load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import maybe_apply_chat_template
 
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_int
 from sorted_llama.trainer.escaping import one_line
 
 
@@ -21,31 +22,14 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 
 @dataclass
 class Task:
-    """
-    Rows to answer, and how the answers are scored.
-
-    Args:
-        name (`str`):
-            What the task is called.
-        kind (`str`):
-            One of [`KINDS`].
-        rows (`list[dict]`):
-            Of each question the `prompt` and its `completion`, both text as the model reads it, and the `answers`
-            (`list[str]`) that count as right.
-        max_new_tokens (`int`):
-            Length of a generated answer.
-        source (`str`):
-            File or dataset.
-        digest (`str`):
-            Of the rows, to know them again.
-    """
+    """Rows to answer, and how the answers are scored."""
 
     name: str
-    kind: str
-    rows: list[dict]
+    kind: str  # one of `KINDS`
+    rows: list[dict]  # `prompt` and `completion` as the model reads them, and the `answers` that count as right
     max_new_tokens: int
     source: str
-    digest: str
+    digest: str  # of the rows
 
     @property
     def metric(self) -> str:
@@ -53,16 +37,7 @@ class Task:
         return next(iter(KINDS[self.kind].score("", [""])))
 
     def score(self, texts: Sequence[str]) -> dict[str, float]:
-        """
-        Mean scores of generated answers.
-
-        Args:
-            texts (`Sequence[str]`):
-                One answer for each of `rows`, as generated.
-
-        Returns:
-            `dict[str, float]`: Each score's mean over the rows, from 0 to 1.
-        """
+        """Mean of each score over the rows, from 0 to 1, of generated answers, one for each row."""
         scores = [KINDS[self.kind].score(text, row["answers"]) for text, row in zip(texts, self.rows, strict=True)]
         return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
 
@@ -97,60 +72,54 @@ def load_task(
     """
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"`limit` must be at least 1, got {limit}.")
+    if limit is not None:
+        check_int(limit, "limit", 1)
     if chat and tokenizer.chat_template is None:
         raise ValueError("`chat` asks through the chat template, and the tokenizer has none.")
     rows = load_rows(source)[:limit]
     if not rows:
         raise ValueError(f"{source!r} has no rows.")
-    fields = KINDS[kind].fields
-    for number, row in enumerate(rows):
-        missing = [names for names in fields if not any(row.get(name) is not None for name in names.split(" or "))]
-        if missing:
-            raise ValueError(f"Row {number} of {source!r} lacks {', '.join(missing)}, which `{kind}` reads.")
     texts = []
-    for number, fields_of_row in enumerate(rows):
+    for number, row in enumerate(rows):
         try:
-            row = KINDS[kind].read(fields_of_row)
+            texts.append(_as_asked(_read(row, kind), tokenizer, chat))
         except ValueError as error:
             raise ValueError(f"Row {number} of {source!r}: {error}") from error
-        if chat and isinstance(row["prompt"], str):
-            question, completion = row["prompt"].strip(), row["completion"].strip()
-            row["prompt"] = [{"role": "user", "content": question}]
-            row["completion"] = [{"role": "assistant", "content": completion}]
-        if not isinstance(row["prompt"], str) and tokenizer.chat_template is None:
-            raise ValueError(f"Row {number} of {source!r} is a chat, and the tokenizer has no chat template.")
-        text = as_text([row], tokenizer)[0]
-        texts.append({**text, "answers": row.get("answers") or [text["answer"]]})
     longest = max(len(tokenizer(row["answer"])["input_ids"]) for row in texts) + 2
+    content = [(row["prompt"], row["completion"], row["answers"]) for row in texts]
     return Task(
         name=Path(source).stem if Path(source).is_file() else source,
         kind=kind,
         rows=texts,
         max_new_tokens=min(longest, KINDS[kind].max_new_tokens),
         source=source,
-        digest=hashlib.sha256(
-            repr([(r["prompt"], r["completion"], r["answers"]) for r in texts]).encode()
-        ).hexdigest(),
+        digest=hashlib.sha256(repr(content).encode()).hexdigest(),
     )
 
 
+def _read(row: dict, kind: str) -> dict:
+    """The row as its kind reads it, `prompt` and `completion` text or chat messages."""
+    fields = KINDS[kind].fields
+    missing = [names for names in fields if not any(row.get(name) is not None for name in names.split(" or "))]
+    if missing:
+        raise ValueError(f"It lacks {', '.join(missing)}, which `{kind}` reads.")
+    return KINDS[kind].read(row)
+
+
+def _as_asked(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict:
+    """The row as the model reads it, and the answers that count as right."""
+    if chat and isinstance(row["prompt"], str):
+        question, completion = row["prompt"].strip(), row["completion"].strip()
+        row["prompt"] = [{"role": "user", "content": question}]
+        row["completion"] = [{"role": "assistant", "content": completion}]
+    if not isinstance(row["prompt"], str) and tokenizer.chat_template is None:
+        raise ValueError("It is a chat, and the tokenizer has no chat template.")
+    (text,) = as_text([row], tokenizer)
+    return {**text, "answers": row.get("answers") or [text["answer"]]}
+
+
 def load_rows(source: str) -> list[dict]:
-    """
-    Rows of a file or dataset.
-
-    Args:
-        source (`str`):
-            A .json, .jsonl, .csv or .parquet file, or a dataset of the Hub (its `test` split, else `train`).
-
-    Returns:
-        `list[dict]`
-
-    Raises:
-        ValueError: If there is no such file or dataset, if the Hub cannot be reached, or if the file is of another
-            format, broken or empty.
-    """
+    """Rows of a file, or of a dataset of the Hub (its `test` split, else `train`); `ValueError` if there are none."""
     path = Path(source)
     is_file = path.is_file() or path.suffix in FORMATS
     if is_file and (not path.is_file() or path.suffix not in FORMATS):
@@ -170,16 +139,7 @@ def load_rows(source: str) -> list[dict]:
 def as_text(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """
     Rows as TRL trains them: `prompt` and `completion` as text, chat messages through the template, plain text with the
-    end-of-text token behind it.
-
-    Args:
-        rows (`Sequence[dict]`):
-            Rows of `prompt` and `completion`, and optionally `task`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's.
-
-    Returns:
-        `list[dict]`: `prompt`, `completion`, the `answer` without special tokens, and the `task` (`"all"`).
+    end-of-text token behind it; and the `answer` without special tokens, and the `task` (`"all"`).
     """
     texts = []
     for row in rows:
@@ -216,16 +176,16 @@ def normalize_answer(text: str) -> str:
 
 def closed_book(text: str, answers: Sequence[str]) -> dict[str, float]:
     """TriviaQA's exact match and F1 of the first line, the best over the aliases."""
-    said = normalize_answer(first_line(text))
+    given = normalize_answer(first_line(text))
     right = [normalize_answer(answer) for answer in answers]
-    return {"exact_match": float(said in right), "f1": max(token_f1(said, answer) for answer in right)}
+    return {"exact_match": float(given in right), "f1": max(token_f1(given, answer) for answer in right)}
 
 
 def token_f1(text: str, answer: str) -> float:
     """Harmonic mean of precision and recall of the answer's words."""
-    said, right = text.split(), answer.split()
-    common = sum((Counter(said) & Counter(right)).values())
-    return 2 * common / (len(said) + len(right)) if common else 0.0
+    given, right = text.split(), answer.split()
+    common = sum((Counter(given) & Counter(right)).values())
+    return 2 * common / (len(given) + len(right)) if common else 0.0
 
 
 def final_number(text: str) -> str | None:
@@ -236,9 +196,9 @@ def final_number(text: str) -> str | None:
 
 def final_answer(text: str, answers: Sequence[str]) -> dict[str, float]:
     """GSM8K: whether the number behind `####` is the right one."""
-    said = final_number(text)
-    right = [final_number(answer) for answer in answers]
-    return {"final_answer": float(said is not None and any(r is not None and float(said) == float(r) for r in right))}
+    given = final_number(text)
+    right = [float(number) for number in map(final_number, answers) if number is not None]
+    return {"final_answer": float(given is not None and float(given) in right)}
 
 
 @dataclass(frozen=True)

@@ -234,8 +234,9 @@ def run_hub_card(arguments: list[str], only_read: bool, monkeypatch) -> None:
 
     monkeypatch.setattr("sorted_llama.hub_card.push.upload", upload)
     if only_read:
-        monkeypatch.setattr(commands, "RUN", dict.fromkeys(commands.RUN, lambda **options: None))
-    commands.main(arguments)
+        commands.parse(arguments)
+    else:
+        commands.main(arguments)
 
 
 class Read(Exception):

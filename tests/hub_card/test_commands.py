@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import sorted_llama.hub_card.commands as commands
 from sorted_llama.hub_card import evaluation
 from sorted_llama.hub_card.checkpoint import check_device
 from sorted_llama.hub_card.commands import main
@@ -101,7 +100,7 @@ def test_a_tokenizer_that_does_not_fit(folder):
     )
     (folder / "model" / "chat_template.jinja").unlink()
     assert "`chat` asks" in told("evaluate", "model", "--data", "completions=good.jsonl", "--chat")
-    assert "Row 0 of 'chat.jsonl' is a chat" in told("evaluate", "model", "--data", "completions=chat.jsonl")
+    assert "Row 0 of 'chat.jsonl': It is a chat" in told("evaluate", "model", "--data", "completions=chat.jsonl")
     config = json.loads((folder / "model" / "tokenizer_config.json").read_text())
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
     assert "has no end-of-text token" in told("evaluate", "model", "--data", "completions=good.jsonl")
@@ -211,6 +210,6 @@ def test_no_traceback_and_a_failed_exit(folder):
 
 
 def test_a_bug_shows_where_it_is(folder, monkeypatch):
-    monkeypatch.setitem(commands.RUN, "card", lambda **options: [][0])
+    monkeypatch.setattr("sorted_llama.hub_card.card.write_card", lambda *path, **options: [][0])
     with pytest.raises(IndexError):
         main(["card", "model"])

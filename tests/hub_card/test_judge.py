@@ -649,7 +649,7 @@ def test_a_complete_run_is_read_again_without_a_judge(command):
     "options, message",
     [
         (["--exits", "0", "4"], "`exits` must be an integer from 1 to 4, got 0"),
-        (["--limit", "0"], "`limit` must be at least 1, got 0"),
+        (["--limit", "0"], "`limit` must be an integer of at least 1, got 0"),
         (["--max_new_tokens", "0"], "`max_new_tokens` must be at least 1, got 0"),
         (["--output", "nowhere/judging.json"], "`output` must be a file in a folder that exists"),
         (["--data", "completions=no.jsonl"], "The file 'no.jsonl' is not there"),

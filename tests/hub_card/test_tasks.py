@@ -124,5 +124,5 @@ def test_no_rows(tmp_path):
         load_task("qa", str(tmp_path / "rows.csv"), tiny_tokenizer())
     (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
     for limit in (0, -1):
-        with pytest.raises(ValueError, match=f"`limit` must be at least 1, got {limit}"):
+        with pytest.raises(ValueError, match=f"`limit` must be an integer of at least 1, got {limit}"):
             load_task("qa", str(tmp_path / "rows.csv"), tiny_tokenizer(), limit=limit)
