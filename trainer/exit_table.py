@@ -6,15 +6,13 @@ from transformers import TrainerCallback
 from transformers.utils import is_rich_available
 
 from .escaping import one_line
+from .exit_metrics import METRICS
 
 
 if is_rich_available():
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-
-
-METRICS = ("loss", "mean_token_accuracy", "agreement", "divergence")
 
 
 class ExitTableCallback(TrainerCallback):
