@@ -39,7 +39,9 @@ notebook: .venv/.installed
 lint: .venv/.lint-installed
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
-	@mkdir -p build/types/sorted_llama && ln -sfn $(CURDIR)/sorted_llama/* $(addprefix $(CURDIR)/,modeling_sorted_llama trainer hub_card) build/types/sorted_llama
+	@rm -rf build/types && mkdir -p build/types/sorted_llama
+	@ln -s $(CURDIR)/sorted_llama/*.py $(CURDIR)/sorted_llama/py.typed build/types/sorted_llama
+	@ln -s $(addprefix $(CURDIR)/,modeling_sorted_llama trainer hub_card) build/types/sorted_llama
 	.venv/bin/python -m mypy
 
 install: .venv/.installed
