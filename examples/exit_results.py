@@ -1,8 +1,11 @@
-"""What the demo shows of every exit: loss, exact match, speed, as a table."""
+"""What the demo shows of every exit: loss, exact match and speed, as a table and as a plot."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from sorted_llama import SortedLlamaForCausalLM
@@ -12,31 +15,19 @@ from sorted_llama.hub_card.tasks import as_text, first_line
 
 
 NUM_TIMED_TOKENS = 24
+# Okabe-Ito: told apart by colour-blind readers, on white and on dark
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
 @dataclass
 class ExitResult:
-    """
-    One row of the table.
-
-    Args:
-        exit_layer (`int`):
-            Number of decoder layers that ran.
-        parameters (`int`):
-            Number of parameters that ran: embeddings, layers, final norm, LM head (a tied head counts once).
-        loss (`float`):
-            Mean loss of the completions' tokens, the end-of-text token included.
-        exact_match (`dict[str, float]`):
-            Share of the questions of each task whose greedy answer is the completion, from 0 to 1.
-        tokens_per_second (`float`):
-            Speed of greedy decoding of one row, median of the runs.
-    """
+    """One row of the table."""
 
     exit_layer: int
-    parameters: int
-    loss: float
-    exact_match: dict[str, float]
-    tokens_per_second: float
+    parameters: int  # that run: embeddings, layers, final norm, LM head (a tied head counts once)
+    loss: float  # mean over the completions' tokens, the end-of-text token included
+    exact_match: dict[str, float]  # by task: share of the questions whose greedy answer is the completion
+    tokens_per_second: float  # of greedy decoding of one row, median of the runs
 
 
 def default_exits(depth: int) -> list[int]:
@@ -70,55 +61,64 @@ def evaluate_exits(
             Held-out rows with `prompt` and `completion`, text or chat messages, and optionally `task`.
         exits (`list[int]`):
             Exits to evaluate, ascending, ending in the full depth.
-
-    Returns:
-        `list[ExitResult]`: One for each of `exits`.
     """
-    longest = answer_length(rows, tokenizer)
-    rows = as_text(rows, tokenizer)
-    prompts, wanted = [row["prompt"] for row in rows], [row["answer"] for row in rows]
+    longest, rows = answer_length(rows, tokenizer), as_text(rows, tokenizer)
+    prompts = [row["prompt"] for row in rows]
     settings = {str(k): {"exit_layer": k} for k in exits}
     speeds = decoding_speeds(timed, tokenizer, prompts[:1], settings, NUM_TIMED_TOKENS, ends=False, progress=True)
     losses = teacher_forced(model, tokenizer, rows, exits, progress=True).losses.mean(1).tolist()
     results = []
-    for exit_layer, loss in zip(exits, losses, strict=True):
-        found = answers(model, tokenizer, prompts, longest, progress=f"exit {exit_layer}", exit_layer=exit_layer)
-        hits: dict[str, list[bool]] = {}
-        for row, answer, right in zip(rows, found, wanted, strict=True):
-            hits.setdefault(row["task"], []).append(first_line(answer) == right)
-        results.append(
-            ExitResult(
-                exit_layer=exit_layer,
-                parameters=cost_of_exit(model, exit_layer).parameters,
-                loss=loss,
-                exact_match={task: sum(h) / len(h) for task, h in hits.items()},
-                tokens_per_second=speeds[str(exit_layer)].median,
-            )
-        )
+    for k, loss in zip(exits, losses, strict=True):
+        found = answers(model, tokenizer, prompts, longest, progress=f"exit {k}", exit_layer=k)
+        hits: dict[str, list[bool]] = defaultdict(list)
+        for row, answer in zip(rows, found, strict=True):
+            hits[row["task"]].append(first_line(answer) == row["answer"])
+        matches = {task: sum(h) / len(h) for task, h in hits.items()}
+        results.append(ExitResult(k, cost_of_exit(model, k).parameters, loss, matches, speeds[str(k)].median))
     return results
 
 
 def format_table(results: Sequence[ExitResult]) -> str:
     """The results as a Markdown table; the last row is the one that speed-up is measured against."""
-    tasks = list(results[-1].exact_match)
-    header = ["exit", "layers run", "parameters run", "held-out loss", *(f"exact match, {task}" for task in tasks)]
-    table = [[*header, "tokens/s", "speed-up"]]
+    full = results[-1]
+    header = ["exit", "layers run", "parameters run", "held-out loss"]
+    table = [[*header, *(f"exact match, {task}" for task in full.exact_match), "tokens/s", "speed-up"]]
     for result in results:
-        full = result is results[-1]
         table.append(
             [
-                f"{result.exit_layer}" + (" (full)" if full else ""),
-                str(result.exit_layer),
+                f"{result.exit_layer}" + (" (full)" if result is full else ""),
+                f"{result.exit_layer}",
                 f"{result.parameters / 1e6:.1f} M",
                 f"{result.loss:.3f}",
-                *(f"{100 * result.exact_match[task]:.1f} %" for task in tasks),
+                *(f"{100 * result.exact_match[task]:.1f} %" for task in full.exact_match),
                 f"{result.tokens_per_second:.1f}",
-                f"{result.tokens_per_second / results[-1].tokens_per_second:.2f}x",
+                f"{result.tokens_per_second / full.tokens_per_second:.2f}x",
             ]
         )
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-    return "\n".join(lines)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [" | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    rule = "|".join("-" * (width + 1) + ":" for width in widths)
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
+
+
+def plot_before_and_after(before: Sequence[ExitResult], after: Sequence[ExitResult], path: Path) -> None:
+    """Draw exact match against speed-up over full depth, one line a task: solid after SoFT, dashed before."""
+    figure = Figure(figsize=(7, 4.2), dpi=150)
+    axes = figure.subplots()
+    for color, task in zip(COLORS, after[-1].exact_match, strict=False):
+        for results, style, fill, name in ((after, "o-", color, "after SoFT"), (before, "o--", "white", "before")):
+            speed_ups = [r.tokens_per_second / results[-1].tokens_per_second for r in results]
+            quality = [100 * r.exact_match[task] for r in results]
+            axes.plot(speed_ups, quality, style, color=color, markerfacecolor=fill, label=f"{task}, {name}")
+            if results is after:
+                place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+                for result, at in zip(results, zip(speed_ups, quality, strict=True), strict=True):
+                    axes.annotate(f"{result.exit_layer} layers", at, **place)
+    axes.set_xlabel("speed-up over full depth (tokens/s, measured)")
+    axes.set_ylabel("exact match on held-out questions (%)")
+    axes.set_ylim(-4, 108)
+    axes.set_title("One checkpoint, every exit a model")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)

@@ -1,5 +1,5 @@
 """
-One prompt, every way to decode: full depth, each exit, exit by confidence, drafting, a depth chosen from the prompt.
+One prompt, every way to decode: full depth, each exit, exit by confidence, drafting.
 
 ```shell
 python examples/generate.py                                         # the checkpoint of `make demo`
@@ -10,20 +10,21 @@ Each token is coloured by the layers that it came from; without colours, `[10]` 
 """
 
 import argparse
+import itertools
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from checks import read_config, read_depths
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, set_seed
+from checks import read_depths
+from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from sorted_llama.hub_card.checkpoint import check_device
-from sorted_llama.modeling_sorted_llama import DraftStatistics, SortedLlamaConfig, SortedLlamaForCausalLM
+from sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from sorted_llama.hub_card.checkpoint import check_device, load_config, load_model, load_tokenizer
 from sorted_llama.modeling_sorted_llama.modes_sorted_llama import (
     SORTED_GENERATION_FIELDS,
     choose_decoding,
@@ -102,8 +103,6 @@ def choose_modes(config: SortedLlamaConfig, args: argparse.Namespace) -> list[di
     for draft in args.assistant_early_exit or [*exits[:-1][:1], "auto"]:
         fixed = {"num_assistant_tokens": args.num_assistant_tokens} if draft != "auto" else {}
         modes.append({"assistant_early_exit": draft, **fixed})
-    if exits:
-        modes.append({"exit_layer": "auto"})
 
     with torch.device("meta"):
         model = SortedLlamaForCausalLM(config)
@@ -113,24 +112,48 @@ def choose_modes(config: SortedLlamaConfig, args: argparse.Namespace) -> list[di
     return modes
 
 
+def choose_colors(
+    config: SortedLlamaConfig, modes: list[dict], no_color: bool
+) -> tuple[list[int], dict[int, int] | None]:
+    """The depths that tokens may come from, shallow to deep, and a colour for each where colours are shown."""
+    named = [mode.get(name) for mode in modes for name in ("exit_layer", "assistant_early_exit")]
+    numbers = {*(config.exit_layers or []), config.num_hidden_layers, *(k for k in named if isinstance(k, int))}
+    depths = sorted(numbers)
+    if no_color or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return depths, None
+    scale = (len(RAMP) - 1) / max(len(depths) - 1, 1)
+    return depths, {k: RAMP[round(i * scale)] for i, k in enumerate(depths)}
+
+
 def read_prompts(texts: list[str]) -> list[str]:
     prompts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in texts]
     if not all(prompt.strip() for prompt in prompts):
-        raise SystemExit("The prompt is empty.")
+        raise ValueError("The prompt is empty.")
     return prompts
 
 
-def statistics_line(depths: list[int], seconds: float, drafting: DraftStatistics | None) -> str:
-    """Counts and speed of one answer: the token that ends it counts, and the time to read the prompt."""
-    line = f"{len(depths)} tokens, {seconds:.2f} s, {len(depths) / seconds:.1f} tokens/s"
-    line += f", mean depth {sum(depths) / len(depths):.1f}"
-    if drafting is not None:
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> BatchEncoding:
+    if chat:
+        message = {"role": "user", "content": prompt}
+        prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+
+
+def print_answer(model: SortedLlamaForCausalLM, printer: DepthPrinter, **call: Any) -> None:
+    """An answer as it comes, and a line of counts: the token that ends it counts, and the time to read the prompt."""
+    start = time.perf_counter()
+    outputs = model.generate(**call, streamer=printer)
+    seconds, num_tokens = time.perf_counter() - start, len(printer.depths)
+    line = f"{num_tokens} tokens, {seconds:.2f} s, {num_tokens / seconds:.1f} tokens/s"
+    line += f", mean depth {sum(printer.depths) / num_tokens:.1f}"
+    if "draft_statistics" in outputs:
+        drafting = outputs.draft_statistics
         line += f"; drafted {drafting.drafted}, accepted {drafting.accepted} ({drafting.acceptance_rate:.0%})"
         line += f", {drafting.cycles} cycles, {drafting.new_tokens / drafting.cycles:.1f} tokens a cycle"
-    return line
+    print("   ", line)
 
 
-def main() -> None:
+def read_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEMO, help="model id or path")
     parser.add_argument("--prompt", nargs="+", default=[PROMPT], help="one or several; - reads one from stdin")
@@ -151,63 +174,44 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="auto", help="auto is the accelerator, if there is one")
     parser.add_argument("--no_color", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_flags()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-    # 1. The modes, before weights are loaded
     if args.model == DEMO and not Path(DEMO).is_dir():
         raise SystemExit(f"{DEMO} does not exist: run `make demo` first, or pass --model.")
-    config, prompts = read_config(args.model), read_prompts(args.prompt)
-    config.exit_layer = None  # a depth that the checkpoint asks for would count in every mode
-    full, exits = config.num_hidden_layers, config.exit_layers or []
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device = (accelerator or "cpu") if args.device == "auto" else args.device
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = str(accelerator) if args.device == "auto" else args.device
     try:
+        prompts, config = read_prompts(args.prompt), load_config(args.model)
+        config.exit_layer = None  # a depth that the checkpoint asks for would count in every mode
         check_device(device)
         modes = choose_modes(config, args)
+        tokenizer, model = load_tokenizer(args.model), load_model(args.model, args.dtype, device)
+        model.config.exit_layer = None
+        for name in (*SORTED_GENERATION_FIELDS, "assistant_early_exit"):
+            setattr(model.generation_config, name, None)
+        inputs = [encode(tokenizer, prompt, args.chat).to(device) for prompt in prompts]
+        options = {"do_sample": args.do_sample, "return_dict_in_generate": True}
+        for tokens, mode in itertools.product(inputs, modes):  # to warm up; what is not possible says so here
+            model.generate(**tokens, **options, **mode, max_new_tokens=2)
     except ValueError as error:
         raise SystemExit(one_line(error)) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = SortedLlamaForCausalLM.from_pretrained(args.model, config=config, dtype=args.dtype).to(device)
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise SystemExit(f"{args.model} does not load: {one_line(error)}") from error
-    for name in (*SORTED_GENERATION_FIELDS, "assistant_early_exit"):
-        setattr(model.generation_config, name, None)
 
-    # 2. A colour for each depth
-    named = [mode.get(name) for mode in modes for name in ("exit_layer", "assistant_early_exit")]
-    depths, colors = sorted({*exits, full, *(k for k in named if isinstance(k, int))}), None
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not args.no_color:
-        scale = (len(RAMP) - 1) / max(len(depths) - 1, 1)
-        colors = {k: RAMP[round(i * scale)] for i, k in enumerate(depths)}
-    print(f"{args.model}: {full} layers, exits {exits}; {device}, {args.dtype}")
+    depths, colors = choose_colors(config, modes, args.no_color)
+    print(f"{args.model}: {config.num_hidden_layers} layers, exits {config.exit_layers or []}; {device}, {args.dtype}")
     legend = (f"[{k}]" if colors is None else paint(f"{k}", k, colors) for k in depths)
     print("Layers that a token came from; in drafting, that proposed it:", *legend)
-
-    # 3. Every prompt in every mode
-    for prompt in prompts:
-        try:
-            text = prompt
-            if args.chat:
-                message = {"role": "user", "content": prompt}
-                text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-            inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not args.chat).to(device)
-            options = {**inputs, "do_sample": args.do_sample, "return_dict_in_generate": True}
-            for mode in modes:  # to warm up; and what is not possible says so before the first answer
-                model.generate(**options, **mode, max_new_tokens=2)
-        except ValueError as error:
-            raise SystemExit(one_line(error)) from error
+    for prompt, tokens in zip(prompts, inputs, strict=True):
         print(f"\n{prompt}")
         for mode in modes:
             print(f"\n{', '.join(f'{name}={value!r}' for name, value in mode.items()) or 'full depth'}")
             set_seed(args.seed)
-            printer = DepthPrinter(tokenizer, mode.get("exit_layer", full), colors)
-            start = time.perf_counter()
-            outputs = model.generate(**options, **mode, max_new_tokens=args.max_new_tokens, streamer=printer)
-            seconds = time.perf_counter() - start
-            print("   ", statistics_line(printer.depths, seconds, getattr(outputs, "draft_statistics", None)))
+            printer = DepthPrinter(tokenizer, mode.get("exit_layer", config.num_hidden_layers), colors)
+            print_answer(model, printer, **tokens, **options, **mode, max_new_tokens=args.max_new_tokens)
 
 
 if __name__ == "__main__":

@@ -25,33 +25,15 @@ MAX_LENGTH = 256  # tokens of a row in training
 
 @dataclass
 class Plan:
-    """
-    What fits, and how long it takes. Dtypes are `"float32"` or `"bfloat16"`, each the faster one for its part.
+    """What fits, and how long it takes. Dtypes are `"float32"` or `"bfloat16"`, each the faster one for its part."""
 
-    Args:
-        train_dtype (`str`):
-            Of the products in training; the weights are float32.
-        answer_dtype (`str`):
-            Of the model that answers many questions at once.
-        decode_dtype (`str`):
-            Of the model that decodes one row: the one whose speed is shown, and the checkpoint.
-        steps (`int`):
-            Steps of training.
-        num_questions (`int`):
-            Held-out questions, before and after.
-        step_seconds (`float`):
-            Of one step.
-        answer_seconds (`float`):
-            Of all questions at all exits, once, and of measuring the speed.
-    """
-
-    train_dtype: str
-    answer_dtype: str
-    decode_dtype: str
+    train_dtype: str  # of the products in training; the weights are float32
+    answer_dtype: str  # of the model that answers many questions at once
+    decode_dtype: str  # of the model that decodes one row: the one whose speed is shown, and the checkpoint
     steps: int
-    num_questions: int
+    num_questions: int  # held out, asked before and after
     step_seconds: float
-    answer_seconds: float
+    answer_seconds: float  # of all questions at all exits, once, and of measuring the speed
 
     @property
     def seconds(self) -> float:
@@ -95,30 +77,8 @@ def make_plan(
     max_steps: int,
     deadline: float,
 ) -> Plan:
-    """
-    Measure the model on this machine, and plan.
-
-    Args:
-        load (`Callable[[str], SortedLlamaForCausalLM]`):
-            Loads the model in a dtype.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        train_rows, test_rows (`Sequence[dict]`):
-            Rows with `prompt` and `completion`.
-        exits (`list[int]`):
-            Exits, ascending, ending in full depth.
-        batch_size (`int`):
-            Rows a step.
-        max_steps (`int`):
-            Steps, at most.
-        deadline (`float`):
-            When all should be done, as `time.monotonic` counts.
-
-    Returns:
-        [`Plan`]
-    """
+    """Measure the model, which `load` gives in a dtype, and fit what is to do until `time.monotonic` is `deadline`."""
     models = {dtype: load(dtype) for dtype in DTYPES}
-    passes = sum(exits) / exits[-1]  # of the whole depth, for one at each exit
     prompts = [row["prompt"] for row in as_text(test_rows[:32], tokenizer)]
     one_row = {
         dtype: decoding_speeds(model, tokenizer, prompts[:1], {"": {}}, 8, runs=2, ends=False)[""].best
@@ -130,28 +90,26 @@ def make_plan(
     many_rows = {
         dtype: seconds_of(lambda m: answers(m, tokenizer, prompts, length), models[dtype]) for dtype in dtypes
     }
-    answer_dtype = min(many_rows, key=many_rows.__getitem__)
 
     model = freeze_head(models["float32"]).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     batch = typical_batch(tokenizer, train_rows, batch_size).to(model.device)
-    step = {dtype: seconds_of(partial(train_step, model, optimizer, batch, exits), dtype) for dtype in dtypes}
-    train_dtype = min(step, key=step.__getitem__)
+    steps = {dtype: seconds_of(partial(train_step, model, optimizer, batch, exits), dtype) for dtype in dtypes}
 
-    costs = {
-        "step": 1.1 * step[train_dtype],  # and what the trainer does beside it
-        "question": (passes + 1) * many_rows[answer_dtype] / len(prompts),  # generated at each exit, read once at all
-        "speed": 4 * passes * NUM_TIMED_TOKENS / max(one_row.values()),
-    }
-    steps, num_questions = fit(deadline - time.monotonic() - FIXED, max_steps, len(test_rows), **costs)
+    passes = sum(exits) / exits[-1]  # of the whole depth, for one at each exit
+    step = 1.1 * min(steps.values())  # and what the trainer does beside it
+    question = (passes + 1) * min(many_rows.values()) / len(prompts)  # generated at each exit, read once at all
+    speed = 4 * passes * NUM_TIMED_TOKENS / max(one_row.values())
+    left = deadline - time.monotonic() - FIXED
+    num_steps, num_questions = fit(left, max_steps, len(test_rows), step, question, speed)
     return Plan(
-        train_dtype=train_dtype,
-        answer_dtype=answer_dtype,
+        train_dtype=min(steps, key=steps.__getitem__),
+        answer_dtype=min(many_rows, key=many_rows.__getitem__),
         decode_dtype=max(one_row, key=one_row.__getitem__),
-        steps=steps,
+        steps=num_steps,
         num_questions=num_questions,
-        step_seconds=costs["step"],
-        answer_seconds=costs["speed"] + num_questions * costs["question"],
+        step_seconds=step,
+        answer_seconds=speed + num_questions * question,
     )
 
 

@@ -28,7 +28,7 @@ import json
 from typing import Any
 
 import typer
-from checks import check_port, read_config
+from checks import check_port
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 from transformers.cli.serve import Serve
@@ -36,6 +36,7 @@ from transformers.cli.serving import model_manager, server, utils
 from transformers.utils.import_utils import is_serve_available
 
 from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.hub_card.checkpoint import load_config
 from sorted_llama.modeling_sorted_llama.modes_sorted_llama import (
     SORTED_GENERATION_FIELDS,
     check_continuous_batching,
@@ -56,16 +57,7 @@ _ARTICLES = {bool: "true or false", int: "an integer", float: "a number"}
 
 
 def read_generation_config(given: Any) -> dict[str, Any]:
-    """
-    The fields of a request's `generation_config`.
-
-    Args:
-        given (`dict` or `str`):
-            The fields, or a JSON string of them.
-
-    Raises:
-        ValueError: If it is neither, or if a field is not known or of another type.
-    """
+    """The fields of a request's `generation_config`, an object or a JSON string of one; or a `ValueError`."""
     wanted = '`generation_config` must be an object like {"exit_layer": 10}, or a JSON string of one'
     try:
         fields = json.loads(given) if isinstance(given, str) else given
@@ -90,20 +82,7 @@ def read_generation_config(given: Any) -> dict[str, Any]:
 
 
 def check_depth(model, generation_config: GenerationConfig, batched: bool = False) -> None:
-    """
-    Refuse what decoding would refuse, before a stream has begun.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Any model that the server serves.
-        generation_config ([`~transformers.GenerationConfig`]):
-            Of the request.
-        batched (`bool`, *optional*, defaults to `False`):
-            Whether requests are batched continuously, at one depth.
-
-    Raises:
-        ValueError: If a depth or mode is out of range, or is asked of a model that is no sorted Llama.
-    """
+    """Refuse what decoding would refuse, before a stream has begun; `batched` requests have the config's depth."""
     asked = [name for name in SORTED_GENERATION_FIELDS if getattr(generation_config, name, None) is not None]
     if isinstance(model, SortedLlamaForCausalLM):
         if batched:
@@ -162,20 +141,25 @@ def build_server(*handlers, _build=server.build_server, **options):
     return app
 
 
+def check_model(name: str) -> None:
+    """A `ValueError` unless the config of a model, `id@revision` or a folder, is a sorted Llama's."""
+    path, revision = utils.split_revision(name)
+    classes = load_config(path, revision).architectures or ["model without a class"]
+    if classes != [SortedLlamaForCausalLM.__name__]:
+        raise ValueError(
+            f"{path} is no sorted Llama but a {', '.join(classes)}: a request could not choose a depth. "
+            "`transformers serve` serves it."
+        )
+
+
 @functools.wraps(Serve)
 def serve(**options):
     if not is_serve_available():
         raise SystemExit('The server needs more packages: pip install -e ".[serve]"')
-    check_port(options["host"], options["port"])
-    if options["force_model"] is not None:
-        path, revision = utils.split_revision(options["force_model"])
-        config = read_config(path, revision)
-        if config.architectures != [SortedLlamaForCausalLM.__name__]:
-            raise SystemExit(
-                f"{path} is no sorted Llama but a {', '.join(config.architectures or ['model without a class'])}: "
-                "a request could not choose a depth. `transformers serve` serves it."
-            )
     try:
+        check_port(options["host"], options["port"])
+        if options["force_model"] is not None:
+            check_model(options["force_model"])
         Serve(**options)
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise SystemExit(f"The server does not start: {one_line(error)}") from error

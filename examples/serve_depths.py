@@ -24,7 +24,10 @@ import urllib.request
 from pathlib import Path
 
 import yaml
-from checks import check_port, read_config, read_depths
+from checks import check_port, read_depths
+
+from sorted_llama.hub_card.checkpoint import load_config
+from sorted_llama.trainer.escaping import one_line
 
 
 def start_server(path: str, depth: str, port: int, *flags: str, name: str | None = None) -> subprocess.Popen:
@@ -48,6 +51,50 @@ def wait_until_up(server: subprocess.Popen, port: int) -> None:
     raise RuntimeError(f"The server on port {port} ended with status {server.returncode}: see what it printed.")
 
 
+def choose_ports(path: str, texts: list[str], first: int) -> dict[str, int]:
+    """The port of each model `name@depth`; `ValueError` if the checkpoint lacks a depth, or a port cannot be used."""
+    layers, depths = load_config(path).num_hidden_layers, []
+    for text in texts:
+        depths += ["full"] if text == "full" else map(str, read_depths([text], layers, "--depths"))
+    name = Path(path).resolve().name
+    ports = {f"{name}@{depth}": first + i for i, depth in enumerate(dict.fromkeys(depths))}
+    for port in ports.values():
+        check_port("0.0.0.0", port)
+    return ports
+
+
+def write_routes(path: str, ports: dict[str, int]) -> Path:
+    """LiteLLM's configuration, beside the checkpoint's folder; returns the file."""
+    folder = Path(path).resolve().parent if Path(path).is_dir() else Path()
+    file = folder / f"{Path(path).resolve().name}.litellm.yaml"
+    routes = []
+    for model, port in ports.items():
+        server = {"model": f"openai/{model}", "api_base": f"http://localhost:{port}/v1", "api_key": "none"}
+        routes.append({"model_name": model, "litellm_params": server})
+    file.write_text(yaml.safe_dump({"model_list": routes}, sort_keys=False))
+    return file
+
+
+def serve(path: str, ports: dict[str, int], flags: list[str]) -> None:
+    """Run the servers until one of them ends, which is a `RuntimeError`; whatever happens, none is left running."""
+    config, servers = write_routes(path, ports), []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the servers, too
+    try:
+        for model, port in ports.items():
+            servers.append(start_server(path, model.rpartition("@")[2], port, *flags, name=model))
+            wait_until_up(servers[-1], port)  # one after the other: each looks at how much memory is free
+        print(f"Up: {', '.join(f'{model} (port {port})' for model, port in ports.items())}")
+        print(f"One address for all: LITELLM_MASTER_KEY=sk-1234 litellm --config {config}", flush=True)
+        while all(server.poll() is None for server in servers):
+            time.sleep(1)
+        raise RuntimeError("A server has ended: see what it printed. The others are stopped.")
+    finally:
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -60,50 +107,15 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if sys.argv[1:2] != [args.path]:
         parser.error("the path of the checkpoint comes first: before it, a flag's value would be taken for it")
-    layers, depths = read_config(args.path).num_hidden_layers, []
-    for text in args.depths:
-        depths += ["full"] if text == "full" else map(str, read_depths([text], layers, "--depths"))
-    name = Path(args.path).resolve().name
-    ports = {f"{name}@{depth}": args.port + i for i, depth in enumerate(dict.fromkeys(depths))}
-    for port in ports.values():
-        check_port("0.0.0.0", port)
-    if importlib.util.find_spec("vllm") is None:
-        raise SystemExit("vLLM is not installed here: pip install vllm")
-
-    routes = [
-        {
-            "model_name": model,
-            "litellm_params": {
-                "model": f"openai/{model}",
-                "api_base": f"http://localhost:{port}/v1",
-                "api_key": "none",
-            },
-        }
-        for model, port in ports.items()
-    ]
-    config = (Path(args.path).resolve().parent if Path(args.path).is_dir() else Path()) / f"{name}.litellm.yaml"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the servers, too
-    servers = []
     try:
-        config.write_text(yaml.safe_dump({"model_list": routes}, sort_keys=False))
-        for model, port in ports.items():
-            depth = model.rpartition("@")[2]
-            servers.append(start_server(args.path, depth, port, *flags, name=model))
-            wait_until_up(servers[-1], port)  # one after the other: each looks at how much memory is free
-        print(f"Up: {', '.join(f'{model} (port {port})' for model, port in ports.items())}")
-        print(f"One address for all: LITELLM_MASTER_KEY=sk-1234 litellm --config {config}", flush=True)
-        while all(server.poll() is None for server in servers):
-            time.sleep(1)
-        raise SystemExit("A server has ended: see what it printed. The others are stopped.")
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(str(error)) from error
+        ports = choose_ports(args.path, args.depths, args.port)
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError("vLLM is not installed here: pip install vllm")
+        serve(args.path, ports, flags)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(one_line(error)) from error
     except KeyboardInterrupt:
         pass
-    finally:
-        for server in servers:
-            server.terminate()
-        for server in servers:
-            server.wait()
 
 
 if __name__ == "__main__":

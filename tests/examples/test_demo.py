@@ -33,7 +33,6 @@ def inputs(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
 def test_a_run_and_one_that_was_interrupted(inputs):
     demo = [ROOT / "examples" / "demo.py", "--model", "model", "--data", "data.jsonl", "--max_steps", "3"]
     first = run(inputs, *demo)

@@ -408,7 +408,6 @@ def served(folder, port, tmp_path):
         process.wait(20)
 
 
-@pytest.mark.slow
 def test_the_one_command(model, tokenizer, tmp_path):
     folder = save_tiny(tmp_path / "model", model)
     with served(folder, free_port(), tmp_path) as url:
@@ -436,7 +435,6 @@ def browsing(tmp_path, **options):
         browser.close()
 
 
-@pytest.mark.slow
 def test_in_a_browser(url, model, tokenizer, tmp_path):
     """Type, choose, slide, generate, stop; nothing but text comes of what was typed."""
     from playwright import sync_api
@@ -517,7 +515,6 @@ def test_in_a_browser(url, model, tokenizer, tmp_path):
 SHOWN = "token => [getComputedStyle(token, '::after').content, token === document.activeElement]"
 
 
-@pytest.mark.slow
 def test_on_a_phone(url, model, tokenizer, tmp_path):
     """A tap, and a keyboard, show the depth of a token; nothing is wider than the screen."""
     from playwright import sync_api

@@ -26,7 +26,6 @@ def run(folder, *flags):
     return result.stdout
 
 
-@pytest.mark.slow
 def test_two_sittings(tmp_path):
     save_tiny(tmp_path / "model")
     (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, GSM8K)))

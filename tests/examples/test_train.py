@@ -79,7 +79,6 @@ def history(folder):
     return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
 
 
-@pytest.mark.slow
 def test_yaml_config(inputs):
     write_config(inputs, eval_strategy="steps", eval_steps=3)
     output = run(inputs, SCRIPT, "--config", "config.yaml", "--exit_layers", "every:2")
@@ -106,7 +105,6 @@ def test_yaml_config(inputs):
     assert eval(printed, names).tolist() == expected.tolist()
 
 
-@pytest.mark.slow
 def test_flags_with_lora(inputs):
     flags = [f"--{name}={value}" for name, value in FIELDS.items() if name != "exit_layers"]
     output = run(
@@ -176,7 +174,6 @@ LENSES |= {"exit_schedule": "random", "self_distillation_weight": 0.5}
 HEADS = {"exit_heads": "separate"}  # weights that the loss uses without calling their modules
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine, options", [("ddp", LENSES), ("fsdp2", {}), ("zero2", {}), ("zero3", HEADS)], ids=str)
 def test_two_processes_equal_one(in_one_process, tmp_path, engine, options):
     """
@@ -226,7 +223,6 @@ def test_accelerate_configs(engine):
     assert config.num_processes > 1 and config.mixed_precision == "bf16"
 
 
-@pytest.mark.slow
 def test_accelerate_launch(inputs):
     """`accelerate launch --num_processes 2 --cpu`; without MPI, accelerate starts one process for it."""
     write_config(inputs)
