@@ -25,9 +25,14 @@ from yaml import YAMLError
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
-from sorted_llama.modeling_sorted_llama.heads_sorted_llama import fold_lens
+from sorted_llama.modeling_sorted_llama.heads_sorted_llama import (
+    EMBEDDINGS,
+    HEAD,
+    fold_lens,
+    folded_matrix,
+    submodel_name,
+)
 from sorted_llama.modeling_sorted_llama.modes_sorted_llama import make_plain
-from sorted_llama.modeling_sorted_llama.submodel_weights import EMBEDDINGS, HEAD, lens_matrix, submodel_name
 from sorted_llama.trainer.escaping import hub_links, markdown, one_line, python_literal
 from sorted_llama.trainer.model_card import QUESTION, START
 
@@ -152,7 +157,7 @@ def _write_weights(
     source: _Source, config: SortedLlamaConfig, exit_layer: int, folder: Path, max_shard_size: int | str
 ) -> None:
     names = _names_of_submodel(source.weight_map, config, exit_layer)
-    matrix = lens_matrix(config, exit_layer)
+    matrix = folded_matrix(config, exit_layer)
     with source.opened(names.values()) as files:
         shapes = {target: _without_data(files[name], name) for target, name in names.items()}
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
@@ -172,7 +177,7 @@ def _names_of_submodel(tensors: Iterable[str], config: SortedLlamaConfig, exit_l
     """Of each tensor of the plain Llama, the tensor of the checkpoint that it is."""
     targets = {name: submodel_name(name, config, exit_layer) for name in tensors}
     names = {target: name for name, target in targets.items() if target is not None}
-    if lens_matrix(config, exit_layer) is not None:
+    if folded_matrix(config, exit_layer) is not None:
         names.setdefault(HEAD, EMBEDDINGS)
     elif config.tie_word_embeddings and exit_layer not in config.own_exits:
         names.pop(HEAD, None)

@@ -69,14 +69,8 @@ def whole_weight(head: nn.Module) -> torch.Tensor:
 
 def gather_in_backward(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """
-    Under DeepSpeed ZeRO-3, have parameters made whole for the backward of a model that uses them behind its modules'
-    backs: by the time their gradients arrive, they would have been sharded again.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model whose forward uses them.
-        modules (`Sequence[torch.nn.Module]`):
-            The modules whose parameters it uses without calling them.
+    Under DeepSpeed ZeRO-3, have parameters made whole for the backward of a `model` that uses them without calling
+    their `modules`: by the time their gradients arrive, they would have been sharded again.
     """
     params = {id(param): param for module in modules for param in module.parameters() if hasattr(param, "ds_id")}
     for param in params.values():  # in the same order on every process
@@ -84,16 +78,7 @@ def gather_in_backward(model: nn.Module, modules: Sequence[nn.Module]) -> None:
 
 
 def gathered(modules: Sequence[nn.Module]):
-    """
-    Context with whole parameters: under DeepSpeed ZeRO-3 they are sharded until the forward of their own module runs.
-
-    Args:
-        modules (`Sequence[torch.nn.Module]`):
-            The modules whose parameters to gather.
-
-    Returns:
-        A context manager.
-    """
+    """Context with whole parameters: under DeepSpeed ZeRO-3 they are sharded until their module's forward runs."""
     params = {id(param): param for module in modules for param in module.parameters()}
     sharded = [p for p in params.values() if getattr(p, "ds_status", None) is not None and p.numel() == 0]
     if not sharded:

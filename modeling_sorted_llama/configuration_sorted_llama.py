@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from .heads_sorted_llama import EXIT_HEADS
+
 
 # Where the Auto classes find the code that `save_pretrained` puts beside the weights
 AUTO_MAP = {
@@ -286,8 +288,8 @@ class SortedLlamaConfig(LlamaConfig):
                     f"{self.exit_loss_weights!r}, set `exit_layers` too."
                 )
             self.exit_loss_weights = check_exit_loss_weights(self.exit_loss_weights, len(self.exit_layers))
-        check_choice(self.exit_heads, "exit_heads", ("shared", "separate", "lens"))
-        if self.exit_heads != "shared" and len(self.exit_layers or ()) < 2:
+        check_choice(self.exit_heads, "exit_heads", EXIT_HEADS)
+        if EXIT_HEADS[self.exit_heads].owned and len(self.exit_layers or ()) < 2:
             raise ValueError(
                 f"`exit_heads={self.exit_heads!r}` gives each exit below full depth weights of its own: set "
                 f"`exit_layers` too, got {self.exit_layers!r}."
@@ -304,7 +306,7 @@ class SortedLlamaConfig(LlamaConfig):
     @property
     def own_exits(self) -> list[int]:
         """The exits that do not read through the final norm and the LM head as full depth does."""
-        return self.exit_layers[:-1] if self.exit_heads != "shared" else []
+        return self.exit_layers[:-1] if EXIT_HEADS[self.exit_heads].owned else []
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -1,22 +1,27 @@
-"""What an exit owns: its norm and its LM head, and which heads are known to be a plain matrix product."""
+"""What an exit owns: one class a kind of `exit_heads`, and which heads are known to be a plain matrix product."""
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import LlamaConfig
+from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .compat_sorted_llama import is_sharded
+from .compat_sorted_llama import is_sharded, whole_copy
+
+
+EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+_FOLD_ERROR = (
+    "An exit with `exit_heads='lens'` is a plain Llama once its matrix is folded into the LM head, which takes a "
+    "linear head in floating point without bias, hooks or adapters, got {}: dequantize, merge or remove them first."
+)
 
 
 class ExitHead(nn.Module):
-    """
-    LM head of an exit with `exit_heads="separate"`: `hidden_states @ weight.T`.
-
-    Args:
-        weight (`torch.nn.Parameter` of shape `(vocab_size, hidden_size)`):
-            Its matrix.
-    """
+    """LM head of an exit with `exit_heads="separate"`: `hidden_states @ weight.T`, `(vocab_size, hidden_size)`."""
 
     # No `nn.Linear`: quantization and adapters for all linear layers are for the layers of the backbone, and of the
     # heads they know to leave out the one that `get_output_embeddings` names
@@ -27,17 +32,11 @@ class ExitHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden_states, self.weight)
 
-    def to_linear(self) -> nn.Linear:
-        """The `nn.Linear` around the same weight."""
-        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
-        linear.weight = self.weight
-        return linear
-
-
-FOLD_ERROR = (
-    "An exit with `exit_heads='lens'` is a plain Llama once its matrix is folded into the LM head, which takes a "
-    "linear head in floating point without bias, hooks or adapters, got {}: dequantize, merge or remove them first."
-)
+    def resized(self, shared: torch.Tensor) -> "ExitHead":
+        """This head with as many rows as the weight of the shared one, whose rows it takes for those it lacks."""
+        rows, kept = shared.detach().clone(), min(len(shared), len(self.weight))
+        rows[:kept] = self.weight.detach()[:kept]
+        return ExitHead(nn.Parameter(rows, self.weight.requires_grad))
 
 
 class ExitLens(LlamaRMSNorm):
@@ -46,63 +45,167 @@ class ExitLens(LlamaRMSNorm):
 
     This is a tuned lens (arXiv 2303.08112) put behind the norm, where it folds into the head of a plain Llama. At the
     start `A` is 0: the exit is read as full depth is.
-
-    Args:
-        hidden_size (`int`):
-            Width of the hidden states.
-        eps (`float`, *optional*, defaults to 1e-6):
-            Added to their mean square.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__(hidden_size, eps)
-        # No `nn.Linear`: quantization and adapters for all linear layers are for the layers of the backbone
+        # No `nn.Linear`, as in `ExitHead`
         self.matrix = nn.Parameter(torch.zeros(hidden_size, hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = super().forward(hidden_states)
         return normed + nn.functional.linear(normed, self.matrix)
 
-    @classmethod
-    def from_norm(cls, norm: LlamaRMSNorm) -> "ExitLens":
-        """The lens that does what `norm` does, around copies."""
-        lens = cls(norm.weight.shape[0], norm.variance_epsilon).to(norm.weight)
-        lens.weight.data.copy_(norm.weight)
-        return lens.train(norm.training)
 
-    def fold(self, head: nn.Module) -> tuple[LlamaRMSNorm, nn.Linear]:
-        """A plain norm, around the same gain, and the head that reads it as `head` reads this lens."""
+class SharedHeads:
+    """`exit_heads="shared"`: an exit owns nothing, and reads through the final norm and the LM head."""
+
+    # A plain Llama's tensors, and the exit's own that stand in their place; `{}` is the number of the exit
+    owned: ClassVar[dict[str, str]] = {}
+    # The exit's tensor that is folded into the LM head of the sub-model
+    folded: ClassVar[str | None] = None
+
+    @staticmethod
+    def make_norm(config: LlamaConfig) -> nn.Module | None:
+        """The norm that an exit owns, with any weights."""
+        return None
+
+    @staticmethod
+    def make_head(config: LlamaConfig) -> nn.Module | None:
+        """The LM head that an exit owns, with any weights."""
+        return None
+
+    @staticmethod
+    def init_norm(norm: Any, shared: Any) -> None:
+        """Have a norm of an exit, where it was not loaded, do what the final norm does."""
+        init.copy_(norm.weight, shared.weight)
+
+    @staticmethod
+    def copy_norm(shared: nn.Module) -> nn.Module:
+        """A norm for an exit that does what the final norm does."""
+        return whole_copy(shared)
+
+    @staticmethod
+    def copy_head(shared: nn.Module) -> nn.Module:
+        """A head for an exit that does what the LM head does."""
+        return (
+            ExitHead(whole_copy(shared).get_parameter("weight")) if is_matrix_product(shared) else whole_copy(shared)
+        )
+
+    @staticmethod
+    def to_plain(norm: nn.Module, head: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The norm and the LM head with which a plain Llama reads as an exit does with these."""
+        return norm, head
+
+
+class SeparateHeads(SharedHeads):
+    """`exit_heads="separate"`: an exit owns a norm and an LM head, copies of the shared ones to begin with."""
+
+    owned: ClassVar[dict[str, str]] = {NORM: "model.exit_norms.{}.weight", HEAD: "exit_lm_heads.{}.weight"}
+
+    @staticmethod
+    def make_norm(config: LlamaConfig) -> nn.Module:
+        return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @staticmethod
+    def make_head(config: LlamaConfig) -> nn.Module:
+        return ExitHead(nn.Parameter(torch.empty(config.vocab_size, config.hidden_size)))
+
+    @staticmethod
+    def to_plain(norm: nn.Module, head: nn.Module) -> tuple[nn.Module, nn.Module]:
+        return norm, _linear(head.weight) if isinstance(head, ExitHead) else head
+
+
+class LensHeads(SharedHeads):
+    """`exit_heads="lens"`: an exit owns a norm and a matrix before the shared LM head, the identity to begin with."""
+
+    owned: ClassVar[dict[str, str]] = {NORM: "model.exit_norms.{}.weight"}
+    folded: ClassVar[str | None] = "model.exit_norms.{}.matrix"
+
+    @staticmethod
+    def make_norm(config: LlamaConfig) -> nn.Module:
+        return ExitLens(config.hidden_size, eps=config.rms_norm_eps)
+
+    @staticmethod
+    def init_norm(norm: Any, shared: Any) -> None:
+        init.copy_(norm.weight, shared.weight)
+        init.zeros_(norm.matrix)
+
+    @staticmethod
+    def copy_norm(shared: Any) -> nn.Module:
+        lens = ExitLens(len(shared.weight), shared.variance_epsilon).to(shared.weight)
+        LensHeads.init_norm(lens, shared)
+        return lens.train(shared.training)
+
+    @staticmethod
+    def to_plain(norm: Any, head: Any) -> tuple[nn.Module, nn.Module]:
         if not is_matrix_product(head):
-            raise ValueError(FOLD_ERROR.format(head))
-        norm = LlamaRMSNorm(len(self.weight), self.variance_epsilon)
-        norm.weight = self.weight
-        weight: Any = head.weight
-        folded = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        folded.weight = nn.Parameter(fold_lens(weight, self.matrix))
-        return norm, folded
+            raise ValueError(_FOLD_ERROR.format(head))
+        plain = LlamaRMSNorm(len(norm.weight), norm.variance_epsilon)
+        plain.weight = norm.weight
+        return plain, _linear(nn.Parameter(fold_lens(head.weight, norm.matrix)))
+
+
+# All kinds: the config, the models, the loss, the trainer and whatever reads a checkpoint ask here
+EXIT_HEADS: dict[str, type[SharedHeads]] = {"shared": SharedHeads, "separate": SeparateHeads, "lens": LensHeads}
+OWNING_HEADS = " or ".join(repr(name) for name, kind in EXIT_HEADS.items() if kind.owned)  # for errors
+
+
+def heads_of(config: Any, exit_layer: int) -> type[SharedHeads]:
+    """What reads an exit of a [`SortedLlamaConfig`]: `SharedHeads` at full depth and where nothing was trained."""
+    return EXIT_HEADS[config.exit_heads] if exit_layer in config.own_exits else SharedHeads
+
+
+def _linear(weight: nn.Parameter) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    return linear
 
 
 @torch.no_grad()
 def fold_lens(head_weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """
-    Weight of the head that reads a plain norm as the shared head reads an [`ExitLens`].
-
-    Args:
-        head_weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`):
-            Weight of the shared head.
-        matrix (`torch.Tensor` of shape `(hidden_size, hidden_size)`):
-            The lens's.
-
-    Returns:
-        `torch.Tensor` of shape `(vocab_size, hidden_size)`: Of `head_weight`'s dtype; multiplied in float32.
-
-    Raises:
-        ValueError: If the head is quantized.
-    """
+    """Weight of the head that reads a plain norm as the head of `head_weight` reads an [`ExitLens`] of `matrix`."""
     if not head_weight.is_floating_point():
-        raise ValueError(FOLD_ERROR.format(head_weight.dtype))
-    whole = torch.eye(len(matrix), device=head_weight.device) + matrix.float().to(head_weight.device)
-    return (head_weight.float() @ whole).to(head_weight.dtype)
+        raise ValueError(_FOLD_ERROR.format(head_weight.dtype))
+    lens = torch.eye(len(matrix), device=head_weight.device) + matrix.float().to(head_weight.device)
+    return (head_weight.float() @ lens).to(head_weight.dtype)
+
+
+def submodel_name(name: str, config: Any, exit_layer: int) -> str | None:
+    """What the sub-model of an exit calls a tensor of the checkpoint; `None` if it has no such tensor."""
+    owned = heads_of(config, exit_layer).owned
+    for plain, of_exit in owned.items():
+        if name == of_exit.format(exit_layer):
+            return plain
+    if name.startswith("model.layers."):
+        return name if int(name.split(".")[2]) < exit_layer else None
+    shared = tuple(plain.removesuffix("weight") for plain in (EMBEDDINGS, NORM, HEAD) if plain not in owned)
+    return name if name.startswith(shared) else None
+
+
+def folded_matrix(config: Any, exit_layer: int) -> str | None:
+    """Name of the matrix that [`fold_lens`] folds into the sub-model's head; `None` if the exit has none."""
+    folded = heads_of(config, exit_layer).folded
+    return None if folded is None else folded.format(exit_layer)
+
+
+def submodel_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], config: Any, exit_layer: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    Names and tensors of the sub-model of an exit as a plain Llama has them, from those of the checkpoint: each is let
+    go of when the next is asked for. A folded head comes last.
+    """
+    matrix = folded_matrix(config, exit_layer)
+    parts: dict[str, torch.Tensor] = {}
+    for name, tensor in weights:
+        target = submodel_name(name, config, exit_layer)
+        if matrix is not None and name in (EMBEDDINGS, HEAD, matrix):
+            parts[name] = tensor
+        if target is not None and (matrix is None or target != HEAD):
+            yield target, tensor
+    if matrix is not None:
+        yield HEAD, fold_lens(parts[HEAD if HEAD in parts else EMBEDDINGS], parts[matrix])
 
 
 _FORWARDS = {nn.Linear: nn.Linear.forward, ExitHead: ExitHead.forward}
@@ -114,16 +217,9 @@ _SHARDING = ("torch.distributed.fsdp.", "deepspeed.")
 def is_matrix_product(head: nn.Module) -> bool:
     """
     Whether a head is known to be `hidden_states @ head.weight.T` and nothing else, so that its weight may be read in
-    place of a call. This is the one rule; every other head is called.
-
-    Args:
-        head (`torch.nn.Module`):
-            Any module in an LM head's place.
-
-    Returns:
-        `bool`: True for an `nn.Linear` itself (no subclass: adapters, quantization and parametrizations are such) or
-        an [`ExitHead`], with the forward of its class, a plain floating-point matrix as weight (also a sharded one),
-        no bias, and no hooks, neither on it nor on all modules, but those that gather shards.
+    place of a call. This is the one rule; every other head is called. It is true of an `nn.Linear` itself (adapters,
+    quantization and parametrizations are subclasses) or an [`ExitHead`], with the forward of its class, a plain
+    floating-point matrix as weight (also a sharded one), no bias, and no hooks but those that gather shards.
     """
     # FSDP2 puts a class of its own before the module's
     kind: Any = next(c for c in type(head).__mro__ if not c.__module__.startswith("torch.distributed."))
@@ -143,4 +239,4 @@ def is_matrix_product(head: nn.Module) -> bool:
     )
 
 
-__all__ = ["ExitHead", "ExitLens", "fold_lens", "is_matrix_product"]
+__all__ = ["EXIT_HEADS", "ExitHead", "ExitLens", "fold_lens", "is_matrix_product", "submodel_weights"]

@@ -1,6 +1,5 @@
 """Sorted LLaMA (arXiv 2309.08968): one Llama checkpoint whose first `k` layers are a model for several `k`."""
 
-import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Lla
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -30,11 +29,9 @@ from .cache_sorted_llama import check_cache_depth, is_sorted_cache
 from .compat_sorted_llama import (
     CACHE_NAME,
     gather_in_backward,
-    gathered,
     logger,
     slice_logits_to_keep,
     takes_either_cache_name,
-    whole_copy,
 )
 from .configuration_sorted_llama import (
     AUTO_MAP,
@@ -44,9 +41,10 @@ from .configuration_sorted_llama import (
     check_exit_layers,
 )
 from .generation_sorted_llama import SortedGenerationMixin
-from .heads_sorted_llama import ExitHead, ExitLens, is_matrix_product
+from .heads_sorted_llama import EXIT_HEADS, OWNING_HEADS, heads_of
 from .loss_sorted_llama import EXIT_LOSS_OPTIONS, ExitLossOptions, MultiExitLossOutput, multi_exit_loss
-from .modes_sorted_llama import SORTED_GENERATION_FIELDS, make_plain
+from .modes_sorted_llama import SORTED_GENERATION_FIELDS
+from .submodels_sorted_llama import plain_submodel, sorted_model
 
 
 @dataclass
@@ -122,10 +120,8 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
 
     def __init__(self, config: LlamaConfig):
         super().__init__(_as_sorted_config(config))
-        norm = ExitLens if self.config.exit_heads == "lens" else LlamaRMSNorm
-        self.exit_norms = nn.ModuleDict(
-            {str(k): norm(self.config.hidden_size, eps=self.config.rms_norm_eps) for k in self.config.own_exits}
-        )
+        norms = {str(k): heads_of(self.config, k).make_norm(self.config) for k in self.config.own_exits}
+        self.exit_norms = nn.ModuleDict({k: norm for k, norm in norms.items() if norm is not None})
         # Of a checkpoint that is loaded with fewer layers than it has, the others are left out on purpose
         there = "|".join(map(str, range(self.config.num_hidden_layers)))
         self._keys_to_ignore_on_load_unexpected = {rf"(^|\.)layers\.(?!({there})\.)"}
@@ -133,11 +129,9 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
             self.post_init()
 
     def _init_weights(self, module):
-        own_norms = getattr(self, "exit_norms", nn.ModuleDict())  # Llama's constructor comes here before it is made
-        if module in own_norms.values():  # where a Llama's checkpoint knows none
-            init.copy_(module.weight, self.norm.weight)
-            if isinstance(module, ExitLens):
-                init.zeros_(module.matrix)
+        of_exits = getattr(self, "exit_norms", nn.ModuleDict())  # Llama's constructor comes here before it is made
+        if module in of_exits.values():  # where a Llama's checkpoint knows none
+            EXIT_HEADS[self.config.exit_heads].init_norm(module, self.norm)
         else:
             super()._init_weights(module)
 
@@ -362,13 +356,8 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
         self.model = SortedLlamaModel(self.config)
         self.vocab_size = self.config.vocab_size
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
-        self.exit_lm_heads = nn.ModuleDict(
-            {
-                str(k): ExitHead(nn.Parameter(torch.empty(self.config.vocab_size, self.config.hidden_size)))
-                for k in self.config.own_exits
-                if self.config.exit_heads == "separate"
-            }
-        )
+        heads = {str(k): heads_of(self.config, k).make_head(self.config) for k in self.config.own_exits}
+        self.exit_lm_heads = nn.ModuleDict({k: head for k, head in heads.items() if head is not None})
         self.post_init()
 
     def _init_weights(self, module):
@@ -394,14 +383,9 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        for k, head in self.exit_lm_heads.items():
-            own = head.get_parameter("weight")
-            rows: Any = (
-                self.get_output_embeddings().weight.detach().clone()
-            )  # new ones are what the shared head has got
-            kept = min(len(rows), len(own))
-            rows[:kept] = own.detach()[:kept]
-            self.exit_lm_heads[k] = ExitHead(nn.Parameter(rows, own.requires_grad))
+        for k in self.exit_lm_heads:
+            head: Any = self.exit_lm_heads[k]
+            self.exit_lm_heads[k] = head.resized(self.get_output_embeddings().weight)
         return embeddings
 
     @classmethod
@@ -570,7 +554,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
         if loss_options.detach_exits and not {*exits[:-1]} <= {*self.config.own_exits}:
             raise ValueError(
                 "`detach_exits=True` trains only what the exits own: every one of `exit_layers` below full depth must "
-                f"have weights of its own (`exit_heads='lens'` or 'separate'), got exits {exits} where "
+                f"have weights of its own (`exit_heads` of {OWNING_HEADS}), got exits {exits} where "
                 f"{self.config.own_exits} have."
             )
         return loss_options
@@ -616,7 +600,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
                 multiplied by the matrix of an exit.
         """
         check_exit_layer(exit_layer, len(self.model.layers))
-        return _share_modules(self, LlamaForCausalLM, self.config.to_llama(exit_layer))
+        return plain_submodel(self, exit_layer)
 
     @classmethod
     def from_llama(cls, model: LlamaForCausalLM, **kwargs: Any) -> "SortedLlamaForCausalLM":
@@ -638,7 +622,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
         """
         if not isinstance(model, LlamaForCausalLM):
             raise TypeError(f"`model` must be a LlamaForCausalLM, got {type(model).__name__}.")
-        return _share_modules(model, cls, SortedLlamaConfig.from_llama(model.config, **kwargs))
+        return sorted_model(model, cls, SortedLlamaConfig.from_llama(model.config, **kwargs))
 
 
 def _check_labels(shape: torch.Size, **labels: torch.Tensor | None) -> None:
@@ -658,70 +642,6 @@ def _newest(states: torch.Tensor, number: int) -> torch.Tensor:
 def _as_sorted_config(config: LlamaConfig) -> SortedLlamaConfig:
     # By model type: remote code and an installed package have a class each
     return config if config.model_type == "sorted_llama" else SortedLlamaConfig.from_llama(config)
-
-
-def _share_modules(source: LlamaForCausalLM, cls: type[LlamaForCausalLM], config: LlamaConfig) -> LlamaForCausalLM:
-    """A `cls` of `config.num_hidden_layers` layers, its modules copies of `source`'s around the same tensors."""
-    with torch.device("meta"):
-        target = cls(config)
-    # What `deepcopy` finds here it does not copy: tensors are shared, and the copies point to the new config
-    memo: dict[int, Any] = {id(t): t for t in (*source.parameters(), *source.buffers())}
-    memo[id(source.config)] = target.config
-    target.model.embed_tokens = copy.deepcopy(source.model.embed_tokens, memo)
-    layers = [copy.deepcopy(layer, memo) for layer in source.model.layers[: config.num_hidden_layers]]
-    target.model.layers = nn.ModuleList(layers)
-    target.model.rotary_emb = copy.deepcopy(source.model.rotary_emb, memo)
-    norm, head = source.model.norm, source.lm_head
-    if isinstance(target, SortedLlamaForCausalLM):
-        _copy_own(source, target, memo)
-    elif isinstance(source, SortedLlamaForCausalLM):
-        norm = source.model.exit_norm(config.num_hidden_layers)
-        if str(config.num_hidden_layers) in source.exit_lm_heads:
-            head = source.exit_lm_heads[str(config.num_hidden_layers)]
-            head = head.to_linear() if isinstance(head, ExitHead) else head
-        if isinstance(norm, ExitLens):
-            norm, head = norm.fold(head)
-            memo[id(head.weight)] = head.weight
-    target.model.norm, target.lm_head = copy.deepcopy((norm, head), memo)
-    target.generation_config = copy.deepcopy(source.generation_config)
-    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if hasattr(source, name):
-            setattr(target, name, getattr(source, name))
-    if not isinstance(target, SortedLlamaForCausalLM):
-        make_plain(target.generation_config)
-    elif hasattr(source, "hf_device_map"):  # tells Trainer that the layers are on several devices
-        target.hf_device_map = source.hf_device_map
-    return target.train(source.training)
-
-
-def _copy_own(source: LlamaForCausalLM, target: SortedLlamaForCausalLM, memo: dict[int, Any]) -> None:
-    """Give the exits of `target` what they own: around the tensors of `source`'s, or new, as full depth reads."""
-    own_norms = getattr(source.model, "exit_norms", nn.ModuleDict())
-    exit_heads = getattr(source.config, "exit_heads", "shared")
-    if exit_heads not in ("shared", target.config.exit_heads):
-        raise ValueError(
-            f"`exit_heads={target.config.exit_heads!r}` would drop what the exits of this model own, which has "
-            f"`exit_heads={exit_heads!r}`: start from `extract_submodel({target.config.num_hidden_layers})`."
-        )
-    norm, head = source.model.norm, source.lm_head
-    with gathered([norm, head]):
-        for k in target.model.exit_norms:
-            if k in own_norms:
-                target.model.exit_norms[k] = copy.deepcopy(own_norms[k], memo)
-            elif target.config.exit_heads == "lens":
-                target.model.exit_norms[k] = ExitLens.from_norm(norm)
-            else:
-                target.model.exit_norms[k] = whole_copy(norm)
-            device = next(target.model.layers[int(k) - 1].parameters()).device
-            if device.type != "meta":  # else hooks bring in the layer
-                target.model.exit_norms[k].to(device)
-        for k in target.exit_lm_heads:
-            if k in own_norms:
-                target.exit_lm_heads[k] = copy.deepcopy(source.exit_lm_heads[k], memo)
-            elif is_matrix_product(head):
-                target.exit_lm_heads[k] = ExitHead(whole_copy(head).get_parameter("weight"))
-            else:
-                target.exit_lm_heads[k] = whole_copy(head)
 
 
 SortedLlamaModel.register_for_auto_class("AutoModel")

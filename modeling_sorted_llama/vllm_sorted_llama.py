@@ -17,7 +17,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.transformers_utils.repo_utils import get_model_path
 
 from .configuration_sorted_llama import check_exit_layer
-from .submodel_weights import submodel_weights
+from .heads_sorted_llama import submodel_weights
 
 
 _targets: WeakValueDictionary[str, "SortedLlamaForCausalLM"] = WeakValueDictionary()  # by their checkpoint

@@ -28,7 +28,7 @@ from tests.tiny import reference_llama, run_as_stranger, save_gguf, save_tiny, t
 
 TOKENS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
 PACKAGE = Path(sorted_llama.modeling_sorted_llama.__file__).parent
-STAYS_HERE = ["submodel_weights.py", "vllm_plugin.py", "vllm_sorted_llama.py"]  # for the installed package only
+STAYS_HERE = ["vllm_plugin.py", "vllm_sorted_llama.py"]  # for the installed package only
 REMOTE_CODE = sorted(path.name for path in PACKAGE.glob("[!_]*.py") if path.name not in STAYS_HERE)
 AUTO_MAP = {
     "AutoConfig": "configuration_sorted_llama.SortedLlamaConfig",

@@ -357,7 +357,7 @@ def test_wrong_config(fields):
 def test_detached_exits_that_own_nothing(fields):
     model = sorted_llama("lens") if "exit_heads" not in fields else tiny_sorted(exit_layers=EXITS)
     ids = prompts()["input_ids"]
-    with pytest.raises(ValueError, match="`detach_exits=True`.*`exit_heads='lens'`"):
+    with pytest.raises(ValueError, match="`detach_exits=True`.*`exit_heads` of 'separate' or 'lens'"):
         model(input_ids=ids, labels=ids, detach_exits=True, exit_layers=fields.get("exit_layers"))
 
 

@@ -1,0 +1,84 @@
+"""Llamas around the tensors of another one: sorted models as plain ones and the other way round, without a copy."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .compat_sorted_llama import gathered
+from .heads_sorted_llama import EXIT_HEADS, heads_of
+from .modes_sorted_llama import make_plain
+
+
+# What transformers' loading and PEFT know a quantized model by
+_QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+def plain_submodel(source: Any, exit_layer: int) -> LlamaForCausalLM:
+    """The sub-model of an exit of a sorted model as a plain Llama around the same tensors."""
+    target, share = _share_layers(source, LlamaForCausalLM, source.config.to_llama(exit_layer))
+    own_head = str(exit_layer) in source.exit_lm_heads
+    head = source.exit_lm_heads[str(exit_layer)] if own_head else source.lm_head
+    norm, head = heads_of(source.config, exit_layer).to_plain(source.model.exit_norm(exit_layer), head)
+    target.model.norm, target.lm_head = share(norm), share(head)
+    make_plain(target.generation_config)
+    return target
+
+
+def sorted_model(source: LlamaForCausalLM, cls: Any, config: Any) -> Any:
+    """
+    A sorted model, of class `cls`, around the tensors of a Llama, plain or sorted. What its exits own and those of
+    `source` do not are copies of the final norm and the LM head.
+    """
+    kind_of_source = getattr(source.config, "exit_heads", "shared")
+    if kind_of_source not in ("shared", config.exit_heads):
+        raise ValueError(
+            f"`exit_heads={config.exit_heads!r}` would drop what the exits of this model own, which has "
+            f"`exit_heads={kind_of_source!r}`: start from `extract_submodel({config.num_hidden_layers})`."
+        )
+    target, share = _share_layers(source, cls, config)
+    norm, head = target.model.norm, target.lm_head = share(source.model.norm), share(source.lm_head)
+    kind = EXIT_HEADS[config.exit_heads]
+    owned_norms = getattr(source.model, "exit_norms", nn.ModuleDict())
+    owned_heads: Any = getattr(source, "exit_lm_heads", nn.ModuleDict())
+    with gathered([norm, head]):
+        for k in target.model.exit_norms:
+            of_exit = share(owned_norms[k]) if k in owned_norms else kind.copy_norm(norm)
+            device = next(target.model.layers[int(k) - 1].parameters()).device
+            # With the layer on `meta`, hooks bring it in
+            target.model.exit_norms[k] = of_exit if device.type == "meta" else of_exit.to(device)
+        for k in target.exit_lm_heads:
+            target.exit_lm_heads[k] = share(owned_heads[k]) if k in owned_heads else kind.copy_head(head)
+    if hasattr(source, "hf_device_map"):  # tells `Trainer` that the layers are on several devices
+        target.hf_device_map = source.hf_device_map
+    return target
+
+
+def _share_layers(
+    source: LlamaForCausalLM, cls: type[LlamaForCausalLM], config: LlamaConfig
+) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
+    """A `cls` with embeddings and layers of `source`, and the function that copies modules around their tensors."""
+    with torch.device("meta"):
+        target = cls(config)
+    # What `deepcopy` finds here it does not copy: tensors are shared, and the copies point to the new config
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
+    memo[id(source.config)] = target.config
+
+    def share(module: nn.Module) -> nn.Module:
+        memo.update({id(parameter): parameter for parameter in module.parameters()})  # a folded head is a new one
+        return copy.deepcopy(module, memo)
+
+    target.model.embed_tokens = share(source.model.embed_tokens)
+    target.model.layers = nn.ModuleList(map(share, source.model.layers[: config.num_hidden_layers]))
+    target.model.rotary_emb = share(source.model.rotary_emb)
+    target.generation_config = copy.deepcopy(source.generation_config)
+    for name in _QUANTIZATION:
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+    return target.train(source.training), share
+
+
+__all__ = ["plain_submodel", "sorted_model"]
