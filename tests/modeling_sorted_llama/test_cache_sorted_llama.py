@@ -2,10 +2,6 @@
 
 import contextlib
 import copy
-import functools
-import io
-import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,66 +10,23 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from sorted_llama import SortedCache, SortedLlamaForCausalLM
-from sorted_llama.modeling_sorted_llama.cache_sorted_llama import PENDING_BLOCK, STORAGE_BLOCK
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
-from tests.tiny import reference_llama, tiny_sorted
+from tests.modeling_sorted_llama.caches import (
+    CLOSE,
+    LAYERS,
+    assert_equals_straight_pass,
+    catch_up,
+    count_layer_calls,
+    random_tokens,
+    reference,
+    run,
+    run_plain,
+    sorted_model,
+)
+from tests.tiny import tiny_sorted
 
 
-LAYERS = 4
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-
-
-@functools.cache
-def sorted_model(attention="sdpa"):
-    """A model that no test changes."""
-    return tiny_sorted(exit_layers=[1, 2, 3, 4], attn_implementation=attention)
-
-
-@functools.cache
-def reference(depth=LAYERS):
-    """transformers' own Llama of the first layers of `sorted_model()`."""
-    return reference_llama(sorted_model("eager"), depth)
-
-
-def random_tokens(*shape, seed=0):
-    return torch.randint(3, 259, shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def run(cache, tokens, depth=LAYERS, model=None, **arguments):
-    """Normed states of a pass of the sorted model; `tokens` of shape `(num_rows, 0)` only take pending ones along."""
-    model = model or sorted_model()
-    return model.model(input_ids=tokens, cache=cache, exit_layer=depth, **arguments).last_hidden_state
-
-
-def catch_up(cache, depth=LAYERS, **arguments):
-    return run(cache, torch.empty(len(cache.lengths), 0, dtype=torch.long), depth, **arguments)
-
-
-@torch.no_grad()
-def run_plain(tokens, depth=LAYERS, cache=None, **arguments):
-    """Normed states of a pass of the plain Llama, and its cache (a `DynamicCache` by default)."""
-    cache = DynamicCache() if cache is None else cache
-    outputs = reference(depth).model(input_ids=tokens, **{CACHE_NAME: cache}, **arguments)
-    return outputs.last_hidden_state, cache
-
-
-def assert_equals_straight_pass(cache, tokens, depth=LAYERS):
-    """Keys and values of rows without padding."""
-    _, expected = run_plain(tokens, depth)
-    for layer, expected_layer in zip(cache.layers, expected.layers, strict=True):
-        torch.testing.assert_close(layer.keys, expected_layer.keys, **CLOSE)
-        torch.testing.assert_close(layer.values, expected_layer.values, **CLOSE)
-
-
-def count_layer_calls(model) -> list[int]:
-    calls = []
-    for number, layer in enumerate(model.base_model.layers, start=1):
-        layer.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
-    return calls
-
-
-# 1. Whatever happens to the cache
+# Whatever happens to the cache
 
 
 class Row:
@@ -223,7 +176,7 @@ class History:
                 torch.testing.assert_close(layer.values[number][:, slots], expected_layer.values[0], **CLOSE)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_history_leaves_the_keys_and_values_of_one_straight_pass(data):
     history = History(
@@ -245,26 +198,6 @@ def test_a_pass_of_some_rows_leaves_what_is_pending_in_the_others():
     assert cache.lengths_in(1) == (5, 5) and cache.lengths_in(2) == (3, 5)
     catch_up(cache)
     assert_equals_straight_pass(cache, tokens)
-
-
-def test_first_mask_of_a_cache_with_rows_of_different_lengths():
-    """A mask that comes late says nothing of the tokens before: they stay attended to."""
-    tokens, cache = random_tokens(2, 6), SortedCache()
-    run(cache, tokens[:, :5])
-    cache.rollback([2, 5])
-    mask = torch.tensor([[0, 1], [1, 1]])
-    states = run(cache, torch.cat([tokens[:1, :2], tokens[1:, 4:]]), attention_mask=mask)
-    expected, _ = run_plain(torch.cat([tokens[1:, :5], tokens[1:, 4:]], dim=1))
-    torch.testing.assert_close(states[1, -2:], expected[0, -2:], **CLOSE)
-
-
-def test_first_mask_that_some_rows_are_given():
-    tokens, cache = random_tokens(2, 6), SortedCache()
-    run(cache, tokens[:, :5])
-    cache.rollback([2, 5])
-    run(cache, tokens[:1, 2:3], cache_rows=[0], attention_mask=torch.ones(1, 1, dtype=torch.long))
-    states = run(cache, tokens[1:, 5:], cache_rows=[1])
-    torch.testing.assert_close(states, run_plain(tokens[1:])[0][:, -1:], **CLOSE)
 
 
 def test_rows_that_nothing_is_pending_in_keep_nothing():
@@ -298,24 +231,7 @@ def test_rows_of_different_lengths_are_repeated():
     assert_equals_straight_pass(cache, tokens[[0, 0, 1, 1]])
 
 
-@pytest.mark.parametrize("pass_depth", [1, 2, 3])
-def test_attention_implementations_agree(pass_depth):
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]])
-    positions, tokens = (mask.cumsum(-1) - 1).clamp(min=0), random_tokens(3, 12)
-    found = {}
-    for attention in ("eager", "sdpa"):
-        cache, model = SortedCache(), sorted_model(attention)
-        run(cache, tokens[:, :4], model=model, attention_mask=mask, position_ids=positions)
-        run(cache, tokens[1:, 4:7], pass_depth, model, cache_rows=[1, 2])
-        cache.rollback([4, 5, 7])
-        found[attention] = run(cache, tokens[:, 7:9], 4, model), run(cache, tokens[:, 9:10], 4, model)
-    for eager, sdpa, counts in zip(*found.values(), [(2, 3, 5), (1, 1, 1)], strict=True):
-        assert eager.shape == sdpa.shape
-        for row, count in enumerate(counts):
-            torch.testing.assert_close(eager[row, -count:], sdpa[row, -count:], **CLOSE)
-
-
-# 2. What a pass returns
+# What a pass returns
 
 
 def test_new_tokens_come_last_after_those_taken_along():
@@ -327,7 +243,7 @@ def test_new_tokens_come_last_after_those_taken_along():
     torch.testing.assert_close(states, run_plain(tokens)[0][:, 3:], **CLOSE)
 
 
-def test_rows_with_different_numbers_pending():
+def test_rows_take_along_different_numbers_of_tokens():
     tokens, cache = random_tokens(3, 8), SortedCache()
     run(cache, tokens[:, :3])
     run(cache, tokens[:2, 3:6], depth=2, cache_rows=[0, 1])
@@ -353,7 +269,7 @@ def test_states_at_exits_are_those_of_the_tokens_that_pass_them():
         torch.testing.assert_close(states, run_plain(tokens, depth)[0][:, -number:], **CLOSE)
 
 
-def test_a_pass_with_nothing_to_do():
+def test_a_pass_of_no_tokens_where_nothing_is_pending_runs_no_layer():
     tokens, cache = random_tokens(2, 4), SortedCache()
     run(cache, tokens)
     passes = cache.layer_token_passes
@@ -434,7 +350,7 @@ def test_labels_of_another_shape_than_the_input_are_refused(width):
             model(tokens[:, 5:], **labels, **{CACHE_NAME: cache})
 
 
-def test_logits_of_the_causal_model():
+def test_the_causal_model_returns_logits_of_what_it_took_along():
     tokens, cache, model = random_tokens(2, 6), SortedCache(), sorted_model()
     with torch.no_grad():
         model(input_ids=tokens[:, :5], cache=cache, exit_layer=1)
@@ -443,7 +359,7 @@ def test_logits_of_the_causal_model():
     torch.testing.assert_close(logits, expected[:, -2:], **CLOSE)
 
 
-# 3. Other models
+# Other models, and other ways to generate
 
 
 def smaller_model(depth):
@@ -527,112 +443,10 @@ def test_generate_with_it_equals_generate_with_a_dynamic_cache(strategy, depth):
     assert cache.get_seq_length() > 5 and set(cache.pending) == ({2} if depth == 2 else set())
 
 
-# 4. Memory
+# What it refuses
 
 
-def storages(cache):
-    return [tensor.untyped_storage() for layer in cache.layers for tensor in (layer.keys, layer.values)]
-
-
-def tensors_in(thing, seen=None):
-    """The tensors that an object holds, at any depth."""
-    seen = set() if seen is None else seen
-    if id(thing) in seen:
-        return []
-    seen.add(id(thing))
-    if isinstance(thing, torch.Tensor):
-        return [thing]
-    if isinstance(thing, dict):
-        members = list(thing.values())
-    else:
-        members = list(thing) if isinstance(thing, (list, tuple)) else list(getattr(thing, "__dict__", {}).values())
-    return [tensor for member in members for tensor in tensors_in(member, seen)]
-
-
-def test_storage_stays_where_it_is_within_a_block():
-    tokens, cache = random_tokens(2, STORAGE_BLOCK + 2), SortedCache()
-    run(cache, tokens[:, :200])
-    before = [storage.data_ptr() for storage in storages(cache)]
-    for number, depth in zip(range(200, STORAGE_BLOCK), [4, 1, 2, 3] * 14, strict=True):
-        run(cache, tokens[:, number : number + 1], depth)
-    catch_up(cache)
-    cache.crop(-3)
-    run(cache, tokens[:, STORAGE_BLOCK - 3 : STORAGE_BLOCK])
-    assert [storage.data_ptr() for storage in storages(cache)] == before
-    assert {storage.nbytes() for storage in storages(cache)} == {2 * 2 * STORAGE_BLOCK * 8 * 4}
-    run(cache, tokens[:, STORAGE_BLOCK:])
-    assert {storage.nbytes() for storage in storages(cache)} == {2 * 2 * 2 * STORAGE_BLOCK * 8 * 4}
-    assert cache.layers[0].keys.shape == (2, 2, STORAGE_BLOCK + 2, 8)
-    assert_equals_straight_pass(cache, tokens)
-
-
-def test_max_cache_len_allocates_once():
-    tokens, cache = random_tokens(1, 700), SortedCache(max_cache_len=600)
-    run(cache, tokens[:, :3])
-    before = [storage.data_ptr() for storage in storages(cache)]
-    assert {storage.nbytes() for storage in storages(cache)} == {2 * 600 * 8 * 4}
-    run(cache, tokens[:, 3:400])
-    run(cache, tokens[:, 400:599], depth=2)
-    run(cache, tokens[:, 599:600])
-    assert [storage.data_ptr() for storage in storages(cache)] == before
-    assert_equals_straight_pass(cache, tokens[:, :600])
-    run(cache, tokens[:, 600:])  # more still fit
-    assert_equals_straight_pass(cache, tokens)
-
-
-def test_generate_with_a_static_cache_allocates_once():
-    model, tokens = sorted_model(), random_tokens(2, 5)
-    output = model.generate(
-        tokens,
-        exit_threshold=0.5,
-        max_new_tokens=8,
-        cache_implementation="static",
-        return_dict_in_generate=True,
-    )
-    cache = output[CACHE_NAME]
-    assert isinstance(cache, SortedCache)
-    assert all(storage.nbytes() == 2 * 2 * STORAGE_BLOCK * 8 * 4 for storage in storages(cache)[:2])
-    assert cache.layers[0].max_cache_len == 13
-
-
-def test_it_holds_keys_values_pending_states_and_two_numbers_a_token():
-    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
-    tokens, cache = random_tokens(2, 40), SortedCache()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    ordinary = LAYERS * 2 * (2 * 2 * STORAGE_BLOCK * 8 * 4) + 2 * STORAGE_BLOCK * (8 + 1)
-
-    def held():
-        assert not any(tensor.requires_grad for tensor in tensors_in(cache))
-        unique = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(cache)}
-        return sum(unique.values())
-
-    run(cache, tokens[:, :3], attention_mask=mask, position_ids=positions)
-    assert held() == ordinary
-    for number in range(3, 10):
-        run(cache, tokens[:, number : number + 1], depth=2)
-    assert held() == ordinary + 2 * PENDING_BLOCK * 32 * 4
-    run(cache, tokens[:, 10:11], depth=3)  # what was pending at 2 is pending at 3 now
-    assert set(cache.pending) == {3}
-    assert held() == ordinary + 2 * PENDING_BLOCK * 32 * 4
-    run(cache, tokens[:, 11:12])
-    assert cache.pending == {} and held() == ordinary
-
-
-def test_pending_states_are_freed_with_their_tokens():
-    tokens, cache = random_tokens(2, 6), SortedCache()
-    run(cache, tokens[:, :3])
-    run(cache, tokens[:, 3:5], depth=1)
-    run(cache, tokens[:1, 5:], depth=1, cache_rows=[0])
-    cache.rollback([3, 4])
-    assert set(cache.pending) == {1}
-    cache.rollback([3, 3])
-    assert cache.pending == {}
-
-
-# 5. What it refuses
-
-
-def test_crop_and_rollback():
+def test_crop_and_rollback_forget_the_newest_tokens():
     tokens, cache = random_tokens(2, 5), SortedCache()
     run(cache, tokens)
     with pytest.raises(ValueError, match="must be 0 or negative, got 3"):
@@ -650,7 +464,7 @@ def test_crop_and_rollback():
 
 
 @pytest.mark.parametrize("depth", [2, LAYERS])
-def test_wrong_number_of_rows(depth):
+def test_an_input_of_another_number_of_rows_is_refused(depth):
     tokens, cache = random_tokens(2, 5), SortedCache()
     run(cache, tokens[:, :4], depth)
     for wrong, rows in ((tokens[:1, 4:], None), (random_tokens(3, 1), None), (tokens[:, 4:], [1])):
@@ -665,16 +479,6 @@ def test_rows_are_those_of_a_sorted_cache():
         run(DynamicCache(), random_tokens(2, 2), cache_rows=[0, 1])
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (2, 7), (2, 1, 1, 6), (1, 2), (3, 2), (3, 6)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_bad_shape_of_a_mask(shape, masked):
-    tokens, cache = random_tokens(2, 6), SortedCache()
-    run(cache, tokens[:, :4], attention_mask=torch.ones(2, 4) if masked else None)
-    with pytest.raises(ValueError, match=r"must be of shape \(2, 6\).*or \(2, 2\), got"):
-        run(cache, tokens[:, 4:], attention_mask=torch.zeros(shape))
-    torch.testing.assert_close(run(cache, tokens[:, 4:]), run_plain(tokens)[0][:, 4:], **CLOSE)
-
-
 def test_a_refused_first_pass_leaves_the_cache_empty():
     tokens, cache = random_tokens(2, 4), SortedCache()
     with pytest.raises(ValueError, match="must be of shape"):
@@ -682,110 +486,7 @@ def test_a_refused_first_pass_leaves_the_cache_empty():
     torch.testing.assert_close(run(cache, tokens), run_plain(tokens)[0], **CLOSE)
 
 
-def test_rows_of_different_lengths_need_a_mask_that_flash_attention_has_not():
-    tokens, cache = random_tokens(2, 6), SortedCache()
-    run(cache, tokens[:, :5])
-    states = torch.zeros(2, 1, 32)
-    even = cache.append(states)
-    for kind in ("flash_attention_2", "kernels-community/flash-attn3"):
-        assert cache.attention_mask(even, SimpleNamespace(_attn_implementation=kind), states) is None
-    cache.rollback([3, 5])
-    uneven = cache.append(states)
-    for kind in ("flash_attention_2", "flash_attention_3", "flex_attention"):
-        with pytest.raises(ValueError, match=f"{kind}.*cannot attend to rows of different lengths"):
-            cache.attention_mask(uneven, SimpleNamespace(_attn_implementation=kind), states)
-
-
-def test_flash_attention_is_given_the_mask_as_it_is():
-    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
-    tokens, cache = random_tokens(2, 4), SortedCache()
-    run(cache, tokens[:, :3], attention_mask=mask)
-    states = torch.zeros(2, 1, 32)
-    found = cache.attention_mask(
-        cache.append(states), SimpleNamespace(_attn_implementation="flash_attention_2"), states
-    )
-    assert found.tolist() == [[True, True, True, True], [False, True, True, True]]
-
-
-def test_refused_rows_of_different_lengths_in_a_pass():
-    model, tokens, cache = tiny_sorted(exit_layers=[1, 2, 3, 4]), random_tokens(2, 6), SortedCache()
-    run(cache, tokens[:, :5], model=model)
-    cache.rollback([3, 5])
-    calls = count_layer_calls(model)
-    model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match="load the model with `attn_implementation='sdpa'`"):
-        run(cache, tokens[:, 5:], model=model)
-    assert calls == []
-    model.config._attn_implementation = "sdpa"
-    states = run(cache, tokens[:, 3:], cache_rows=None, model=model)
-    torch.testing.assert_close(states[0], run_plain(tokens[:1])[0][0, 3:], **CLOSE)
-
-
-# 6. Copies
-
-
-def ragged_cache():
-    """Rows of different lengths, pending states, padding; and the tokens that would make the rows equal."""
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    tokens, cache = random_tokens(2, 8), SortedCache()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    run(cache, tokens[:, :4], attention_mask=mask, position_ids=positions)
-    run(cache, tokens[:, 4:7], depth=2)
-    cache.rollback([5, 7])
-    return cache, torch.stack([tokens[0, 5:6], tokens[1, 7:8]])
-
-
-def saved_and_loaded(cache):
-    buffer = io.BytesIO()
-    torch.save(cache, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
-    "torch.save": saved_and_loaded,
-}
-
-
-@pytest.mark.parametrize("kind", COPIES)
-def test_copies_go_on_on_their_own(kind):
-    cache, new = ragged_cache()
-    copied = COPIES[kind](cache)
-    expected = run(cache, new)
-    found = run(copied, new)
-    assert torch.equal(found, expected)
-    assert copied.lengths == cache.lengths
-    run(copied, new, depth=1)
-    copied.rollback([0, 0])
-    run(copied, new + 1)
-    assert cache.lengths == (6, 8)
-    again, _ = ragged_cache()
-    run(again, new)
-    for layer, same in zip(cache.layers, again.layers, strict=True):
-        assert torch.equal(layer.keys[0, :, :6], same.keys[0, :, :6])
-        assert torch.equal(layer.values[1, :, 2:], same.values[1, :, 2:])
-
-
-def test_an_empty_cache_can_be_copied():
-    tokens, cache = random_tokens(2, 5), copy.deepcopy(SortedCache(max_cache_len=300))
-    run(cache, tokens)
-    assert storages(cache)[0].nbytes() == 2 * 2 * 300 * 8 * 4
-
-
-def test_reset():
-    cache, _ = ragged_cache()
-    cache.reset()
-    assert cache.get_seq_length() == 0 and cache.lengths == () and cache.pending == {}
-    tokens = random_tokens(3, 5, seed=1)  # another number of rows, and no padding
-    run(cache, tokens[:, :4], depth=1)
-    states = run(cache, tokens[:, 4:])
-    torch.testing.assert_close(states, run_plain(tokens)[0], **CLOSE)
-    assert_equals_straight_pass(cache, tokens)
-
-
-# 7. Errors on the way
+# Errors on the way
 
 
 @contextlib.contextmanager
@@ -804,7 +505,7 @@ def raising_hook(model, number):
 
 @pytest.mark.parametrize("pending", [[], [1], [2], [3, 1], [2, 3]])
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_an_error_in_the_middle_of_a_pass(number, pending):
+def test_the_cache_goes_on_after_an_error_in_a_pass(number, pending):
     model, tokens, cache = sorted_model(), random_tokens(2, 9), SortedCache()
     run(cache, tokens[:, :4])
     for depth in pending:
@@ -821,7 +522,7 @@ def test_an_error_in_the_middle_of_a_pass(number, pending):
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_an_error_in_the_first_pass(number):
+def test_the_cache_is_empty_after_an_error_in_its_first_pass(number):
     model, tokens, cache = sorted_model(), random_tokens(2, 5), SortedCache()
     with raising_hook(model, number), pytest.raises(RuntimeError, match="out of order"):
         run(cache, tokens)
@@ -830,7 +531,7 @@ def test_an_error_in_the_first_pass(number):
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_an_error_in_a_pass_of_some_rows(number):
+def test_every_row_goes_on_after_an_error_in_a_pass_of_some(number):
     """Every row goes on after the tokens that the cache says it holds."""
     model, tokens, cache = sorted_model(), random_tokens(3, 9), SortedCache()
     run(cache, tokens[:, :5])
@@ -845,188 +546,3 @@ def test_an_error_in_a_pass_of_some_rows(number):
         expected = run_plain(tokens[row : row + 1])[0]
         torch.testing.assert_close(states[0, length - 9 :], expected[0, length:], **CLOSE)
     assert_equals_straight_pass(cache, tokens)
-
-
-# 8. Turns of a chat
-
-
-MODES = {
-    "plain": {},
-    "fixed": {"exit_layer": 2},
-    "confidence": {"exit_threshold": [0.3, 0.5, 0.7]},
-    "draft": {"assistant_early_exit": 2},
-    "drafts of 3": {"assistant_early_exit": 1, "num_assistant_tokens": 3},
-    "rows": {"exit_layer": [2, 4, 1]},
-    "auto": {"exit_layer": "auto", "exit_agreement": 0.3},
-}
-ENDS = {"eos_token_id": list(range(3, 259, 5)), "pad_token_id": 0, "max_new_tokens": 5}
-
-
-def turn(mode, inputs, cache=None):
-    arguments = {**inputs, **ENDS, **MODES[mode], "return_dict_in_generate": True}
-    return sorted_model().generate(**arguments, **({} if cache is None else {"cache": cache}))
-
-
-def first_prompt():
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
-    return {"input_ids": random_tokens(3, 6) * mask, "attention_mask": mask}
-
-
-def next_prompt(inputs, sequences, padding_is_attended, seed):
-    """The conversation so far and what the user says next: 3, 3 and 2 tokens, padded on the left."""
-    said = sequences[:, inputs["input_ids"].shape[1] :]
-    mask = torch.ones_like(said) if padding_is_attended else (said != 0).long()
-    new_mask = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 1, 1]])
-    new = random_tokens(3, 3, seed=seed) * new_mask
-    return {
-        "input_ids": torch.cat([sequences, new], dim=1),
-        "attention_mask": torch.cat([inputs["attention_mask"], mask, new_mask], dim=1),
-    }
-
-
-def tokens_without_a_cache(mode, inputs, output):
-    """One run on the whole text. Where the prompt chooses the depths, and most of it is cached, it takes the same."""
-    if mode != "auto":
-        return turn(mode, inputs).sequences
-    depths = output.exit_layers_used[:, 0].tolist()
-    return sorted_model().generate(**inputs, **ENDS, exit_layer=depths)
-
-
-def go_on(mode, inputs, cache):
-    """Continue a copy of the cache, and check the tokens."""
-    output = turn(mode, inputs, copy.deepcopy(cache))
-    assert torch.equal(output.sequences, tokens_without_a_cache(mode, inputs, output))
-    assert output[CACHE_NAME].get_seq_length() == output.sequences.shape[1] - 1
-    return output
-
-
-@pytest.mark.parametrize("padding_is_attended", [False, True])
-@pytest.mark.parametrize("second", MODES)
-@pytest.mark.parametrize("first", MODES)
-def test_a_second_turn_in_any_mode(first, second, padding_is_attended):
-    inputs = first_prompt()
-    output = turn(first, inputs, SortedCache() if first in ("plain", "fixed") else None)
-    lengths = (output.sequences[:, 6:] != 0).sum(1)
-    assert len(set(lengths.tolist())) > 1  # some rows end before others
-    inputs = next_prompt(inputs, output.sequences, padding_is_attended, seed=1)
-    go_on(second, inputs, output[CACHE_NAME])
-
-
-@pytest.mark.parametrize("second", MODES)
-@pytest.mark.parametrize("first", MODES)
-def test_a_third_turn_in_any_mode(first, second):
-    attended = len(first + second) % 2 == 0
-    inputs = first_prompt()
-    output = turn(first, inputs, SortedCache())
-    inputs = next_prompt(inputs, output.sequences, attended, seed=1)
-    output = go_on(second, inputs, output[CACHE_NAME])
-    inputs = next_prompt(inputs, output.sequences, not attended, seed=2)
-    for third in MODES:
-        go_on(third, inputs, output[CACHE_NAME])
-
-
-@pytest.mark.parametrize("agreement", [0.0, 1.0])
-def test_a_depth_from_the_prompt_of_a_second_turn(agreement):
-    """Everything agrees well enough, or nothing does: as without a cache."""
-    inputs = first_prompt()
-    output = turn("confidence", inputs)
-    inputs = next_prompt(inputs, output.sequences, padding_is_attended=False, seed=3)
-    mode = {"exit_layer": "auto", "exit_agreement": agreement, "return_dict_in_generate": True}
-    expected = sorted_model().generate(**inputs, **ENDS, **mode)
-    found = sorted_model().generate(**inputs, **ENDS, **mode, cache=output[CACHE_NAME])
-    assert set(found.exit_layers_used[:, 0].tolist()) == {1 if agreement == 0 else LAYERS}
-    assert torch.equal(found.exit_layers_used, expected.exit_layers_used)
-    assert torch.equal(found.sequences, expected.sequences)
-
-
-@pytest.mark.parametrize("last", MODES)
-def test_rows_that_stop_below_what_they_have_pending(last):
-    """Row 0 waits at 3 and then at 2, while the others pass both."""
-    inputs, cache = first_prompt(), SortedCache()
-    for seed, depths in enumerate(([3, 4, 4], [2, 4, 4])):
-        output = sorted_model().generate(**inputs, **ENDS, exit_layer=depths, cache=cache)
-        assert torch.equal(output, sorted_model().generate(**inputs, **ENDS, exit_layer=depths))
-        inputs = next_prompt(inputs, output, padding_is_attended=False, seed=seed)
-    go_on(last, inputs, cache)
-
-
-def test_a_first_turn_at_one_depth_goes_deeper_only_with_a_sorted_cache():
-    inputs = first_prompt()
-    output = turn("fixed", inputs)
-    assert type(output[CACHE_NAME]) is DynamicCache
-    assert output[CACHE_NAME].get_seq_length() == output.sequences.shape[1] - 1 == 9
-    inputs = next_prompt(inputs, output.sequences, padding_is_attended=False, seed=1)
-    with pytest.raises(ValueError, match="9 tokens in its first layer but 0 in layer 4"):
-        turn("plain", inputs, copy.deepcopy(output[CACHE_NAME]))
-    again = turn("fixed", inputs, output[CACHE_NAME])
-    assert torch.equal(again.sequences, turn("fixed", inputs).sequences)
-
-
-@pytest.mark.parametrize("filled", [False, True])
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("plain", "fixed")])
-def test_moving_depth_continues_from_no_other_cache(mode, filled):
-    model, inputs, cache = tiny_sorted(exit_layers=[1, 2, 3, 4]), first_prompt(), DynamicCache()
-    if filled:
-        run_plain(inputs["input_ids"][:, :5], LAYERS, cache)
-    calls = count_layer_calls(model)
-    with pytest.raises(
-        ValueError, match=r"continues from a `SortedCache`, got .*DynamicCache: pass `SortedCache\(\)`"
-    ):
-        model.generate(**inputs, **ENDS, **MODES[mode], cache=cache)
-    assert calls == []
-
-
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("plain", "fixed")])
-def test_a_cache_that_holds_the_whole_prompt(mode):
-    inputs, cache = first_prompt(), SortedCache()
-    run(cache, inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    with pytest.raises(ValueError, match=r"holds 6 tokens .* at least one new token.*`cache.crop\(-1\)`"):
-        turn(mode, inputs, cache)
-
-
-# 9. Compiled layers
-
-
-def test_compiled_layers():
-    model, tokens, cache = tiny_sorted(num_hidden_layers=2, exit_layers=[1, 2]), random_tokens(2, 8), SortedCache()
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    for layer in model.model.layers:
-        layer.compile(backend=backend)
-    run(cache, tokens[:, :4], 2, model)
-    run(cache, tokens[:1, 4:6], 1, model, cache_rows=[0])
-    states = run(cache, torch.stack([tokens[0, 6:], tokens[1, 4:6]]), 2, model)
-    assert graphs and cache.layer_token_passes == 2 * (8 + 6)
-    for row, length in enumerate((8, 6)):
-        with torch.no_grad():
-            expected = reference_llama(model, 2).model(input_ids=tokens[row : row + 1, :length]).last_hidden_state
-        torch.testing.assert_close(states[row, 4 - length :], expected[0, 4:], **CLOSE)
-
-
-def test_generate_with_compiled_layers():
-    model, inputs = tiny_sorted(num_hidden_layers=2, exit_layers=[1, 2]), random_tokens(1, 4)
-    arguments = {"exit_threshold": 0.5, "max_new_tokens": 6}
-    expected = model.generate(inputs, **arguments)
-    torch._dynamo.reset()
-    for layer in model.model.layers:
-        layer.compile(backend="eager")
-    assert torch.equal(model.generate(inputs, **arguments), expected)
-
-
-def test_an_empty_cache_takes_what_is_done_to_the_rows_of_a_cache():
-    """As a `DynamicCache` does: beam search reorders it before the first token."""
-    cache = SortedCache()
-    cache.reorder_cache(torch.tensor([1, 0, 0]))
-    cache.batch_select_indices(torch.tensor([1]))
-    cache.batch_repeat_interleave(3)
-    cache.crop(-2)
-    cache.rollback([])
-    cache.reset()
-    assert cache.get_seq_length() == 0 and cache.batch_size == -1
-    run(cache, random_tokens(2, 5))
-    assert cache.lengths == (5, 5)

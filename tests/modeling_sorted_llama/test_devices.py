@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sorted_llama.modeling_sorted_llama.block_sorted_llama import index_tensor
 from tests.tiny import Pieces, prompts, tiny_sorted
 
 
@@ -58,14 +57,6 @@ def test_default_device(mode):
     assert torch.equal(found, expected)
     new_tokens = torch.tensor(streamer.pieces[1:]).T
     assert torch.equal(new_tokens, expected[:, -new_tokens.shape[1] :])
-
-
-def test_index_tensor():
-    index = index_tensor(range(3), torch.device("cpu"))
-    assert index.dtype == torch.long and index.tolist() == [0, 1, 2]
-    assert index_tensor([], torch.device("cpu")).dtype == torch.long
-    with torch.device("meta"):
-        assert index_tensor([7], torch.device("cpu")).tolist() == [7]
 
 
 TWO_DEVICES = '''
