@@ -10,19 +10,8 @@ from .measure import TeacherForced
 
 def calibration_error(confidences: torch.Tensor, agrees: torch.Tensor, num_bins: int = 10) -> float:
     """
-    Expected calibration error of one exit: how far its confidence is from how often its greedy token is full depth's,
-    on average over equally wide bins of confidence, weighted by their tokens.
-
-    Args:
-        confidences (`torch.FloatTensor` of shape `(num_tokens,)`):
-            From 0 to 1.
-        agrees (`torch.BoolTensor` of shape `(num_tokens,)`):
-            Whether the exit's greedy token is full depth's.
-        num_bins (`int`, *optional*, defaults to 10):
-            Number of bins.
-
-    Returns:
-        `float`: From 0 to 1.
+    Expected calibration error of one exit: how far its confidences `(num_tokens,)` are from how often its greedy token
+    is full depth's, on average over equally wide bins of confidence, weighted by their tokens.
     """
     bins = (confidences * num_bins).long().clamp(0, num_bins - 1)
     distances = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, confidences.double() - agrees.double())
@@ -42,19 +31,9 @@ def suggest_thresholds(
     read: TeacherForced, exits: list[int], wanted: Sequence[float] = (0.9, 0.95, 0.99)
 ) -> list[Suggestion]:
     """
-    The lowest `exit_threshold` that keeps each wanted agreement, where every token leaves at the first exit that is at
-    least so sure. The tokens before it are the right ones here; in generation they are the model's own.
-
-    Args:
-        read ([`TeacherForced`]):
-            What the exits predict.
-        exits (`list[int]`):
-            The exits, ascending, full depth last.
-        wanted (`Sequence[float]`, *optional*, defaults to `(0.9, 0.95, 0.99)`):
-            Agreements.
-
-    Returns:
-        `list[Suggestion]`: One for each of `wanted`.
+    The lowest `exit_threshold` that keeps each wanted agreement with full depth, where every token leaves at the first
+    of `exits` that is at least so confident. The tokens before it are the right ones here; in generation they are the
+    model's own.
     """
     depth = torch.tensor(exits, dtype=torch.float32)
     curve = []

@@ -14,22 +14,8 @@ from sorted_llama.trainer.escaping import one_line
 
 def load_config(path: str | Path, revision: str | None = None, **fields: Any) -> SortedLlamaConfig:
     """
-    The configuration of a checkpoint.
-
-    Args:
-        path (`str` or `Path`):
-            Folder, or id on the Hub.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub. Defaults to the main branch.
-        fields (`Any`, *optional*):
-            Values that go before those in the file.
-
-    Returns:
-        [`SortedLlamaConfig`]
-
-    Raises:
-        ValueError: If there is no such checkpoint, here or on the Hub, if the Hub cannot be reached, or if the
-            configuration is none of a Llama.
+    The configuration of a checkpoint, in a folder or on the Hub; `fields` go before those in the file. `ValueError` if
+    there is no such checkpoint, if the Hub cannot be reached, or if the configuration is none of a Llama.
     """
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -67,23 +53,8 @@ def load_answering_tokenizer(path: str | Path) -> Any:
 
 def load_model(path: str | Path, dtype: str, device: str | None = None, exit_layers: list[int] | None = None) -> Any:
     """
-    A model to evaluate.
-
-    Args:
-        path (`str` or `Path`):
-            Folder, or id on the Hub.
-        dtype (`str`):
-            Type of the weights.
-        device (`str`, *optional*):
-            Defaults to a GPU where there is one.
-        exit_layers (`list[int]`, *optional*):
-            Exits where thresholds leave. Defaults to those of the checkpoint.
-
-    Returns:
-        [`SortedLlamaForCausalLM`]
-
-    Raises:
-        ValueError: If there are no weights, if their files are broken, or if some are missing.
+    A model to evaluate, on a GPU where there is one; thresholds leave at `exit_layers`, or at those of the checkpoint.
+    `ValueError` if there are no weights, if their files are broken, or if some are missing.
     """
     fields: dict[str, Any] = {} if exit_layers is None else {"exit_layers": exit_layers, "exit_loss_weights": None}
     try:

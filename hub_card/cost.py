@@ -9,21 +9,11 @@ from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM
 
 @dataclass
 class Cost:
-    """
-    Cost of one generated token.
+    """Cost of one generated token."""
 
-    Args:
-        parameters (`int`):
-            Parameters of the sub-model: embeddings, layers, norm, LM head (a tied head counts once).
-        flops (`int`):
-            Floating point operations, two for each weight of a matrix product, and of attention over `context` tokens.
-        kv_bytes (`int`):
-            Keys and values that are kept.
-    """
-
-    parameters: int
-    flops: int
-    kv_bytes: int
+    parameters: int  # of the sub-model: embeddings, layers, norm, LM head (a tied head counts once)
+    flops: int  # two for each weight of a matrix product, and those of attention
+    kv_bytes: int  # keys and values that are kept
 
 
 def cost_of_exit(model: SortedLlamaForCausalLM, exit_layer: int, context: int = 0) -> Cost:

@@ -50,9 +50,6 @@ class SortedLlamaLM(HFLM):
             Exits to score, `exit_layer` among them. Defaults to `exit_layer` alone.
         kwargs (`Any`, *optional*):
             Arguments of the harness's `hf` model.
-
-    Raises:
-        ValueError: If `exit_layer` is not among `exit_layers`, or is not a depth of the model.
     """
 
     def __init__(
@@ -129,17 +126,8 @@ class SortedLlamaLM(HFLM):
 
 def find_tasks(names: Sequence[str]) -> TaskManager:
     """
-    Find tasks before any of them is run.
-
-    Args:
-        names (`Sequence[str]`):
-            Names of tasks or groups, or paths of YAML files.
-
-    Returns:
-        `lm_eval.tasks.TaskManager`: What knows them.
-
-    Raises:
-        ValueError: If there is no such task, or if it cannot be made: its YAML is broken, its data is not there.
+    Make the tasks, by their names or the paths of YAML files, before any of them is run; `ValueError` if there is no
+    such task, or if it cannot be made: its YAML is broken, its data is not there.
     """
     manager = TaskManager()
     unknown = [name for name in names if not Path(name).is_file() and not manager.match_tasks([name])]
@@ -161,21 +149,8 @@ def evaluate_harness(
     model: SortedLlamaLM, exit_layers: Sequence[int], task: str, **kwargs: Any
 ) -> dict[str, dict[str, dict]]:
     """
-    Run a task of the harness at every exit.
-
-    Args:
-        model ([`SortedLlamaLM`]):
-            The model, made with these `exit_layers`: the first run scores them all.
-        exit_layers (`Sequence[int]`):
-            Exits.
-        task (`str`):
-            Name of a task or of a group, or path of a YAML file.
-        kwargs (`Any`, *optional*):
-            Arguments of `lm_eval.simple_evaluate`: `num_fewshot`, `limit`, ...
-
-    Returns:
-        `dict[str, dict[str, dict]]`: By task (a group has several) and exit, the metrics as the harness names them
-        (`"acc,none"`), as far as they are finite numbers.
+    Of a task or a group, by its tasks and the exits, the metrics as the harness names them (`"acc,none"`), as far as
+    they are finite numbers. `model` was made with these `exit_layers`: the first run scores them all.
     """
     found: dict[str, dict[str, dict]] = {}
     for exit_layer in exit_layers:

@@ -8,14 +8,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_int
 from sorted_llama.trainer.escaping import one_line
 
 from .checkpoint import check_device, load_answering_tokenizer, load_config, load_model
-from .judge import PairwiseResult, check_judge, digest_of, judge_pairs, load_cache, open_cache, write_reply
+from .judge import PairwiseResult, Replies, check_judge, digest_of, judge_pairs
 from .measure import answers
-from .record import fingerprint, write_json
-from .tasks import Task, load_task
+from .record import check_output, fingerprint, write_json
+from .tasks import load_task
 
 
 _BATCH_SIZE = 64  # answers that are made, and kept, at once
@@ -40,64 +40,49 @@ def judge_exits(
     the result: a stopped run goes on, and answers are not generated again.
 
     Args:
-        path (`str`):
-            Model id or path.
+        path, limit, dtype, device, chat:
+            See [`evaluate`].
         exits (`Sequence[int]`):
             Two exits, of the model and of what it is against.
         data (`tuple[str, str]`):
             Kind (see [`load_task`]) and file or dataset of what to answer.
-        judge (`str`):
-            Name of the judge at the endpoint.
-        base_url (`str`, *optional*):
-            The endpoint: see [`judge_pairs`].
+        judge, base_url (`str`):
+            Name of the judge, and the endpoint: see [`judge_pairs`].
         against (`str`, *optional*):
             Id or path of another model. Defaults to the same.
-        limit (`int`, *optional*):
-            Rows. Defaults to all.
         max_new_tokens (`int`, *optional*, defaults to 256):
             Length of an answer, at most.
-        dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            Type of the weights.
-        device (`str`, *optional*):
-            Defaults to a GPU where there is one.
-        chat (`bool`, *optional*, defaults to `False`):
-            Whether questions are asked through the chat template.
         output (`str` or `Path`, *optional*, defaults to `"judging.json"`):
             JSON file of the result.
-
-    Returns:
-        [`PairwiseResult`]
 
     Raises:
         ValueError: If an argument is out of range, or if a file cannot be read; before a model is loaded.
         JudgeError: If the judge does not answer, before an answer is generated and, where nothing is kept yet, before
             a model is loaded; or if a request fails in the end.
     """
-    output = Path(output)
-    if not output.parent.is_dir() or output.is_dir():
-        raise ValueError(f"`output` must be a file in a folder that exists, got {str(output)!r}.")
-    if max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
+    output = check_output(output)
+    check_int(max_new_tokens, "max_new_tokens", 1)
     check_device(device)
     sides = list(zip((path, against or path), exits, strict=True))
     for name, exit_layer in sides:
         check_exit_layer(exit_layer, load_config(name).num_hidden_layers, "exits")
     tokenizers = [load_answering_tokenizer(name) for name, _ in sides]
     tasks = [load_task(*data, tokenizer, limit, chat) for tokenizer in tokenizers]
-    kept = output.with_suffix(".answers.jsonl")
-    cache = output.with_suffix(".replies.jsonl")
+    kept, replies = Replies(output.with_suffix(".answers.jsonl")), Replies(output.with_suffix(".replies.jsonl"))
     ask_judge = functools.cache(lambda: check_judge(judge, base_url))  # once, and not where nothing is missing
-    if not all([load_cache(kept), load_cache(cache)]):
+    if not (kept and replies):
         ask_judge()
-    said: list[list[str]] = []
+    texts: list[list[str]] = []
     model: Any = None
     for (name, exit_layer), tokenizer, task in zip(sides, tokenizers, tasks, strict=True):
-        if not said or name != path:
+        if not texts or name != path:
             model = None  # before the next one comes
             model = load_model(name, dtype, device)
-        said.append(_answers(model, tokenizer, task, exit_layer, max_new_tokens, kept, name, ask_judge))
+        prompts = [row["prompt"] for row in task.rows]
+        bar = one_line(f"{name}, exit {exit_layer}")
+        texts.append(_answers(model, tokenizer, prompts, exit_layer, max_new_tokens, kept, bar, ask_judge))
     prompts = [row["prompt"] for row in tasks[0].rows]
-    result = judge_pairs(prompts, *said, model=judge, base_url=base_url, cache=cache)
+    result = judge_pairs(prompts, *texts, model=judge, base_url=base_url, cache=replies.path)
     write_json(output, {"exits": list(exits), "path": path, "against": against, **asdict(result)})
     return result
 
@@ -105,31 +90,28 @@ def judge_exits(
 def _answers(
     model: Any,
     tokenizer: Any,
-    task: Task,
+    prompts: list[str],
     exit_layer: int,
     max_new_tokens: int,
-    kept: Path,
-    name: str,
+    kept: Replies,
+    bar: str,
     before: Callable[[], None],
 ) -> list[str]:
-    """Greedy answers of an exit: those that the file has, and the others, which are added to it as they are made."""
+    """Greedy answers of an exit: those that are kept, and the others, which are kept as they are made."""
     made_by = {"weights": fingerprint(model), "dtype": str(model.dtype), "max_new_tokens": max_new_tokens}
-    prompts = [row["prompt"] for row in task.rows]
     keys = [digest_of({**made_by, "exit_layer": exit_layer, "prompt": prompt}) for prompt in prompts]
-    found = load_cache(kept)
-    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
+    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in kept}
     if missing:
         before()
+        kept.make_file()
         asked = sorted(missing, key=lambda key: len(missing[key]))  # alike lengths: little padding
-        with open_cache(kept) as file:
-            for start in tqdm(range(0, len(asked), _BATCH_SIZE), desc=one_line(f"{name}, exit {exit_layer}")):
-                batch = asked[start : start + _BATCH_SIZE]
-                questions = [missing[key] for key in batch]
-                texts = answers(model, tokenizer, questions, max_new_tokens, _BATCH_SIZE, exit_layer=exit_layer)
-                for key, text in zip(batch, texts, strict=True):
-                    write_reply(file, key, text)
-                    found[key] = text
-    return [found[key] for key in keys]
+        for start in tqdm(range(0, len(asked), _BATCH_SIZE), desc=bar):
+            batch = asked[start : start + _BATCH_SIZE]
+            questions = [missing[key] for key in batch]
+            texts = answers(model, tokenizer, questions, max_new_tokens, _BATCH_SIZE, exit_layer=exit_layer)
+            for key, text in zip(batch, texts, strict=True):
+                kept.add(key, text)
+    return [kept[key] for key in keys]
 
 
 __all__ = ["judge_exits"]

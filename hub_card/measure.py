@@ -18,21 +18,11 @@ _LOGITS = 2**26  # entries of one float32 tile of logits
 
 @dataclass
 class TeacherForced:
-    """
-    What the exits say at each token of the right answers, full depth last.
+    """What the exits, full depth last, predict of the right answers: tensors of shape `(num_exits, num_tokens)`."""
 
-    Args:
-        losses (`torch.FloatTensor` of shape `(num_exits, num_tokens)`):
-            Negative log-probability of the right token, in nats.
-        confidences (`torch.FloatTensor` of shape `(num_exits, num_tokens)`):
-            Probability of the greedy token: what `exit_threshold` is compared with.
-        agrees (`torch.BoolTensor` of shape `(num_exits, num_tokens)`):
-            Whether the greedy token is full depth's.
-    """
-
-    losses: torch.Tensor
-    confidences: torch.Tensor
-    agrees: torch.Tensor
+    losses: torch.Tensor  # negative log-probability of the right token, in nats
+    confidences: torch.Tensor  # probability of the greedy token: what `exit_threshold` is compared with
+    agrees: torch.Tensor  # whether the greedy token is full depth's
 
 
 @torch.inference_mode()
@@ -45,24 +35,8 @@ def teacher_forced(
     progress: bool = False,
 ) -> TeacherForced:
     """
-    Read the right answers at every exit, from one backbone pass.
-
-    Args:
-        model ([`SortedLlamaForCausalLM`]):
-            The model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        rows (`Sequence[dict]`):
-            Text of `prompt` and `completion`.
-        exits (`list[int]`):
-            Exits, ascending, ending in full depth.
-        batch_size (`int`, *optional*, defaults to 32):
-            Rows a forward.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a bar.
-
-    Returns:
-        [`TeacherForced`]
+    Read the right answers, `rows` of `prompt` and `completion` as text, at each of `exits` (ascending, full depth
+    last), from one backbone pass.
     """
     rows = sorted(rows, key=lambda row: len(row["prompt"]) + len(row["completion"]))  # alike lengths: little padding
     found: list[list[torch.Tensor]] = []
@@ -76,10 +50,10 @@ def teacher_forced(
         places = [(r, t - 1) for r, tokens in enumerate(whole) for t in range(max(starts[r], 1), len(tokens))]
         at = torch.tensor(places, device=model.device).reshape(-1, 2).unbind(1)
         labels = padded["input_ids"][at[0], at[1] + 1]
-        said = [read_at_exit(model, k, state[at], labels) for k, state in zip(exits, states, strict=True)]
-        found.append([torch.stack(values).cpu() for values in zip(*said, strict=True)])
-    log_probs, greedy, most = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return TeacherForced(losses=-log_probs, confidences=most.exp(), agrees=greedy == greedy[-1])
+        read = [read_at_exit(model, k, state[at], labels) for k, state in zip(exits, states, strict=True)]
+        found.append([torch.stack(values).cpu() for values in zip(*read, strict=True)])
+    log_probs, greedy, highest = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return TeacherForced(losses=-log_probs, confidences=highest.exp(), agrees=greedy == greedy[-1])
 
 
 def read_at_exit(
@@ -90,23 +64,9 @@ def read_at_exit(
     dtype: torch.dtype | None = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    What an exit says of the tokens behind some states, a tile of logits at a time.
-
-    Args:
-        model ([`SortedLlamaForCausalLM`]):
-            The model.
-        exit_layer (`int`):
-            The exit.
-        states (`torch.Tensor` of shape `(num_tokens, hidden_size)`):
-            Its hidden states, before the norm.
-        wanted (`torch.LongTensor` of shape `(num_tokens,)`):
-            Token behind each.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Type of the softmax. `None` is that of the logits.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Log-probability of the wanted tokens, the greedy tokens, and
-        their log-probability, each of shape `(num_tokens,)`.
+    What an exit predicts behind hidden states `(num_tokens, hidden_size)`, before the norm, a tile of logits at a
+    time: the log-probability of the `wanted` tokens, the greedy tokens, and their log-probability, each
+    `(num_tokens,)`. `dtype` is the softmax's; `None` is that of the logits.
     """
     head, norm = model.exit_head(exit_layer), model.model.exit_norm(exit_layer)
     rows = max(1, _LOGITS // model.config.vocab_size)
@@ -114,10 +74,10 @@ def read_at_exit(
     for start in range(0, len(wanted), rows):
         tile = slice(start, start + rows)
         log_probs = head(norm(states[tile])).log_softmax(-1, dtype=dtype)
-        most, greedy = log_probs.max(-1)
-        found.append((log_probs.gather(-1, wanted[tile, None])[:, 0], greedy, most))
-    of_wanted, greedy, most = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return of_wanted, greedy, most
+        highest, greedy = log_probs.max(-1)
+        found.append((log_probs.gather(-1, wanted[tile, None])[:, 0], greedy, highest))
+    of_wanted, greedy, highest = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return of_wanted, greedy, highest
 
 
 @torch.inference_mode()
@@ -131,26 +91,8 @@ def answers(
     **decoding: Any,
 ) -> list[str]:
     """
-    Greedy answers.
-
-    Args:
-        model ([`SortedLlamaForCausalLM`]):
-            The model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        prompts (`Sequence[str]`):
-            Text to continue.
-        max_new_tokens (`int`, *optional*, defaults to 12):
-            Length of an answer.
-        batch_size (`int`, *optional*, defaults to 64):
-            Rows a call.
-        progress (`str`, *optional*):
-            Name of a bar to show.
-        decoding (`Any`, *optional*):
-            `exit_layer=k`, or another mode of `generate`.
-
-    Returns:
-        `list[str]`: Generated text without special tokens.
+    Greedy answers to `prompts`, without special tokens. `progress` names a bar to show; `decoding` is a mode of
+    `generate`, such as `exit_layer=k`.
     """
     found = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
@@ -177,18 +119,10 @@ def _generate(model, tokenizer, inputs, max_new_tokens: int, **decoding: Any) ->
 
 @dataclass
 class Speed:
-    """
-    Tokens per second of one way to decode, one row at a time, the time for the prompt included.
-
-    Args:
-        median (`float`):
-            What was seen.
-        best (`float`):
-            The fastest run: the estimate that other work on the machine disturbs least.
-    """
+    """Tokens per second of one way to decode, one row at a time, the time for the prompt included."""
 
     median: float
-    best: float
+    best: float  # the run that other work on the machine disturbed least
 
 
 @torch.inference_mode()
@@ -203,28 +137,11 @@ def decoding_speeds(
     progress: bool = False,
 ) -> dict[str, Speed]:
     """
-    Speed of several ways to decode, which take turns, so that a machine that gets slower is fair to all.
+    Speed of several ways to decode, by the names of `settings`, which hold arguments of `generate`. They take turns,
+    so that a machine that gets slower is fair to all, `runs` after one to warm up.
 
-    Args:
-        model ([`SortedLlamaForCausalLM`]):
-            The model, in the dtype and on the device that its speed is measured in.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        prompts (`Sequence[str]`):
-            Text to continue, each alone.
-        settings (`dict[str, dict]`):
-            Arguments of `generate`, by name.
-        max_new_tokens (`int`, *optional*, defaults to 24):
-            Tokens to generate after each prompt, at most.
-        runs (`int`, *optional*, defaults to 3):
-            Turns, after one to warm up.
-        ends (`bool`, *optional*, defaults to `True`):
-            Whether a text may end. It should where modes are compared that depend on what the model has to say.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a bar.
-
-    Returns:
-        `dict[str, Speed]`: By name.
+    A text may end, unless `ends` is `False`: it should where modes are compared that depend on what the model has to
+    say. The answers have at most `max_new_tokens`; each prompt is continued alone.
     """
     inputs = [tokenizer(prompt, return_tensors="pt").to(model.device) for prompt in prompts]
     least = None if ends else max_new_tokens

@@ -28,19 +28,9 @@ def plot_quality_speed(
     record: dict[str, Any], path: str | Path, peers: dict[str, dict[str, Any]] | None = None
 ) -> bool:
     """
-    Draw each task's score against the speed-up over full depth: the fixed exits, the curve of thresholds, drafting,
-    and other models.
-
-    Args:
-        record (`dict`):
-            An evaluation.
-        path (`str` or `Path`):
-            PNG file to write, with a transparent ground.
-        peers (`dict[str, dict]`, *optional*):
-            Evaluations of other models by their names, measured in the same way; shown at their full depth.
-
-    Returns:
-        `bool`: Whether there was something to draw: no picture without scores and speeds.
+    Draw each task's score against the speed-up over full depth, into a PNG with a transparent ground: the fixed exits,
+    the curve of thresholds, drafting, and other models, evaluations by their names. Returns whether there was
+    something to draw: no picture without scores and speeds.
     """
     tasks = record["tasks"]
     if not tasks or "speed" not in record:

@@ -87,32 +87,8 @@ def upload(
     instead: str | Path | None = None,
 ) -> str:
     """
-    Push what [`files_to_push`] names of a folder, and nothing else.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of a checkpoint.
-        name (`str`):
-            Id on the Hub, `user/name`; made if it is not there.
-        message (`str`):
-            Of the commit.
-        private (`bool`, *optional*, defaults to `False`):
-            Whether a new repository is private.
-        revision (`str`, *optional*):
-            Branch, made if it is not there. Defaults to the main one.
-        create_pr (`bool`, *optional*, defaults to `False`):
-            Whether to open a pull request in place of a commit.
-        include (`Sequence[str]`, *optional*):
-            Patterns of other files to push.
-        instead (`str` or `Path`, *optional*):
-            Folder of files to push in place of those of the same names.
-
-    Returns:
-        `str`: Address of the commit, or of the pull request.
-
-    Raises:
-        ValueError: If what is to be pushed is not a file in the folder.
-        OSError: If the Hub refuses, or cannot be reached.
+    Push what [`files_to_push`] names of a folder, and nothing else; files in the folder `instead` take the place of
+    those of the same names. The other arguments, what is returned and what is raised are those of [`push`].
     """
     if name.count("/") != 1:
         raise ValueError(f"`name` must be an id on the Hub, user/name, got {name!r}.")
@@ -143,21 +119,10 @@ def upload(
 
 def files_to_push(folder: str | Path, include: Sequence[str] = ()) -> list[str]:
     """
-    The files of a folder that make a checkpoint, and those that are asked for.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of a checkpoint.
-        include (`Sequence[str]`, *optional*):
-            Patterns of further files, as `Path.glob` reads them: `"notes.txt"`, `"images/*"`, `"**/*.md"`. States of
-            a training, checkpoints in it, hidden files and what looks like a secret are never among them.
-
-    Returns:
-        `list[str]`: Their paths in the folder, with `/`.
-
-    Raises:
-        ValueError: If a pattern matches nothing that may be pushed, or if one of the files is a link that leaves the
-            folder.
+    The files of a folder that make a checkpoint, and those that are asked for, as paths with `/`. `include` holds
+    patterns as `Path.glob` reads them: `"notes.txt"`, `"images/*"`, `"**/*.md"`; states of a training, checkpoints in
+    it, hidden files and what looks like a secret are never among them. `ValueError` if a pattern matches nothing that
+    may be pushed, or if a file is a link that leaves the folder.
     """
     folder = Path(folder)
     found = {file for pattern in CHECKPOINT for file in _matches(folder, pattern)}
@@ -175,18 +140,7 @@ def files_to_push(folder: str | Path, include: Sequence[str] = ()) -> list[str]:
 
 
 def files_left(folder: str | Path, files: Sequence[str]) -> list[str]:
-    """
-    What of a folder is not pushed, without what a training leaves and what is hidden.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of a checkpoint.
-        files (`Sequence[str]`):
-            What is pushed.
-
-    Returns:
-        `list[str]`: Names in the folder, those of folders with a `/` behind them.
-    """
+    """What of a folder is not pushed, but for what a training leaves and what is hidden; folders end in `/`."""
     pushed = {PurePosixPath(file).parts[0] for file in files}
     entries = [entry for entry in sorted(Path(folder).iterdir()) if not _is_private(entry.name)]
     return [f"{entry.name}{'/' * entry.is_dir()}" for entry in entries if entry.name not in pushed]

@@ -62,13 +62,8 @@ def load_task(
         chat (`bool`, *optional*, defaults to `False`):
             Whether questions are asked through the chat template.
 
-    Returns:
-        [`Task`]
-
     Raises:
-        ValueError: If `kind` is unknown, if `limit` is below 1, if `source` cannot be read or has no rows, if a row
-            lacks a field or holds something else in it than `kind` reads, or if `chat` is asked for and the tokenizer
-            has no chat template.
+        ValueError: If an argument or a row is none of those, or if `chat` is asked for and there is no chat template.
     """
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from sorted_llama.hub_card import judge, judging
 from sorted_llama.hub_card.commands import main
-from sorted_llama.hub_card.judge import DEFAULT_TEMPLATE, bootstrap_interval, judge_pairs, parse_verdict
+from sorted_llama.hub_card.judge import TEMPLATE, bootstrap_interval, judge_pairs, parse_verdict
 from sorted_llama.hub_card.measure import answers
 from tests.tiny import save_tiny, tiny_sorted, tiny_tokenizer
 
@@ -118,7 +118,7 @@ def first_time(fault):
 
 def run(server, instructions=INSTRUCTIONS, answers_a=ANSWERS_A, answers_b=ANSWERS_B, **kwargs):
     url = f"http://127.0.0.1:{server.server_port}/v1"
-    kwargs = {"model": "m", "base_url": url, "api_key": "none", "disable_tqdm": True, **kwargs}
+    kwargs = {"model": "m", "base_url": url, "api_key": "none", **kwargs}
     return judge_pairs(instructions, answers_a, answers_b, **kwargs)
 
 
@@ -253,7 +253,7 @@ def test_an_answer_is_no_verdict(attack):
 
 
 def test_the_prompt_itself_is_no_verdict():
-    prompt = DEFAULT_TEMPLATE.format(nonce="c0de", instruction="?", answer_1="x", answer_2="y")
+    prompt = TEMPLATE.format(nonce="c0de", instruction="?", answer_1="x", answer_2="y")
     assert parse_verdict(prompt, "c0de") is None
 
 
@@ -406,11 +406,8 @@ def test_cache_is_written_at_once(tmp_path):
     "other",
     [
         {"model": "n"},
-        {"temperature": 0.5},
-        {"max_tokens": 9},
-        {"seed": 1},
+        {"sampling": {"temperature": 0.5}},
         {"sampling": {"top_p": 0.5}},
-        {"template": DEFAULT_TEMPLATE + "Please."},
         {"instructions": [text + "!" for text in INSTRUCTIONS]},
         {"answers_a": [text + "!" for text in ANSWERS_A]},
     ],
@@ -449,8 +446,8 @@ def test_parameters_that_are_sent(healthy):
         "temperature": 0.0,
         "max_tokens": 1024,
     }
-    sampling = {"max_completion_tokens": 7, "extra_body": {"top_k": 1}}
-    run(healthy, temperature=None, max_tokens=None, seed=3, sampling=sampling)
+    sampling = {"temperature": None, "max_tokens": None, "seed": 3}
+    run(healthy, sampling={**sampling, "max_completion_tokens": 7, "extra_body": {"top_k": 1}})
     assert {k: v for k, v in healthy.requests[-1].items() if k != "messages"} == {
         "model": "m",
         "seed": 3,
@@ -464,14 +461,10 @@ def test_parameters_that_are_sent(healthy):
     [
         ({"answers_a": ["x"]}, ValueError, "`answers_a` .* 3 .* got 1"),
         ({"answers_b": ["x"] * 4}, ValueError, "`answers_b` .* 3 .* got 4"),
-        ({"instructions": [], "answers_a": [], "answers_b": []}, ValueError, r"`instructions` .* got \[\]"),
+        ({"instructions": [], "answers_a": [], "answers_b": []}, ValueError, "`instructions` .* got none"),
         ({"answers_a": "one"}, TypeError, "`answers_a` .* 'one'"),
         ({"answers_b": ["x", None, "z"]}, TypeError, r"`answers_b\[1\]` .* None"),
-        ({"template": "{instruction} {answer_1} {answer_2}"}, ValueError, "`template` .*'nonce'"),
-        ({"template": DEFAULT_TEMPLATE + "{more}"}, ValueError, "`template` .*'more'"),
         ({"concurrency": 0}, ValueError, "`concurrency` .* got 0"),
-        ({"confidence": 1.0}, ValueError, "`confidence` .* got 1.0"),
-        ({"resamples": 0}, ValueError, "`resamples` .* got 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -494,8 +487,6 @@ def test_a_file_that_is_no_cache(tmp_path, healthy):
 
 def test_progress_bar(healthy, capsys):
     run(healthy)
-    assert capsys.readouterr().err == ""
-    run(healthy, disable_tqdm=False)
     assert "6/6" in capsys.readouterr().err
 
 
@@ -517,18 +508,16 @@ def test_interval_contains_the_score(outcomes):
     assert -1 <= lower <= (wins - losses) / sum(outcomes) <= upper <= 1
 
 
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_interval_of_a_naive_bootstrap(confidence):
+def test_the_interval_is_that_of_a_naive_bootstrap():
     outcomes = [1] * 90 + [0] * 60 + [-1] * 50
     rng = random.Random(0)
     scores = sorted(sum(rng.choices(outcomes, k=200)) / 200 for _ in range(2000))
-    naive = [scores[round(2000 * q)] for q in ((1 - confidence) / 2, (1 + confidence) / 2)]
-    assert bootstrap_interval(90, 60, 50, confidence) == pytest.approx(naive, abs=0.02)
+    naive = [scores[round(2000 * q)] for q in (0.025, 0.975)]
+    assert bootstrap_interval(90, 60, 50) == pytest.approx(naive, abs=0.02)
 
 
-def test_interval_by_seed_and_size():
-    assert bootstrap_interval(70, 31, 42, resamples=99) == bootstrap_interval(70, 31, 42, resamples=99)
-    assert len({bootstrap_interval(70, 31, 42, resamples=99, seed=seed) for seed in range(5)}) > 1
+def test_the_interval_is_the_same_in_every_run_and_half_as_wide_for_four_times_the_pairs():
+    assert bootstrap_interval(70, 31, 42) == bootstrap_interval(70, 31, 42)
     widths = [upper - lower for lower, upper in (bootstrap_interval(5 * n, 2 * n, 3 * n) for n in (1, 4, 16, 64))]
     for wide, narrow in zip(widths, widths[1:], strict=False):
         assert narrow == pytest.approx(wide / 2, rel=0.2)
@@ -650,7 +639,7 @@ def test_a_complete_run_is_read_again_without_a_judge(command):
     [
         (["--exits", "0", "4"], "`exits` must be an integer from 1 to 4, got 0"),
         (["--limit", "0"], "`limit` must be an integer of at least 1, got 0"),
-        (["--max_new_tokens", "0"], "`max_new_tokens` must be at least 1, got 0"),
+        (["--max_new_tokens", "0"], "`max_new_tokens` must be an integer of at least 1, got 0"),
         (["--output", "nowhere/judging.json"], "`output` must be a file in a folder that exists"),
         (["--data", "completions=no.jsonl"], "The file 'no.jsonl' is not there"),
         (["--data", "poems=x"], "`kind` must be one of"),
