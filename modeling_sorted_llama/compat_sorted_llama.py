@@ -50,6 +50,19 @@ except ImportError:  # before transformers 5.24
         return hidden_states[:, kept, :]
 
 
+class SavedAsItsModel:
+    """
+    Base of models that are saved as what they are under FSDP2 too, which gives a model a class of its own:
+    `save_pretrained` writes the name of the class into the checkpoint, and the code that it finds in its module.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("torch."):
+            model_class = next(c for c in cls.__mro__ if not c.__module__.startswith("torch."))
+            cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a DTensor: FSDP2's shard of a parameter, for example."""
     return hasattr(tensor, "full_tensor")

@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -349,8 +350,12 @@ class SortedLlamaConfig(LlamaConfig):
         super().update(config_dict)
         self._check_exits()
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        # A checkpoint loaded from the Hub names the repository of its code here; the new folder has its own
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
-        """See [`~transformers.PreTrainedConfig.to_dict`]."""
         _share_llamas_adapters()
         return super().to_dict()
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -70,20 +70,19 @@ class ExitLossOptions:
             )
         check_number(self.self_distillation_weight, "self_distillation_weight", 0)
 
+    @staticmethod
+    def pop_from(kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the options that are given, and not `None`, out of the keyword arguments of a call."""
+        if kwargs.get("self_distillation_temperature") is not None:
+            raise ValueError(
+                f"`self_distillation_temperature={kwargs['self_distillation_temperature']!r}` is no option any more: "
+                "the divergence is that of the distributions as they are. Scale it by `self_distillation_weight`."
+            )
+        given = {name: kwargs.pop(name, None) for name in _OPTIONS}
+        return {name: value for name, value in given.items() if value is not None}
+
     def weights(self, num_exits: int) -> list[float]:
-        """
-        What the loss of each exit is multiplied by.
-
-        Args:
-            num_exits (`int`):
-                Number of exits.
-
-        Returns:
-            `list[float]`: The weights, divided by `num_exits` for the mean.
-
-        Raises:
-            ValueError: If `exit_loss_weights` are not as many, or one is out of range.
-        """
+        """What the loss of each exit is multiplied by; a `ValueError` where `exit_loss_weights` does not fit."""
         weights = [1.0] * num_exits
         if self.exit_loss_weights is not None:
             weights = check_exit_loss_weights(self.exit_loss_weights, num_exits)
@@ -91,7 +90,7 @@ class ExitLossOptions:
 
 
 # A constant, as `torch.compile` does not trace `fields`
-EXIT_LOSS_OPTIONS = tuple(field.name for field in fields(ExitLossOptions))
+_OPTIONS = tuple(field.name for field in fields(ExitLossOptions))
 
 
 @dataclass

@@ -28,21 +28,16 @@ if not __package__:
 from .cache_sorted_llama import check_cache_depth, is_sorted_cache
 from .compat_sorted_llama import (
     CACHE_NAME,
+    SavedAsItsModel,
     gather_in_backward,
     logger,
     slice_logits_to_keep,
     takes_either_cache_name,
 )
-from .configuration_sorted_llama import (
-    AUTO_MAP,
-    SORTED_FIELDS,
-    SortedLlamaConfig,
-    check_exit_layer,
-    check_exit_layers,
-)
+from .configuration_sorted_llama import SORTED_FIELDS, SortedLlamaConfig, check_exit_layer, check_exit_layers
 from .generation_sorted_llama import SortedGenerationMixin
 from .heads_sorted_llama import EXIT_HEADS, OWNING_HEADS, heads_of
-from .loss_sorted_llama import EXIT_LOSS_OPTIONS, ExitLossOptions, MultiExitLossOutput, multi_exit_loss
+from .loss_sorted_llama import ExitLossOptions, MultiExitLossOutput, multi_exit_loss
 from .modes_sorted_llama import SORTED_GENERATION_FIELDS
 from .submodels_sorted_llama import plain_submodel, sorted_model
 
@@ -85,28 +80,7 @@ class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
     exit_divergences: torch.Tensor | None = None
 
 
-class _SavesRemoteCode:
-    """`save_pretrained` writes the code and the whole `auto_map`: `trust_remote_code=True` loads the folder."""
-
-    config: SortedLlamaConfig
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        # A checkpoint loaded from the Hub names the repository of its code here; the new folder has its own
-        self.config.auto_map = dict(AUTO_MAP)
-        generation_config: Any = getattr(self, "generation_config", None)
-        if any(hasattr(generation_config, name) for name in SORTED_GENERATION_FIELDS):
-            # Loading drops the fields that transformers does not know where this flag is set
-            generation_config._from_model_config = False
-        # FSDP2 puts a class of its own before the model's: its code is not what the folder needs
-        wrapper = type(self)
-        self.__class__ = next(c for c in wrapper.__mro__ if not c.__module__.startswith("torch."))
-        try:
-            super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        finally:
-            self.__class__ = wrapper
-
-
-class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
+class SortedLlamaModel(SavedAsItsModel, LlamaModel):
     """
     [`~transformers.LlamaModel`] that runs as many of its layers as it is asked to.
 
@@ -136,32 +110,11 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
             super()._init_weights(module)
 
     def exit_norm(self, exit_layer: int) -> nn.Module:
-        """
-        The norm between an exit and its head.
-
-        Args:
-            exit_layer (`int`):
-                Number of layers.
-
-        Returns:
-            `torch.nn.Module`: The exit's own with `exit_heads="separate"` or `"lens"`, else the final norm.
-        """
+        """The norm between an exit and its head: the exit's own, or the final one."""
         return next((norm for k, norm in self.exit_norms.items() if int(k) == exit_layer), self.norm)
 
     def depth(self, exit_layer: int | None = None) -> int:
-        """
-        Number of layers that a call with `exit_layer` runs.
-
-        Args:
-            exit_layer (`int`, *optional*):
-                Asked depth. Defaults to `config.exit_layer`, then to all layers.
-
-        Returns:
-            `int`: The depth.
-
-        Raises:
-            ValueError: If the depth is not an integer from 1 to the number of layers.
-        """
+        """Number of layers that a call with `exit_layer` runs: as many, or `config.exit_layer`, or all."""
         if exit_layer is None:
             exit_layer = self.config.exit_layer
         if exit_layer is None:
@@ -225,69 +178,52 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
+        inputs = inputs_embeds, attention_mask, position_ids
         if is_sorted_cache(cache):
-            states = self._run_segments(
-                inputs_embeds, attention_mask, position_ids, cache, depth, kept, cache_rows, one_by_one, **kwargs
-            )
-            return SortedModelOutputWithPast(
-                last_hidden_state=self.exit_norm(depth)(states[-1]),
-                exit_hidden_states=tuple(states[:-1]) or None,
-                **{CACHE_NAME: cache},
-            )
-        if cache_rows is not None:
+            states = self._run_segments(*inputs, cache, depth, kept, cache_rows, one_by_one, **kwargs)
+        elif cache_rows is not None:
             raise ValueError("`cache_rows` chooses rows of a `SortedCache`: pass one as `cache`.")
+        else:
+            if use_cache and cache is None:
+                cache = DynamicCache(config=self.config)
+                del cache.layers[depth:]
+            states = self._run_at_once(*inputs, cache, depth, kept, use_cache=use_cache, **kwargs)
+        return SortedModelOutputWithPast(
+            last_hidden_state=self.exit_norm(depth)(states[-1]),
+            exit_hidden_states=tuple(states[:-1]) or None,
+            **{CACHE_NAME: cache},
+        )
 
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-            del cache.layers[depth:]
-        elif isinstance(cache, Cache) and not torch.compiler.is_compiling():  # continuous batching has its own kind
+    def _run_at_once(
+        self, inputs_embeds, attention_mask, position_ids, cache, depth, kept, **kwargs: Any
+    ) -> list[torch.Tensor]:
+        """Run the layers up to `depth` as Llama does; the states after the layers `kept` and the last."""
+        if isinstance(cache, Cache) and not torch.compiler.is_compiling():  # continuous batching has its own kind
             # Not at every decoding step on an accelerator: `generate` has looked before the first
             prefill = inputs_embeds.shape[1] > 1
             check_cache_depth(cache, depth, synchronize=prefill or inputs_embeds.device.type == "cpu")
-
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = positions.unsqueeze(0)
-
-        cache_argument = {CACHE_NAME: cache}
+        layer_inputs = {"position_ids": position_ids, CACHE_NAME: cache}
         causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **cache_argument,
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **layer_inputs
         )
-
-        hidden_states, exit_hidden_states = self._run_layers(
-            0,
-            depth,
-            inputs_embeds,
-            kept,
-            attention_mask=causal_mask,
-            position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
-            position_ids=position_ids,
-            use_cache=use_cache,
-            **cache_argument,
-            **kwargs,
-        )
-
-        return SortedModelOutputWithPast(
-            last_hidden_state=self.exit_norm(depth)(hidden_states),
-            exit_hidden_states=tuple(exit_hidden_states) or None,
-            **cache_argument,
-        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        layer_inputs |= {"attention_mask": causal_mask, "position_embeddings": position_embeddings}
+        return self._run_layers(0, depth, inputs_embeds, kept, **layer_inputs, **kwargs)
 
     def _run_layers(
         self, first: int, last: int, hidden_states: torch.Tensor, kept: Sequence[int], **kwargs: Any
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run layers `first` to `last`: their output, and the states after those of them that are in `kept`."""
+    ) -> list[torch.Tensor]:
+        """Run layers `first` to `last`; the states after those of them that are in `kept`, and their output."""
         kept_states = []
         for layers_run, decoder_layer in enumerate(self.layers[first:last], start=first + 1):
             hidden_states = decoder_layer(hidden_states, **kwargs)
             if layers_run in kept:
                 kept_states.append(hidden_states)
-        return hidden_states, kept_states
+        return [*kept_states, hidden_states]
 
     def _run_segments(
         self, inputs_embeds, attention_mask, position_ids, cache, depth, kept, cache_rows, one_by_one, **kwargs: Any
@@ -308,7 +244,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
                 if block is not prepared:  # where nothing is pending, a segment runs the same block as the one below
                     prepared = block
                     layer_inputs = cache.layer_inputs(block, self.config, self.rotary_emb, hidden_states)
-                hidden_states, kept_states = self._run_layers(
+                *kept_states, hidden_states = self._run_layers(
                     first, last, hidden_states, kept, use_cache=True, **layer_inputs, **kwargs
                 )
                 exit_hidden_states += map(block.align_right, kept_states)
@@ -319,7 +255,7 @@ class SortedLlamaModel(_SavesRemoteCode, LlamaModel):
         return [*exit_hidden_states, block.align_right(hidden_states)]
 
 
-class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCausalLM):
+class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCausalLM):
     """
     [`~transformers.LlamaForCausalLM`] whose first `k` layers, with the same final norm and LM head, are a model of
     their own: `exit_layer=k` in `forward` and in `generate` runs them and nothing more.
@@ -368,16 +304,7 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
             super()._init_weights(module)
 
     def exit_head(self, exit_layer: int) -> nn.Module:
-        """
-        The LM head of an exit.
-
-        Args:
-            exit_layer (`int`):
-                Number of layers.
-
-        Returns:
-            `torch.nn.Module`: The exit's own with `exit_heads="separate"`, else the one that all share.
-        """
+        """The LM head of an exit: the exit's own, or the one that all share."""
         shared = self.get_output_embeddings()  # not `self.lm_head`: PEFT may have put another module in its place
         return next((head for k, head in self.exit_lm_heads.items() if int(k) == exit_layer), shared)
 
@@ -387,6 +314,12 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
             head: Any = self.exit_lm_heads[k]
             self.exit_lm_heads[k] = head.resized(self.get_output_embeddings().weight)
         return embeddings
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        if any(hasattr(self.generation_config, name) for name in SORTED_GENERATION_FIELDS):
+            # Loading drops the fields that transformers does not know where this flag is set
+            self.generation_config._from_model_config = False
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, gguf_file: str | None = None, **kwargs: Any):
@@ -455,12 +388,11 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
                 `output_attentions` are asked for where tokens are pending in the cache.
         """
         exits = self._loss_exits(exit_layer, exit_layers, labels)
-        options = self._exit_loss_options(kwargs, exits)
-        shifted = {} if exits is None else {n: kwargs.pop(n, None) for n in ("shift_labels", "num_items_in_batch")}
+        loss_arguments = self._loss_arguments(kwargs, exits)
         depth = self.config.num_hidden_layers if exits is not None else self.model.depth(exit_layer)
         tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None and tokens is not None:
-            _check_labels(tokens.shape[:2], labels=labels, shift_labels=shifted.get("shift_labels"))
+            _check_labels(tokens.shape[:2], labels=labels, shift_labels=loss_arguments.get("shift_labels"))
         self._check_hidden_states(cache, depth, kwargs)
 
         outputs: SortedModelOutputWithPast = self.model(
@@ -475,34 +407,24 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
             **kwargs,
         )
 
-        loss = logits = None
-        exit_statistics = {}
+        logits, losses = None, {}
         if exits is not None:
-            multi_exit = self._multi_exit_loss(exits, outputs.exit_hidden_states, labels, options, **shifted)
-            loss = multi_exit.loss
-            exit_statistics = {
-                "exit_losses": multi_exit.exit_losses,
-                "exit_token_accuracies": multi_exit.exit_token_accuracies,
-                "exit_agreements": multi_exit.exit_agreements,
-                "exit_divergences": multi_exit.exit_divergences,
-            }
-            if skip_logits is None:
-                skip_logits = self.training and len(exits) > 1
+            losses = vars(self._multi_exit_loss(exits, outputs.exit_hidden_states, labels, **loss_arguments))
+            skip_logits = self.training and len(exits) > 1 if skip_logits is None else skip_logits
         if exits is None or not skip_logits:
             states: Any = outputs.last_hidden_state
             if labels is not None or isinstance(logits_to_keep, torch.Tensor):  # they count the input's tokens
                 states = _newest(states, tokens.shape[1])
             logits = self.exit_head(depth)(slice_logits_to_keep(states, logits_to_keep))
         if exits is None and labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            losses = {"loss": self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)}
 
         return SortedCausalLMOutputWithPast(
-            loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **exit_statistics,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
+            **losses,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _check_hidden_states(self, cache: Any, depth: int, kwargs: dict[str, Any]) -> None:
@@ -531,42 +453,30 @@ class SortedLlamaForCausalLM(_SavesRemoteCode, SortedGenerationMixin, LlamaForCa
             exit_layers = self.config.exit_layers
         return None if exit_layers is None else check_exit_layers(exit_layers, self.config.num_hidden_layers)
 
-    def _exit_loss_options(self, kwargs: dict[str, Any], exits: list[int] | None) -> ExitLossOptions | None:
-        """Take the options of the SoFT loss out of `kwargs`; checked here, before any layer runs."""
-        if kwargs.get("self_distillation_temperature") is not None:
-            raise ValueError(
-                f"`self_distillation_temperature={kwargs['self_distillation_temperature']!r}` is no option any more: "
-                "the divergence is that of the distributions as they are. Scale it by `self_distillation_weight`."
-            )
-        options = {name: kwargs.pop(name, None) for name in EXIT_LOSS_OPTIONS}
-        options = {name: value for name, value in options.items() if value is not None}
+    def _loss_arguments(self, kwargs: dict[str, Any], exits: list[int] | None) -> dict[str, Any]:
+        """Take the arguments of a SoFT loss out of `kwargs`; checked here, before any layer runs."""
+        given = ExitLossOptions.pop_from(kwargs)
         if exits is None:
-            if options:
+            if given:
                 raise ValueError(
-                    f"{options} are arguments of the SoFT loss: it needs `labels` and `exit_layers` (here or in the "
+                    f"{given} are arguments of the SoFT loss: it needs `labels` and `exit_layers` (here or in the "
                     "config), and no `exit_layer`."
                 )
-            return None
+            return {}
         if exits == self.config.exit_layers:
-            options.setdefault("exit_loss_weights", self.config.exit_loss_weights)
-        loss_options = ExitLossOptions(**options)
-        loss_options.weights(len(exits))
-        if loss_options.detach_exits and not {*exits[:-1]} <= {*self.config.own_exits}:
+            given.setdefault("exit_loss_weights", self.config.exit_loss_weights)
+        options = ExitLossOptions(**given)
+        options.weights(len(exits))
+        if options.detach_exits and not {*exits[:-1]} <= {*self.config.own_exits}:
             raise ValueError(
                 "`detach_exits=True` trains only what the exits own: every one of `exit_layers` below full depth must "
                 f"have weights of its own (`exit_heads` of {OWNING_HEADS}), got exits {exits} where "
                 f"{self.config.own_exits} have."
             )
-        return loss_options
+        return {"options": options} | {name: kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch")}
 
     def _multi_exit_loss(
-        self,
-        exits: list[int],
-        exit_hidden_states: Any,
-        labels: Any,
-        options: Any,
-        shift_labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, exits, exit_hidden_states, labels, options, shift_labels, num_items_in_batch
     ) -> MultiExitLossOutput:
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 
 class NoStream:
@@ -22,3 +23,11 @@ def streams(monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch, "Stream", NoStream)
         monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: NoStream())
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -310,6 +312,19 @@ def test_from_llama_refuses():
 
 
 # The code in the folder
+
+
+def test_a_model_under_fsdp2_is_saved_as_the_model_that_it_is(tmp_path, one_process):
+    model = tiny_sorted()
+    expected = logits(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    assert type(model) is not SortedLlamaForCausalLM and isinstance(model, FSDPModule)
+    state_dict = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state_dict)
+    assert sorted(path.name for path in tmp_path.glob("*.py")) == REMOTE_CODE
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["SortedLlamaForCausalLM"] and config["auto_map"] == AUTO_MAP
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
 
 
 def make_sorted(kind, folder):

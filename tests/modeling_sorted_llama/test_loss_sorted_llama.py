@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -538,10 +537,8 @@ def test_offloaded_head_is_called(small_tiles):
 
 
 @pytest.fixture
-def mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+def mesh(one_process):
+    return init_device_mesh("cpu", (1,))
 
 
 def test_dtensor_head(mesh, small_tiles):
