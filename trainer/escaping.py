@@ -12,16 +12,7 @@ _REORDERS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069") 
 
 
 def one_line(text: Any) -> str:
-    """
-    Text for a terminal or a picture: one line, without what steers either.
-
-    Args:
-        text (`Any`):
-            What to show, an exception for example.
-
-    Returns:
-        `str`: Of an exception without text the name of its class.
-    """
+    """Text for a terminal or a picture: one line without what steers either; of an empty exception, its class."""
     line = " ".join("".join(" " if _steers(character) else character for character in str(text)).split())
     return line or (type(text).__name__ if isinstance(text, BaseException) else "")
 
@@ -31,16 +22,7 @@ def _steers(character: str) -> bool:
 
 
 def markdown(text: Any) -> str:
-    """
-    Text for Markdown, a table's cell included: one line that shows what was given.
-
-    Args:
-        text (`Any`):
-            What to show.
-
-    Returns:
-        `str`
-    """
+    """Text for Markdown, a table's cell included: one line that shows what was given."""
     text = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
     text = re.sub(r"[\\`*\[\]|~$#]", r"\\\g<0>", text)
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # within a word it means itself
@@ -49,16 +31,7 @@ def markdown(text: Any) -> str:
 
 
 def code_span(text: Any) -> str:
-    """
-    Text as code within a line of Markdown; not for a table's cell.
-
-    Args:
-        text (`Any`):
-            What to show.
-
-    Returns:
-        `str`: With its backticks.
-    """
+    """Text as code within a line of Markdown, backticks included; not for a table's cell."""
     text = one_line(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     padding = " " if text.startswith("`") or text.endswith("`") or not text else ""
@@ -66,46 +39,17 @@ def code_span(text: Any) -> str:
 
 
 def python_literal(text: str) -> str:
-    """
-    Text as a string of Python in double quotes, for a block of code on a page.
-
-    Args:
-        text (`str`):
-            What the string is to hold.
-
-    Returns:
-        `str`: With its quotes.
-    """
+    """Text as a string of Python in double quotes, for a block of code on a page."""
     literal = json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")
     return "".join(f"\\u{ord(character):04x}" if _steers(character) else character for character in literal)
 
 
 def hub_links(ids: str | list[str], kind: str = "") -> str:
-    """
-    Links to models or data sets of the Hub.
-
-    Args:
-        ids (`str` or `list[str]`):
-            One id or several.
-        kind (`str`, *optional*, defaults to `""`):
-            `"datasets/"` for data sets.
-
-    Returns:
-        `str`: Markdown.
-    """
+    """Markdown's links to models of the Hub, or to data sets with the `kind` `"datasets/"`."""
     ids = [ids] if isinstance(ids, str) else ids
     return ", ".join(f"[{markdown(name)}](https://huggingface.co/{kind}{quote(name)})" for name in ids)
 
 
 def without_marks(content: str) -> str:
-    """
-    The content of a block, in which nothing is the mark of a block.
-
-    Args:
-        content (`str`):
-            Markdown.
-
-    Returns:
-        `str`
-    """
+    """The content of a block of a page, in which nothing is the mark of a block any more."""
     return _MARK.sub("&lt;", content)

@@ -17,22 +17,40 @@ logger = logging.get_logger(__name__)
 QUESTION = "What is the capital of France?"
 START = "The capital of France is"
 
+_LOAD = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = {name}
+tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)"""
+# An adapter's folder holds no code, and PEFT drops weights that the base has no place for
+_LOAD_ADAPTER = """\
+from peft import PeftModel
+from sorted_llama import SortedLlamaForCausalLM
+from transformers import AutoTokenizer
+
+name = {name}
+tokenizer = AutoTokenizer.from_pretrained(name)
+base = SortedLlamaForCausalLM.from_pretrained({base}, exit_layers={exits}{own})
+model = PeftModel.from_pretrained(base, name)"""
+_ASK_CHAT = f"""\
+messages = [{{"role": "user", "content": "{QUESTION}"}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+).to(model.device)"""
+_ASK = f'inputs = tokenizer("{START}", return_tensors="pt").to(model.device)'
+_CALLS = {
+    "exit_layer={low}, ": "  # {low} of {full_depth} layers run, and no more",
+    "exit_threshold=0.9, ": "  # each token at the exit that is sure",
+    "assistant_early_exit={low}, ": "  # full depth's answer, drafted",
+}
+_TRUST = """
+`trust_remote_code=True` runs the Python files of this repository. Read them, then pin what you have read, \
+`code_revision="<commit>"`, so that a later change does not run unseen on your machine."""
+
 
 def new_page(data: Any, model_name: str, dataset_name: str | None = None) -> str:
-    """
-    The template, filled in.
-
-    Args:
-        data ([`~huggingface_hub.CardData`]):
-            Metadata.
-        model_name (`str`):
-            Title.
-        dataset_name (`str`, *optional*):
-            Dataset that it was trained on.
-
-    Returns:
-        `str`: The page, metadata included.
-    """
+    """The template, filled in, with its metadata: a `CardData`."""
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_suffix(".md")),
@@ -45,17 +63,8 @@ def new_page(data: Any, model_name: str, dataset_name: str | None = None) -> str
 
 def open_page(file: Path, new: str) -> ModelCard:
     """
-    The page that is there, with our blocks.
-
-    Args:
-        file (`Path`):
-            The page.
-        new (`str`):
-            A page with our blocks, metadata included: for where none is, or above somebody else's, whose metadata
-            stay.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]
+    The page that is there, with our blocks: where there is none, `new`, a page with them, which also comes above
+    somebody else's page, whose metadata stay.
 
     Raises:
         ValueError, TypeError, YAMLError: If the file is no text in UTF-8, or its metadata cannot be read.
@@ -76,23 +85,17 @@ def open_page(file: Path, new: str) -> ModelCard:
 
 def update_page(file: Path, new: str) -> None:
     """
-    Write what a training knows into the page that is there: its blocks and its metadata, and nothing else. A page that
-    cannot be read stays as it is, with a warning.
-
-    Args:
-        file (`Path`):
-            The page.
-        new (`str`):
-            The page that the training would write if there was none.
+    Write what a training knows, the page `new`, into the page that is there: its blocks and its metadata, and nothing
+    else. A page that cannot be read stays as it is, with a warning.
     """
     try:
         card = open_page(file, new)
     except (ValueError, TypeError, YAMLError) as error:
         logger.warning(f"The page {str(file)!r} could not be read, and stays as it is: {one_line(error)}")
         return
-    known: Any = card.data
     for name in ("about", "use", "training"):
         card.text = set_block(card.text, name, get_block(new, name) or "")
+    known: Any = card.data
     data: Any = ModelCard(new).data
     data.tags = list(dict.fromkeys([*(known.tags or []), *(data.tags or [])]))
     for name, value in vars(data).items():
@@ -104,37 +107,15 @@ def update_page(file: Path, new: str) -> None:
 
 
 def get_block(page: str, name: str) -> str | None:
-    """
-    What stands between the marks of a block.
-
-    Args:
-        page (`str`):
-            Markdown.
-        name (`str`):
-            Of the block.
-
-    Returns:
-        `str`, or `None` where the page has no such block.
-    """
+    """What stands between the marks of a block; `None` where the page has no such block."""
     block = _block(name).search(page)
     return block and block[2].strip()
 
 
 def set_block(page: str, name: str, content: str) -> str:
     """
-    Replace what stands between the marks of a block, each on a line of its own. Text outside of blocks, and a block
-    whose marks the owner of the page took away, stay as they are.
-
-    Args:
-        page (`str`):
-            Markdown.
-        name (`str`):
-            Of the block.
-        content (`str`):
-            New content. What reads like a mark in it is shown as text, and is none.
-
-    Returns:
-        `str`: The page.
+    The page with other content between the marks of a block, each on a line of its own. A block whose marks the owner
+    of the page took away stays as it is. What reads like a mark in the content is shown as text.
     """
     content = without_marks(content.strip())
     return _block(name).sub(lambda block: f"{block[1]}{content}\n{block[3]}", page, count=1)
@@ -155,109 +136,48 @@ def use_block(
     name: str, exits: list[int], base: str | None = None, exit_heads: str = "shared", chat: bool = False
 ) -> str:
     """
-    The calls to paste, with the exits of this model: each prints its answer, on any machine.
-
-    Args:
-        name (`str`):
-            Model id or path.
-        exits (`list[int]`):
-            Its exits, full depth last.
-        base (`str`, *optional*):
-            Of an adapter, the model that it is for.
-        exit_heads (`str`, *optional*, defaults to `"shared"`):
-            Of an adapter, what its exits own.
-        chat (`bool`, *optional*, defaults to `False`):
-            Whether the tokenizer has a chat template, through which the model is asked.
-
-    Returns:
-        `str`: Markdown.
+    The calls to paste, with the exits of the model `name`: each prints its answer, on any machine; of an adapter for
+    the model `base`, with what its exits own; with `chat` through the tokenizer's chat template.
     """
     if base == "":
         return "The adapter's base has no id or folder that a call could name."
-    lines = [
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"name = {python_literal(name)}",
-        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
-        "model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)",
-    ]
-    if base is not None:  # an adapter's folder holds no code, and PEFT drops weights that the base has no place for
-        own = "" if exit_heads == "shared" else f", exit_heads={python_literal(exit_heads)}"
-        lines = [
-            "```python",
-            "from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM",
-            "from peft import PeftModel",
-            "from transformers import AutoTokenizer",
-            "",
-            f"name = {python_literal(name)}",
-            "tokenizer = AutoTokenizer.from_pretrained(name)",
-            f"base = SortedLlamaForCausalLM.from_pretrained({python_literal(base)}, exit_layers={exits}{own})",
-            "model = PeftModel.from_pretrained(base, name)",
-        ]
-    if chat:
-        lines += [
-            f'messages = [{{"role": "user", "content": "{QUESTION}"}}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-            ").to(model.device)",
-        ]
-    else:
-        lines += [f'inputs = tokenizer("{START}", return_tensors="pt").to(model.device)']
-    low = exits[0]
-    calls = {
-        f"exit_layer={low}, ": f"  # {low} of {exits[-1]} layers run, and no more",
-        "exit_threshold=0.9, ": "  # each token at the exit that is sure",
-        f"assistant_early_exit={low}, ": "  # full depth's answer, drafted",
-    }
-    for call, what in calls.items() if len(exits) > 1 else [("", "")]:
-        lines += ["", f"tokens = model.generate(**inputs, {call}max_new_tokens=32){what}"]
-        lines += ["print(tokenizer.decode(tokens[0], skip_special_tokens=True))"]
-    lines += ["```"]
     if base is None:
-        lines += [
-            "",
-            "`trust_remote_code=True` runs the Python files of this repository. Read them, then pin what you have "
-            'read, `code_revision="<commit>"`, so that a later change does not run unseen on your machine.',
-        ]
-    return "\n".join(lines)
+        load = _LOAD.format(name=python_literal(name))
+    else:
+        own = "" if exit_heads == "shared" else f", exit_heads={python_literal(exit_heads)}"
+        load = _LOAD_ADAPTER.format(name=python_literal(name), base=python_literal(base), exits=exits, own=own)
+    lines = ["```python", load, _ASK_CHAT if chat else _ASK]
+    for call, comment in _CALLS.items() if len(exits) > 1 else [("", "")]:
+        line = f"tokens = model.generate(**inputs, {call}max_new_tokens=32){comment}"
+        lines += ["", line.format(low=exits[0], full_depth=exits[-1])]
+        lines += ["print(tokenizer.decode(tokens[0], skip_special_tokens=True))"]
+    return "\n".join([*lines, "```", *([_TRUST] if base is None else [])])
 
 
 def training_block(trainer: Any) -> str:
-    """
-    What the trainer did, from its own arguments and state.
-
-    Args:
-        trainer ([`SortedSFTTrainer`]):
-            The trainer.
-
-    Returns:
-        `str`: Markdown.
-    """
-    args, state, config = trainer.args, trainer.state, trainer.model.config
-    weights = trainer.exit_loss_weights or [1.0] * len(trainer.exit_layers)
+    """What a [`SortedSFTTrainer`] did, from its own arguments and state, as Markdown."""
+    args, state, exits = trainer.args, trainer.state, trainer.exit_layers
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    weights = ", ".join(f"{w:g}" for w in trainer.exit_loss_weights or [1.0] * len(exits))
+    some = f", {args.exits_per_step} beside full depth" if args.exit_schedule == "random" else ""
     facts = {
-        "exits": ", ".join(map(str, trainer.exit_layers)),
-        "weights of their losses": ", ".join(f"{w:g}" for w in weights) + f"; {args.exit_loss_reduction}",
-        "exits a step": args.exit_schedule
-        + (f", {args.exits_per_step} beside full depth" if args.exit_schedule == "random" else ""),
-        "exit heads": config.exit_heads + (", detached" if args.detach_exits else ""),
+        "exits": ", ".join(map(str, exits)),
+        "weights of their losses": f"{weights}; {args.exit_loss_reduction}",
+        "exits a step": f"{args.exit_schedule}{some}",
+        "exit heads": trainer.model.config.exit_heads + (", detached" if args.detach_exits else ""),
         "trained": f"{args.trainable}, {trained / 1e6:,.1f} M parameters",
-        "self-distillation": f"{args.self_distillation_weight:g}",
+        "self-distillation": args.self_distillation_weight and f"{args.self_distillation_weight:g}",
         "optimization": f"{state.global_step} steps of {batch} rows, {args.optim.value}, learning rate "
         f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}",
     }
-    if not args.self_distillation_weight:
-        del facts["self-distillation"]
-    lines = ["| | |", "|---|---|", *(f"| {name} | {markdown(value)} |" for name, value in facts.items())]
-    evaluations = [entry for entry in state.log_history if f"eval_exit_{trainer.exit_layers[0]}_agreement" in entry]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {markdown(value)} |" for name, value in facts.items() if value)]
+    evaluations = [entry for entry in state.log_history if f"eval_exit_{exits[0]}_agreement" in entry]
     if evaluations:
         last = evaluations[-1]
         lines += ["", f"Evaluation during training, after {last['step']} steps:", ""]
         lines += ["| exit | loss | token accuracy | agreement with full depth |", "|---:|---:|---:|---:|"]
-        for k in trainer.exit_layers:
-            values = [last[f"eval_exit_{k}_{name}"] for name in ("loss", "mean_token_accuracy", "agreement")]
-            lines.append(f"| {k} | {values[0]:.3f} | {100 * values[1]:.1f} % | {100 * values[2]:.1f} % |")
+        for k in exits:
+            loss, *shares = [last[f"eval_exit_{k}_{name}"] for name in ("loss", "mean_token_accuracy", "agreement")]
+            lines.append(f"| {k} | {loss:.3f} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |")
     return "\n".join(lines)
