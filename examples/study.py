@@ -17,6 +17,7 @@ an interrupted run goes on from its last checkpoint.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,22 +36,24 @@ import torch
 from datasets import Dataset
 from exit_results import default_exits
 from facts import build_facts
+from matplotlib.figure import Figure
 from smollm2 import SMOLLM2, fetch_model
-from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from sorted_llama import SortedLlamaForCausalLM
-from sorted_llama.hub_card.checkpoint import load_config
+from sorted_llama import SortedLlamaForCausalLM, SortedSFTConfig, SortedSFTTrainer
+from sorted_llama.hub_card.checkpoint import load_answering_tokenizer, load_config, load_model
 from sorted_llama.hub_card.measure import answers, teacher_forced
 from sorted_llama.hub_card.tasks import as_text, exact_match, final_answer, normalize_answer, token_f1
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layers
-from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
 from sorted_llama.trainer.escaping import one_line
 from sorted_llama.trainer.sorted_sft_config import read_exit_layers
 
 
-RECIPES: dict[str, dict[str, Any]] = {
+# Options of the trainer; what is not said is as in plain SoFT. Beside them there are the sub-models, `alone K`
+ARMS: dict[str, dict[str, Any]] = {
+    "SFT": {},  # of full depth alone
+    "SFT+ICT": {"trainable": "exits", "exit_heads": "separate"},
     "SoFT": {},
     "lenses": {
         "exit_heads": "lens",
@@ -58,9 +62,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "exit_learning_rate": 2e-3,
     },
 }
-
-
-ARMS = ["SFT", "SFT+ICT", *RECIPES]  # and the sub-models alone
 
 INTRODUCTION = """\
 # What each way of training makes of the exits
@@ -71,31 +72,21 @@ of the training, the CPU's beside it because several runs shared one machine; pe
 
 ![Held-out loss of every exit](study.png)
 """
+COLUMNS = "| arm | exit | loss | score | agreement | minutes | CPU minutes | peak MB | trained, M | stored, M |"
 
 
 @dataclass
 class Task:
-    """
-    Rows to train on and rows held out, and how a generated answer is scored.
+    """Rows to train on and rows held out, and how a generated answer is scored."""
 
-    Args:
-        train, held_out (`list[dict]`): Rows of `prompt` and `completion`.
-        score (`Callable[[str, str], float]`): From generated text and right answer to a number from 0 to 1.
-        metric (`str`): What the score is called.
-        max_new_tokens (`int`): Length of a generated answer.
-        num_generated (`int`): Answers to generate and score, at most; losses are of all rows held out.
-        steps (`int`): Optimization steps.
-        learning_rate (`float`): Peak of the cosine schedule.
-    """
-
-    train: list[dict]
+    train: list[dict]  # of `prompt` and `completion`
     held_out: list[dict]
-    score: Callable[[str, str], float]
-    metric: str
+    score: Callable[[str, str], float]  # from generated text and right answer to a number from 0 to 1
+    metric: str  # what the score is called
     max_new_tokens: int
-    num_generated: int
+    num_generated: int  # answers to generate and score, at most; losses are of all rows held out
     steps: int
-    learning_rate: float
+    learning_rate: float  # peak of the cosine schedule
 
 
 def score_fact(text: str, answer: str) -> float:
@@ -154,31 +145,54 @@ def read_lines(path: Path, *fields: str) -> list[dict]:
     return rows
 
 
+def read_exits(given: list[str] | None, depth: int) -> list[int]:
+    """The exits that a flag names."""
+    return default_exits(depth) if given is None else check_exit_layers(read_exit_layers(given), depth)
+
+
 def run(args: argparse.Namespace, task_name: str, arm: str, seed: int) -> dict:
     """Train one arm on one task with one seed, and evaluate every exit that it has."""
     task = load_tasks(args.data, args.num_held_out)[task_name]
     folder = args.output_dir / task_name / f"{arm} {seed}"
-    tokenizer = AutoTokenizer.from_pretrained(fetch_model(args.model))
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start = fetch_model(args.model)
+    tokenizer = load_answering_tokenizer(start)
+    model = load_model(folder.with_name(f"SFT {seed}") / "final" if arm == "SFT+ICT" else start, "float32")
+    exits = read_exits(args.exit_layers, model.config.num_hidden_layers)
+    if arm.startswith("alone "):
+        exits = [int(arm.removeprefix("alone "))]
+        model = SortedLlamaForCausalLM.from_llama(model.extract_submodel(exits[0]))
+    options = {"exit_layers": exits[-1:] if arm == "SFT" else exits, **ARMS.get(arm, {})}
+    trainer = make_trainer(args, task, model, tokenizer, folder, seed, options)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
-    start = folder.with_name(f"SFT {seed}") / "final" if arm == "SFT+ICT" else fetch_model(args.model)
-    model = SortedLlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-    depth = model.config.num_hidden_layers
-    exits = read_exits(args.exit_layers, depth)
-    evaluated = exits
-    options: dict[str, Any] = RECIPES.get(arm, {}) | {"exit_layers": exits}
-    if arm == "SFT":
-        options = {"exit_layers": [depth]}
-    elif arm == "SFT+ICT":
-        options = {"exit_layers": exits, "trainable": "exits", "exit_heads": "separate"}
-    elif arm.startswith("alone "):
-        depth = int(arm.removeprefix("alone "))
-        model = SortedLlamaForCausalLM.from_llama(model.extract_submodel(depth))
-        options, evaluated = {"exit_layers": [depth]}, [depth]
+    reset_peak_memory()
+    began, cpu_began = time.monotonic(), time.process_time()
+    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds, cpu_seconds, memory = time.monotonic() - began, time.process_time() - cpu_began, peak_memory()
+    model = trainer.model.to(torch.float32 if args.small else torch.bfloat16).eval()
+    if arm == "SFT":  # ICT starts from it
+        model.save_pretrained(folder / "final")
+    return {
+        "task": task_name,
+        "arm": arm,
+        "seed": seed,
+        "metric": task.metric,
+        "steps": trainer.state.global_step,
+        "exits": evaluate_exits(task, model, tokenizer, exits),
+        "seconds": None if checkpoint else seconds,  # unknown for a run that was interrupted
+        "cpu_seconds": None if checkpoint else cpu_seconds,
+        "peak_memory_mb": memory,
+        "trained_parameters": trained,
+        "stored_parameters": sum(p.numel() for p in model.parameters()),
+    }
 
+
+def make_trainer(
+    args: argparse.Namespace, task: Task, model, tokenizer, folder: Path, seed: int, options: dict[str, Any]
+) -> SortedSFTTrainer:
     rows = random.Random(seed).sample(task.train, min(len(task.train), 8 * task.steps))
-    trainer = SortedSFTTrainer(
+    return SortedSFTTrainer(
         model=model,
         args=SortedSFTConfig(
             output_dir=str(folder),
@@ -191,7 +205,7 @@ def run(args: argparse.Namespace, task_name: str, arm: str, seed: int) -> dict:
             max_length=512,
             gradient_checkpointing=False,
             bf16=not args.small,
-            use_cpu=device == "cpu",
+            use_cpu=not torch.cuda.is_available(),
             logging_steps=10,
             save_steps=40,
             save_total_limit=1,
@@ -201,42 +215,20 @@ def run(args: argparse.Namespace, task_name: str, arm: str, seed: int) -> dict:
         train_dataset=Dataset.from_list([{k: row[k] for k in ("prompt", "completion")} for row in rows]),
         processing_class=tokenizer,
     )
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    reset_peak_memory()
-    began = time.monotonic(), time.process_time()
-    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds, cpu_seconds = time.monotonic() - began[0], time.process_time() - began[1]
-    memory = peak_memory()
-    model = trainer.model.to(torch.float32 if args.small else torch.bfloat16).eval()
-    if arm == "SFT":  # ICT starts from it
-        model.save_pretrained(folder / "final")
 
-    held_out = as_text(task.held_out, tokenizer)
-    read = teacher_forced(model, tokenizer, held_out, evaluated)
-    losses, agreements = read.losses.mean(1).tolist(), read.agrees.float().mean(1).tolist()
-    generated = held_out[: task.num_generated]
-    prompts, wanted = [row["prompt"] for row in generated], [row["answer"] for row in generated]
-    scores = []
-    for exit_layer in evaluated:
-        texts = answers(model, tokenizer, prompts, task.max_new_tokens, exit_layer=exit_layer)
-        scores.append(statistics.mean(task.score(text, answer) for text, answer in zip(texts, wanted, strict=True)))
-    return {
-        "task": task_name,
-        "arm": arm,
-        "seed": seed,
-        "metric": task.metric,
-        "steps": trainer.state.global_step,
-        "exits": {
-            exit_layer: {"loss": loss, "score": score, "agreement": agreement}
-            for exit_layer, loss, score, agreement in zip(evaluated, losses, scores, agreements, strict=True)
-        },
-        "seconds": None if checkpoint else seconds,  # unknown for a run that was interrupted
-        "cpu_seconds": None if checkpoint else cpu_seconds,
-        "peak_memory_mb": memory,
-        "trained_parameters": trained,
-        "stored_parameters": sum(p.numel() for p in model.parameters()),
-    }
+
+def evaluate_exits(task: Task, model, tokenizer, exits: list[int]) -> dict[int, dict[str, float]]:
+    """Of each exit the loss, the score of its answers, and the agreement with full depth."""
+    rows = as_text(task.held_out, tokenizer)
+    read = teacher_forced(model, tokenizer, rows, exits)
+    prompts = [row["prompt"] for row in rows[: task.num_generated]]
+    found = {}
+    for k, losses, agrees in zip(exits, read.losses, read.agrees, strict=True):
+        texts = answers(model, tokenizer, prompts, task.max_new_tokens, exit_layer=k)
+        scores = [task.score(text, row["answer"]) for text, row in zip(texts, rows, strict=False)]
+        agreement = agrees.float().mean().item()
+        found[k] = {"loss": losses.mean().item(), "score": statistics.mean(scores), "agreement": agreement}
+    return found
 
 
 def reset_peak_memory() -> None:
@@ -257,71 +249,107 @@ def peak_memory() -> float:
 
 
 def report(results: list[dict]) -> str:
-    """Markdown: tables, one a task, of means over the seeds, and their spread (standard deviation) behind "±"."""
-
-    def cell(values: list[float], form: str) -> str:
-        if not values:
-            return ""
-        spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
-        return format(statistics.mean(values), form) + spread
-
-    results = sorted(results, key=lambda r: ARMS.index(r["arm"]) if r["arm"] in ARMS else len(ARMS))
+    """Markdown: a table a task, of means over the seeds, and their spread (standard deviation) behind "±"."""
+    order = [*ARMS]
+    results = sorted(results, key=lambda r: order.index(r["arm"]) if r["arm"] in order else len(order))
     lines = [INTRODUCTION]
     for task in dict.fromkeys(r["task"] for r in results):
         of_task = [r for r in results if r["task"] == task]
-        exits = sorted({int(k) for r in of_task for k in r["exits"]})
+        seeds = ", ".join(map(str, sorted({r["seed"] for r in of_task})))
         lines += [
-            f"### {task}: held-out loss, {of_task[0]['metric']}, agreement with full depth (seeds: "
-            f"{', '.join(str(s) for s in sorted({r['seed'] for r in of_task}))})\n",
-            "| arm | exit | loss | score | agreement | minutes | CPU minutes | peak MB | trained, M | stored, M |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            f"### {task}: held-out loss, {of_task[0]['metric']}, agreement with full depth (seeds: {seeds})\n",
+            COLUMNS,
+            "|---" * (COLUMNS.count("|") - 1) + "|",
         ]
         for arm in dict.fromkeys(r["arm"] for r in of_task):
-            runs = [r for r in of_task if r["arm"] == arm]
-            for k in exits:
-                found = [r["exits"][str(k)] for r in runs if str(k) in r["exits"]]
-                if not found:
-                    continue
-                costs = [""] * 5
-                if k == max(int(e) for e in runs[0]["exits"]):
-                    costs = [
-                        cell([r["seconds"] / 60 for r in runs if r["seconds"]], ".1f"),
-                        cell([r["cpu_seconds"] / 60 for r in runs if r["cpu_seconds"]], ".1f"),
-                        cell([r["peak_memory_mb"] for r in runs], ".0f"),
-                        f"{runs[0]['trained_parameters'] / 1e6:.1f}",
-                        f"{runs[0]['stored_parameters'] / 1e6:.1f}",
-                    ]
-                values = [cell([f[name] for f in found], ".3f") for name in ("loss", "score", "agreement")]
-                lines.append(f"| {arm} | {k} | {' | '.join(values)} | {' | '.join(costs)} |")
+            lines += arm_rows(arm, [r for r in of_task if r["arm"] == arm])
         lines.append("")
     return "\n".join(lines)
 
 
+def arm_rows(arm: str, runs: list[dict]) -> list[str]:
+    """An arm's rows of the table, one an exit; its costs stand in the last."""
+    costs = [
+        cell([r["seconds"] / 60 for r in runs if r["seconds"]], ".1f"),
+        cell([r["cpu_seconds"] / 60 for r in runs if r["cpu_seconds"]], ".1f"),
+        cell([r["peak_memory_mb"] for r in runs], ".0f"),
+        f"{runs[0]['trained_parameters'] / 1e6:.1f}",
+        f"{runs[0]['stored_parameters'] / 1e6:.1f}",
+    ]
+    exits = sorted({k for r in runs for k in r["exits"]}, key=int)
+    rows = []
+    for k in exits:
+        found = [r["exits"][k] for r in runs if k in r["exits"]]
+        cells = [cell([values[name] for values in found], ".3f") for name in ("loss", "score", "agreement")]
+        rows.append(f"| {' | '.join([arm, k, *cells, *(costs if k == exits[-1] else [''] * len(costs))])} |")
+    return rows
+
+
+def cell(values: list[float], form: str) -> str:
+    if not values:
+        return ""
+    spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
+    return format(statistics.mean(values), form) + spread
+
+
 def plot(results: list[dict], path: Path) -> None:
-    """Held-out loss of every exit, a panel a task, a line an arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Held-out loss of every exit, a panel a task, a line an arm; the sub-models alone are one line."""
     tasks = list(dict.fromkeys(r["task"] for r in results))
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.6), dpi=150, squeeze=False)
-    for panel, task in zip(panels[0], tasks, strict=True):
-        arms = dict.fromkeys(r["arm"] for r in results if r["task"] == task)
-        means: dict[str, dict[int, float]] = {}
-        for arm in arms:
-            runs = [r["exits"] for r in results if r["task"] == task and r["arm"] == arm]
-            name = "alone" if arm.startswith("alone ") else arm
-            for k in runs[0]:
-                means.setdefault(name, {})[int(k)] = statistics.mean(exits[k]["loss"] for exits in runs)
-        for name, losses in means.items():
-            panel.plot(*zip(*sorted(losses.items()), strict=True), marker="o", label=name)
+    figure = Figure(figsize=(4.5 * len(tasks), 3.6), dpi=150)
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for panel, task in zip(panels, tasks, strict=True):
+        losses: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for result in results:
+            if result["task"] == task:
+                for k, values in result["exits"].items():
+                    losses[result["arm"].split()[0]][int(k)].append(values["loss"])
+        for arm, by_exit in losses.items():
+            exits = sorted(by_exit)
+            panel.plot(exits, [statistics.mean(by_exit[k]) for k in exits], marker="o", label=arm)
         panel.set(title=task, xlabel="exit layer", ylabel="held-out loss", yscale="log")
         panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=7)
+    panels[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
+
+
+def plan(args: argparse.Namespace, done: set[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Task, arm and seed of the runs that are missing, once nothing is wrong with what was asked for."""
+    if args.data is not None and not args.data.is_dir():
+        raise ValueError(f"--data must be a folder, got {args.data}.")
+    tasks = [*load_tasks(args.data, args.num_held_out)]
+    depth = load_config(fetch_model(args.model)).num_hidden_layers
+    arms = [*ARMS, *(f"alone {k}" for k in read_exits(args.exit_layers, depth)[:-1])]
+    for flag, given, known in (("--tasks", args.tasks, tasks), ("--arms", args.arms, arms)):
+        for name in given or []:
+            if name not in known:
+                raise ValueError(f"{flag} must be of {', '.join(known)}, got {name}.")
+    todo = []
+    for seed, task, arm in itertools.product(args.seeds, args.tasks or tasks, args.arms or arms):
+        started = (task, "SFT", seed) in todo or (args.output_dir / task / f"SFT {seed}").exists()
+        if (task, arm, seed) in done:
+            continue
+        if arm == "SFT+ICT" and not started:
+            raise ValueError(f"SFT+ICT goes on from SFT, which {task} with seed {seed} lacks: --arms SFT SFT+ICT.")
+        todo.append((task, arm, seed))
+    return todo
+
+
+def run_all(todo: list[tuple[str, str, int]], file: Path) -> list[dict]:
+    """The results of the runs, each in a process of its own, and each written as soon as it is there."""
+    results = []
+    for task, arm, seed in todo:
+        print(f"{task}, {arm}, seed {seed} ...", flush=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--run", task, arm, str(seed)]
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if process.returncode:
+            sys.exit(f"{task}, {arm}, seed {seed} ended with status {process.returncode}; the same command goes on.")
+        line = process.stdout.strip().splitlines()[-1]
+        results.append(json.loads(line))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as lines:
+            lines.write(line + "\n")
+    return results
 
 
 def main() -> None:
@@ -345,7 +373,6 @@ def main() -> None:
         task, arm, seed = args.run
         print(json.dumps(run(args, task, arm, int(seed))))
         return
-
     try:
         results = read_lines(args.results, "task", "arm", "seed", "exits") if args.results.exists() else []
         todo = [] if args.report else plan(args, {(r["task"], r["arm"], r["seed"]) for r in results})
@@ -353,45 +380,10 @@ def main() -> None:
             raise ValueError(f"There is nothing to report: {args.results} holds no runs.")
     except (ValueError, OSError) as error:
         sys.exit(one_line(error))
-    for task, arm, seed in todo:
-        print(f"{task}, {arm}, seed {seed} ...", flush=True)
-        command = [sys.executable, __file__, *sys.argv[1:], "--run", task, arm, str(seed)]
-        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if process.returncode:
-            sys.exit(f"{task}, {arm}, seed {seed} ended with status {process.returncode}; the same command goes on.")
-        line = process.stdout.strip().splitlines()[-1]
-        results.append(json.loads(line))
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        with args.results.open("a") as file:
-            file.write(line + "\n")
+    results += run_all(todo, args.results)
     print(report(results))
     args.results.with_suffix(".md").write_text(report(results))
     plot(results, args.results.with_suffix(".png"))
-
-
-def read_exits(given: list[str] | None, depth: int) -> list[int]:
-    """The exits that a flag names."""
-    return default_exits(depth) if given is None else check_exit_layers(read_exit_layers(given), depth)
-
-
-def plan(args: argparse.Namespace, done: set[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """Task, arm and seed of the runs that are missing, once nothing is wrong with what was asked for."""
-    if args.data is not None and not args.data.is_dir():
-        raise ValueError(f"--data must be a folder, got {args.data}.")
-    tasks = load_tasks(args.data, args.num_held_out)
-    config = load_config(fetch_model(args.model))
-    alone = [f"alone {k}" for k in read_exits(args.exit_layers, config.num_hidden_layers)[:-1]]
-    for flag, given, known in (("--tasks", args.tasks, [*tasks]), ("--arms", args.arms, [*ARMS, *alone])):
-        for name in given or []:
-            if name not in known:
-                raise ValueError(f"{flag} must be of {', '.join(known)}, got {name}.")
-    runs = [(t, a, s) for s in args.seeds for t in args.tasks or tasks for a in args.arms or [*ARMS, *alone]]
-    todo = [run for run in runs if run not in done]
-    for task, arm, seed in todo:
-        before = [(t, s) for t, a, s in todo[: todo.index((task, arm, seed))] if a == "SFT"]
-        if arm == "SFT+ICT" and (task, seed) not in before and not (args.output_dir / task / f"SFT {seed}").exists():
-            raise ValueError(f"SFT+ICT goes on from SFT, which {task} with seed {seed} lacks: --arms SFT SFT+ICT.")
-    return todo
 
 
 if __name__ == "__main__":
