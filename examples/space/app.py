@@ -9,9 +9,10 @@ import html
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 from typing import Any, NamedTuple
@@ -36,29 +37,7 @@ EXAMPLES = [
 # From shallow to deep, ever darker: told apart by every kind of colour vision, and easy to read black on
 RAMP = ((255, 236, 143), (120, 200, 190), (120, 140, 235))
 FRAME = 0.05  # seconds between two drawings, which take time from the model
-# `.error` is hidden because gradio can take leaving the queue for one; real ones are told in a toast
-CSS = """
-.html-container {padding: 0 !important}
-.answer .wrap:has(> .error) {display: none}
-.legend, .bar {display: flex; flex-wrap: wrap; gap: 2px 6px; align-items: center}
-.legend b, .bar b, .text mark {color: #111; border-radius: 3px}
-.legend b {padding: 0 10px}
-.bar {flex-wrap: nowrap; gap: 2px; height: 22px; position: relative}
-.bar b {text-align: center; overflow: hidden; min-width: 22px; line-height: 22px}
-.figures {min-height: 4.8em; margin: 4px 0}
-.figures strong {font-size: 1.3em}
-.text {position: relative; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; min-height: 9em;
-  padding: 10px; border: 1px solid var(--border-color-primary); border-radius: 6px}
-.text i {font-style: normal; opacity: 0.7}
-.text mark {border-radius: 0; padding: 2px 0; border-right: 1px solid #0003}
-.text mark:focus, .bar b:focus {outline: 0; color: var(--body-background-fill);
-  background: var(--body-text-color) !important}
-.text mark:focus::after, .bar b:focus::after {content: attr(title); position: absolute; left: 8px; z-index: 1;
-  margin-top: 2em; padding: 2px 8px; border-radius: 4px; font-weight: normal; font-size: 14px; line-height: 1.5;
-  white-space: nowrap; background: var(--body-text-color); color: var(--body-background-fill)}
-.bar b:focus::after {left: 0; margin-top: 4px; top: 100%}
-"""
-LOOK = {"css": CSS, "theme": gr.themes.Default(font=["system-ui", "sans-serif"])}
+LOOK = {"css_paths": Path(__file__).parent / "style.css", "theme": gr.themes.Default(font=["system-ui", "sans-serif"])}
 NOTE = (
     "Greedy decoding; full depth starts when the chosen mode has ended, so that neither slows the other. Tokens/s "
     "count from the first token to the last: without the prompt, with the token that ends the answer. Hover over a "
@@ -245,10 +224,8 @@ def render(answer: Answer, full: Answer, prompt: str, exits: list[int]) -> str:
     return f'<div class="bar">{bar}</div><div class="figures">{figures}</div><div class="text">{text}</div>'
 
 
-def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> gr.Blocks:
-    """The page of a model; generating is queued, one run at a time."""
-    num_layers = model.config.num_hidden_layers
-    exits = sorted({*model.config.exit_layers, num_layers})
+def page_functions(model, tokenizer, exits: list[int]) -> tuple[Callable, Callable]:
+    """What the page calls: `generate` decodes a prompt and draws both answers, `show_controls` follows the mode."""
 
     def generate(
         prompt, chat, mode, depth, threshold, drafts, max_new_tokens, request: gr.Request
@@ -256,7 +233,7 @@ def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> gr.Bloc
         answers, shown = [Answer(tokenizer), Answer(tokenizer)], 0.0
         stop, over = RUNS[request.session_hash] = Event(), Event()
         try:
-            chosen = choose_options(mode, depth, threshold, drafts, num_layers)
+            chosen = choose_options(mode, depth, threshold, drafts, exits[-1])
             for i, options in enumerate((chosen, {})):
                 options["max_new_tokens"] = max_new_tokens
                 for answers[i] in decode(model, tokenizer, prompt, options, chat, stop):
@@ -271,14 +248,6 @@ def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> gr.Bloc
             over.set()
             RUNS.pop(request.session_hash, None)
 
-    def stop(stops: int, request: gr.Request) -> int:
-        """Ask the session's run to stop, and wait until it has shown its last tokens."""
-        if request.session_hash in RUNS:
-            asked, over = RUNS[request.session_hash]
-            asked.set()
-            over.wait(5)
-        return stops + 1
-
     def show_controls(mode: str, depth: int) -> list[dict[str, Any]]:
         choices = exits[:-1] if mode == "drafting" else exits
         depth = depth if depth in choices else choices[0]
@@ -288,17 +257,26 @@ def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> gr.Bloc
             gr.update(visible=mode == "drafting"),
         ]
 
-    def show_running() -> dict[str, Any]:
-        return gr.update(value="Running …", interactive=False)
+    return generate, show_controls
 
-    def show_ready() -> dict[str, Any]:
-        return gr.update(value="Generate", interactive=True)
 
+def stop(stops: int, request: gr.Request) -> int:
+    """Ask the session's run to stop, and wait until it has shown its last tokens."""
+    if request.session_hash in RUNS:
+        asked, over = RUNS[request.session_hash]
+        asked.set()
+        over.wait(5)
+    return stops + 1
+
+
+def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> gr.Blocks:
+    """The page of a model; generating is queued, one run at a time."""
+    exits = sorted({*model.config.exit_layers, model.config.num_hidden_layers})
+    generate, show_controls = page_functions(model, tokenizer, exits)
     with gr.Blocks(title="Sorted LLaMA", analytics_enabled=False) as page:
-        trained = ", ".join(map(str, exits))
         gr.Markdown(
-            f"# Sorted LLaMA\nOne checkpoint of {num_layers} layers that is a model at each of its exits: {trained}. "
-            "Choose how deep tokens go, and compare with full depth."
+            f"# Sorted LLaMA\nOne checkpoint of {exits[-1]} layers that is a model at each of its exits: "
+            f"{', '.join(map(str, exits))}. Choose how deep tokens go, and compare with full depth."
         )
         prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=4, max_lines=12)
         gr.Examples(EXAMPLES, prompt)
@@ -318,34 +296,33 @@ def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> gr.Bloc
         chips = "".join(f'<b style="background:{color(k, exits)}">{k}</b>' for k in exits)
         gr.HTML(f'<div class="legend">Layers that made a token {chips}</div>')
         with gr.Row():
-            panels = []
+            panels, empty = [], Answer(tokenizer)
             for title in ("Chosen mode", "Full depth"):
                 with gr.Column(min_width=300):
                     gr.HTML(f"<h3>{title}</h3>")
-                    empty = Answer(tokenizer)
                     panels.append(gr.HTML(render(empty, empty, "", exits), label=title, elem_classes="answer"))
         gr.Markdown(NOTE)
 
         quick = {"queue": False, "api_visibility": "private"}
         mode.change(show_controls, [mode, depth], [depth, threshold, drafts], **quick)
+        running = start.click(lambda: gr.update(value="Running …", interactive=False), None, start, **quick)
         inputs = [prompt, chat, mode, depth, threshold, drafts, max_new_tokens]
-        running = start.click(show_running, None, start, **quick)
         run = running.then(generate, inputs, panels, concurrency_limit=1, show_progress="minimal")
+        ready = {"fn": lambda: gr.update(value="Generate", interactive=True), "outputs": start, **quick}
         for ended in (run.then, run.failure):  # in gradio 6.31 `then` does not follow upon an error
-            ended(show_ready, None, start, **quick)
+            ended(**ready)
         # A run that still waits is taken out of the queue. That comes last, at a change of what `stop` returns: a run
         # that is cancelled while it runs does not draw its last tokens
         stops = gr.Number(0, visible="hidden", precision=0)
         stop_button.click(stop, stops, stops, queue=False)
-        stops.change(show_ready, None, start, cancels=[run], **quick)
+        stops.change(**ready, cancels=[run])
     return page
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=os.environ.get("MODEL_ID", "out/demo/final"), help="model id or path")
-    args = parser.parse_args()
-    page = build(*load(args.model))
+    page = build(*load(parser.parse_args().model))
     try:
         page.launch(**LOOK)
     except OSError as error:  # the port is taken
