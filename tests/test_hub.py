@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -10,15 +9,14 @@ import traceback
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils.hub import hf_api
 
 import sorted_llama
 from sorted_llama import SortedLlamaForCausalLM
 from tests.hub import TOKEN, Hub
-from tests.tiny import prompts, reference_llama, run_as_stranger, tiny_sorted, tiny_tokenizer
+from tests.tiny import prompts, run_as_stranger, tiny_sorted, tiny_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -592,78 +590,3 @@ def test_an_extracted_exit_is_a_plain_llama_there(hub, folder, pushed, loaded):
 @pytest.mark.slow
 def test_the_hub_knew_every_request(hub, loaded):
     assert hub.unknown == []
-
-
-# Checkpoints as version 0.1.0 saves them, one with its code. Later versions load them, too: they stay as they are
-
-FIXTURES = Path(__file__).parent / "fixtures"
-SAVED_CODE = FIXTURES / "checkpoint_v0"
-SAVED = [SAVED_CODE, FIXTURES / "checkpoint_v0_lens"]
-
-LOAD_SAVED = """
-import json
-
-import torch
-from transformers import AutoModelForCausalLM
-
-folder, prompt, calls = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-tokens = [
-    model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, **call)[0, len(prompt) :].tolist()
-    for call in calls
-]
-print(json.dumps({"tokens": tokens, "code": sys.modules[type(model).__module__].__file__}))
-"""
-
-
-def expected_tokens(saved):
-    """Prompt, and pairs of a call's arguments and the tokens it gave when the checkpoint was saved."""
-    expected = json.loads((saved / "expected_tokens.json").read_text())
-    return expected["prompt"], [(call["arguments"], call["tokens"]) for call in expected["calls"]]
-
-
-@pytest.mark.parametrize("saved", SAVED, ids=lambda path: path.name)
-@pytest.mark.parametrize("load", [SortedLlamaForCausalLM, AutoModelForCausalLM, "trust_remote_code"])
-def test_an_older_checkpoint_loads_where_the_package_is_installed(load, saved, tmp_path):
-    """Whoever imports the package gets its class, also with `trust_remote_code=True`."""
-    prompt, calls = expected_tokens(saved)
-    arguments = {"trust_remote_code": True} if load == "trust_remote_code" else {}
-    auto = AutoModelForCausalLM if load == "trust_remote_code" else load
-    folder = with_saved_code(saved, tmp_path)
-    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **arguments)
-    assert not any(info.values())
-    assert type(model) is SortedLlamaForCausalLM
-    inputs = torch.tensor([prompt])
-    for call, tokens in calls:
-        generated = model.generate(inputs, max_new_tokens=12, do_sample=False, **call)
-        assert generated[0, len(prompt) :].tolist() == tokens, call
-
-
-@pytest.mark.parametrize("saved", SAVED, ids=lambda path: path.name)
-def test_the_expected_tokens_are_those_of_plain_llamas(saved):
-    model = SortedLlamaForCausalLM.from_pretrained(saved, dtype=torch.float32)
-    prompt, calls = expected_tokens(saved)
-    depths = {call.get("exit_layer"): tokens for call, tokens in calls}
-    for depth in model.config.exit_layers:
-        llama = model.extract_submodel(depth) if saved.name.endswith("lens") else reference_llama(model, depth)
-        tokens = llama.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
-        assert tokens[0, len(prompt) :].tolist() == depths[depth]
-
-
-def with_saved_code(saved, folder):
-    """The checkpoint in a folder of its own, with the code of its time."""
-    shutil.copytree(saved, folder / "saved")
-    for path in SAVED_CODE.glob("*.py"):
-        shutil.copy(path, folder / "saved")
-    return folder / "saved"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("saved", SAVED, ids=lambda path: path.name)
-def test_an_older_checkpoint_loads_with_its_own_code_alone(saved, tmp_path):
-    prompt, expected = expected_tokens(saved)
-    folder, calls = with_saved_code(saved, tmp_path), [call for call, _ in expected]
-    printed = run_as_stranger(LOAD_SAVED, folder, json.dumps(prompt), json.dumps(calls), folder=tmp_path)
-    result = json.loads(printed.splitlines()[-1])
-    assert result["tokens"] == [tokens for _, tokens in expected]
-    assert Path(result["code"]).read_bytes() == (SAVED_CODE / "modeling_sorted_llama.py").read_bytes()
