@@ -195,13 +195,14 @@ for use in uses:
     try:
         use()
     except (ImportError, SystemExit) as error:
-        print(error)
+        print(type(error).__name__, error)
 """
 
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path):
     errors = run_well(sys.executable, "-c", WITHOUT_TRL, cwd=tmp_path).splitlines()
-    assert len(errors) == 3  # of the command, the name and the package; the model itself needs no extra
+    # Of the command, which shows no traceback, the name and the package; the model itself needs no extra
+    assert [error.split()[0] for error in errors] == ["SystemExit", "ImportError", "ImportError"]
     for error in errors:
         assert re.search(r"No module named 'trl'.*pip install \"sorted-llama\[train\]\"", error)
 
