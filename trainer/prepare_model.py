@@ -10,6 +10,7 @@ from trl.trainer.utils import create_model_from_path
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import gathered
+from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS, OWNING_HEADS
 
 from .sorted_sft_config import SortedSFTConfig
 
@@ -58,7 +59,7 @@ def prepare_model(
     weights = args.weights_of(exits, config.exit_loss_weights if same_exits else None)
     exit_heads = args.exit_heads or config.exit_heads
     _check_effects(args, exits, exit_heads)
-    if exit_heads != config.exit_heads or (exit_heads != "shared" and not same_exits):
+    if exit_heads != config.exit_heads or (EXIT_HEADS[exit_heads].owned and not same_exits):
         if is_peft_model(model):
             raise ValueError(
                 f"`exit_heads={exit_heads!r}` changes the heads of the model, which already has adapters: make "
@@ -90,10 +91,10 @@ def _check_effects(args: SortedSFTConfig, exits: list[int], exit_heads: str) -> 
             f"`self_distillation_weight={args.self_distillation_weight!r}` concerns exits below full depth: "
             f"`exit_layers={exits}` has none."
         )
-    if exit_heads == "shared" and (args.detach_exits or args.exit_learning_rate is not None):
+    if not EXIT_HEADS[exit_heads].owned and (args.detach_exits or args.exit_learning_rate is not None):
         raise ValueError(
             f"`detach_exits={args.detach_exits!r}` and `exit_learning_rate={args.exit_learning_rate!r}` concern "
-            "what the exits own, which is nothing with `exit_heads='shared'`: choose 'lens' or 'separate'."
+            f"what the exits own, which is nothing with `exit_heads={exit_heads!r}`: choose {OWNING_HEADS}."
         )
 
 

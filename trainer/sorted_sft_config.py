@@ -17,6 +17,7 @@ from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import (
     exit_spacing,
     is_number,
 )
+from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS
 
 
 @dataclass
@@ -106,7 +107,7 @@ class SortedSFTConfig(SFTConfig):
         metadata={
             "help": "What each exit below full depth owns: nothing (`shared`), a norm and a head (`separate`), a norm "
             "and a square matrix before the shared head (`lens`). Defaults to the model's.",
-            "choices": ["shared", "separate", "lens"],
+            "choices": list(EXIT_HEADS),
         },
     )
     detach_exits: bool = field(
@@ -130,7 +131,7 @@ class SortedSFTConfig(SFTConfig):
         check_choice(self.exit_loss_reduction, "exit_loss_reduction", ["sum", "mean"])
         check_choice(self.exit_schedule, "exit_schedule", ["all", "random"])
         check_choice(self.trainable, "trainable", ["all", "exits"])
-        check_choice(self.exit_heads, "exit_heads", ["shared", "separate", "lens", None])
+        check_choice(self.exit_heads, "exit_heads", [*EXIT_HEADS, None])
         self.exits_per_step = check_int(self.exits_per_step, "exits_per_step", 1)
         self.self_distillation_weight = check_number(self.self_distillation_weight, "self_distillation_weight", 0)
         if self.exit_learning_rate is not None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +17,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_rich_available, logging
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
+
+from sorted_llama.modeling_sorted_llama.loss_sorted_llama import ExitLossOptions
 
 from .atomic_saves import STATE, AtomicSaves
 from .exit_metrics import ExitMetrics
@@ -34,40 +37,39 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
     layers, for several `k` at once, to be models of their own.
 
     It is [`~trl.SFTTrainer`] with another objective and nothing else: the sum over `exit_layers` of what SFT computes
-    for the full depth, from one backbone pass. Beside SFT's logs there are `exit_10_loss` and
-    `exit_10_mean_token_accuracy` for each exit, averaged over the labelled tokens since the last log that the exit was
-    trained on, and in an evaluation `eval_exit_10_loss`, `eval_exit_10_mean_token_accuracy` and
-    `eval_exit_10_agreement` (how often the exit's greedy token is full depth's), also as a table in the terminal where
-    `rich` is installed. With self-distillation there is `exit_10_divergence`. Any of them can choose the best
-    checkpoint and stop the training early: `metric_for_best_model="eval_exit_10_loss"`. `entropy` is not logged.
+    for the full depth, from one backbone pass. For each exit it logs `exit_10_loss` and `exit_10_mean_token_accuracy`,
+    averaged over the labelled tokens that the exit was trained on since the last log, with self-distillation
+    `exit_10_divergence`; in an evaluation `eval_exit_10_loss`, ..., and `eval_exit_10_agreement` (how often the exit's
+    greedy token is full depth's), also as a table in the terminal where `rich` is installed. Any of them can choose
+    the best checkpoint: `metric_for_best_model="eval_exit_10_loss"`. `entropy` is not logged.
 
     Args:
         model (`str`, [`~transformers.LlamaForCausalLM`], [`SortedLlamaForCausalLM`] or [`~peft.PeftModel`] of either):
             A model id or path of a Llama or of a sorted model, or the model. A plain Llama becomes a sorted model
-            around the same weights, without a copy: `trainer.model` is the sorted one.
+            around the same weights, without a copy: `trainer.model`. Its config says which exits it is trained for.
         args ([`SortedSFTConfig`], *optional*):
-            Configuration. An [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`] works where the model's config
-            has `exit_layers`.
+            Configuration, not changed: `trainer.args` is a copy. An [`~trl.SFTConfig`] or
+            [`~transformers.TrainingArguments`] works where the model's config has `exit_layers`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer. Loaded from the model's id or path by default.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization to load the model with, where `model` is an id or path.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapters to train.
         kwargs (`Any`, *optional*):
-            Every other argument of [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `peft_config`, `callbacks`,
-            `data_collator`, `optimizers`, ...
+            Every other argument of [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `callbacks`, ...
 
     Raises:
-        ValueError: If there are no exits, in `args` or in the model's config, if they or their weights do not fit the
-            model, if `compute_loss_func` is passed, which would replace the objective, if `trainable="exits"` or
-            other `exit_heads` than the model's are asked for together with PEFT, or if `detach_exits` or
-            `exit_learning_rate` concern what the exits own and they own nothing, or nothing of it is trained.
+        ValueError: If there are no exits, in `args` or in the model's config; if an option does not fit the model, the
+            adapters or the optimizer, or would have no effect; or if `compute_loss_func` is passed, which would
+            replace the objective.
         TypeError: If `model` is no Llama.
 
     Example:
 
     ```python
     >>> from datasets import load_dataset
-    >>> from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
+    >>> from sorted_llama import SortedSFTConfig, SortedSFTTrainer
 
     >>> trainer = SortedSFTTrainer(
     ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -97,13 +99,15 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             )
         args = _own_args(args, model)
         model_init_kwargs = args.model_init_kwargs
-        if isinstance(model, str) and processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(
-                model, revision=(model_init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
-            )
-        loaded_here = isinstance(model, str)
+        model_id = model if isinstance(model, str) else None
         model, self.exit_layers, self.exit_loss_weights = prepare_model(model, args, quantization_config, peft_config)
-        if loaded_here:  # with these, of which `SFTTrainer` would warn that it does not use them
+        if model_id is not None:
+            if processing_class is None:
+                revision = (model_init_kwargs or {}).get("revision")
+                processing_class = AutoProcessor.from_pretrained(
+                    model_id, revision=revision, trust_remote_code=args.trust_remote_code
+                )
+            # The model is loaded with these: `SFTTrainer` need not warn that it does not use them
             quantization_config = args.model_init_kwargs = None
         exit_heads = model.config.exit_heads
         if exit_heads != "shared" and args.exit_schedule != "all" and args.ddp_find_unused_parameters is None:
@@ -210,22 +214,20 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         if self.model.training:
             exits = self.args.exits_at_step(exits, self.state.global_step)
             weights = weights and [weights[self.exit_layers.index(k)] for k in exits]
-        smoothing = self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0  # as in `SFTTrainer`
+        args = self.args
+        options = {f.name: getattr(args, f.name) for f in fields(ExitLossOptions) if hasattr(args, f.name)}
+        options["exit_loss_weights"] = weights
+        options["label_smoothing"] = args.label_smoothing_factor if args.loss_type == "nll" else 0.0  # as in SFT
         outputs = model(
             **{**inputs, "use_cache": False},
             exit_layers=exits,
-            exit_loss_weights=weights,
-            exit_loss_reduction=self.args.exit_loss_reduction,
-            loss_type=self.args.loss_type,
-            label_smoothing=smoothing,
-            self_distillation_weight=self.args.self_distillation_weight,
-            detach_exits=self.args.detach_exits,
             num_items_in_batch=num_items_in_batch,
             skip_logits=not return_outputs,
+            **options,
         )
         loss = outputs.loss
         # As in `Trainer`: `num_items_in_batch` counts the tokens of all ranks, over which DDP averages the gradients
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+        if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         self._add_metrics(exits, inputs, outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
