@@ -50,6 +50,16 @@ except ImportError:  # before transformers 5.24
         return hidden_states[:, kept, :]
 
 
+def share_llamas_adapters() -> None:
+    """
+    Have PEFT know a sorted Llama's default target modules: a Llama's. It looks them up by model type, after it has
+    asked the config for `to_dict`. PEFT is not imported here: remote code that does asks everyone to install it.
+    """
+    for targets in list(vars(sys.modules.get("peft.utils.constants", object)).values()):
+        if isinstance(targets, dict) and "llama" in targets:
+            targets.setdefault("sorted_llama", targets["llama"])
+
+
 class SavedAsItsModel:
     """
     Base of models that are saved as what they are under FSDP2 too, which gives a model a class of its own:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from .compat_sorted_llama import share_llamas_adapters
 from .heads_sorted_llama import EXIT_HEADS
 
 
@@ -94,57 +95,50 @@ def check_exit_layer(exit_layer: Any, num_hidden_layers: int, name: str = "exit_
 
 def check_exit_layers(exit_layers: Any, num_hidden_layers: int | None, name: str = "exit_layers") -> list[int]:
     """
-    Check the exits that SoFT trains.
-
-    Args:
-        exit_layers (`Sequence[int]` or `str`):
-            Exit layers, ascending, unique, the last one being `num_hidden_layers`; or `"every:N"`, every `N`th layer
-            and the full depth.
-        num_hidden_layers (`int` or `None`):
-            Number of decoder layers that the model has; `None` where it is not known yet, and the last exit may be
-            anything.
-        name (`str`, *optional*, defaults to `"exit_layers"`):
-            What the error calls the value.
-
-    Returns:
-        `list[int]`: The exits.
-
-    Raises:
-        ValueError: If `exit_layers` is neither such a list nor such a text; the message says what is wrong with it.
+    The exits that SoFT trains: a list of them, or what `"every:N"` stands for; else a `ValueError` that says what is
+    wrong. Where `num_hidden_layers` is `None`, not known yet, the last exit may be any.
     """
-    limit = "the full depth" if num_hidden_layers is None else num_hidden_layers
-    wanted = (
-        f"`{name}` must be a list of integers from 1 to {limit}, ascending and ending in the full depth, or 'every:N'"
-    )
-    if isinstance(exit_layers, str):
-        spacing = exit_spacing(exit_layers)
-        if spacing is None:
-            is_list = "," in exit_layers or exit_layers.isdecimal()
-            hint = f": a text is not taken apart, pass [{exit_layers.strip('[]() ')}]" if is_list else ""
-            raise ValueError(f"{wanted}, got {exit_layers!r}{hint}.")
-        if num_hidden_layers is None:
-            raise ValueError(f"`{name}={exit_layers!r}` needs a model's depth, which is not known here: pass a list.")
-        return [*range(spacing, num_hidden_layers, spacing), num_hidden_layers]
-    entries = exit_layers.tolist() if hasattr(exit_layers, "tolist") else exit_layers
+    try:
+        read = _exits_of_text if isinstance(exit_layers, str) else _exits_of_list
+        return read(exit_layers, num_hidden_layers)
+    except ValueError as error:
+        limit = "the full depth" if num_hidden_layers is None else num_hidden_layers
+        raise ValueError(
+            f"`{name}` must be a list of integers from 1 to {limit}, ascending and ending in the full depth, or "
+            f"'every:N', got {error}."
+        ) from None
+
+
+def _exits_of_text(text: str, num_hidden_layers: int | None) -> list[int]:
+    spacing = exit_spacing(text)
+    if spacing is None:
+        is_list = "," in text or text.isdecimal()
+        hint = f": a text is not taken apart, pass [{text.strip('[]() ')}]" if is_list else ""
+        raise ValueError(f"{text!r}{hint}")
+    if num_hidden_layers is None:
+        raise ValueError(f"{text!r}, which needs a model's depth, not known here: pass a list")
+    return [*range(spacing, num_hidden_layers, spacing), num_hidden_layers]
+
+
+def _exits_of_list(given: Any, num_hidden_layers: int | None) -> list[int]:
+    entries = given.tolist() if hasattr(given, "tolist") else given
     if not isinstance(entries, Sequence):
-        raise ValueError(f"{wanted}, got {exit_layers!r}.")
+        raise ValueError(repr(given))
     if len(entries) == 0:
-        raise ValueError(f"{wanted}, got {exit_layers!r}, which is empty: full depth alone is [{limit}].")
+        raise ValueError(f"{given!r}, which is empty: full depth alone is [{num_hidden_layers or 'the full depth'}]")
     exits: list[int] = []
     for entry in entries:
         number = as_int(entry)
         if number is None or number < 1:
-            raise ValueError(f"{wanted}, got {entry!r} in {exit_layers!r}.")
+            raise ValueError(f"{entry!r} in {given!r}")
         if num_hidden_layers is not None and number > num_hidden_layers:
-            raise ValueError(f"{wanted}, got {number} in {exit_layers!r}: the model has {num_hidden_layers} layers.")
+            raise ValueError(f"{number} in {given!r}: the model has {num_hidden_layers} layers")
         if exits and number <= exits[-1]:
             what = f"{number} twice" if number == exits[-1] else f"{number} behind {exits[-1]}"
-            raise ValueError(f"{wanted}, got {exit_layers!r}, which is not ascending: {what}.")
+            raise ValueError(f"{given!r}, which is not ascending: {what}")
         exits.append(number)
     if num_hidden_layers is not None and exits[-1] != num_hidden_layers:
-        raise ValueError(
-            f"{wanted}, got {exit_layers!r}, which ends in {exits[-1]}: pass {[*exits, num_hidden_layers]}."
-        )
+        raise ValueError(f"{given!r}, which ends in {exits[-1]}: pass {[*exits, num_hidden_layers]}")
     return exits
 
 
@@ -156,48 +150,26 @@ def exit_spacing(text: str) -> int | None:
 
 
 def check_exit_loss_weights(weights: Any, num_exits: int, name: str = "exit_loss_weights") -> list[float]:
-    """
-    Check the weights of the exits in the SoFT loss.
-
-    Args:
-        weights (`Sequence[float]`):
-            One finite, non-negative weight an exit, in the order of the exits; at least one above 0.
-        num_exits (`int`):
-            Number of exits.
-        name (`str`, *optional*, defaults to `"exit_loss_weights"`):
-            What the error calls the value.
-
-    Returns:
-        `list[float]`: The weights.
-
-    Raises:
-        ValueError: If `weights` is no such list.
-    """
+    """One weight an exit, finite and not negative, at least one above 0; else a `ValueError` that names them."""
     if (
         isinstance(weights, str)
         or not isinstance(weights, Sequence)
         or len(weights) != num_exits
-        or not all(is_number(w) and w >= 0 for w in weights)
-        or not any(w > 0 for w in weights)
+        or not all(is_number(weight) and weight >= 0 for weight in weights)
+        or not any(weights)
     ):
         raise ValueError(
             f"`{name}` must be a list of {num_exits} finite numbers of at least 0, one for each of `exit_layers` and "
             f"at least one above 0, got {weights!r}."
         )
-    return [float(w) for w in weights]
+    return [float(weight) for weight in weights]
 
 
 class ModelPath(str):
     """
-    A model's id or path, with the depth that the model has in memory. It is for those who load a model a second time
-    by `config._name_or_path`, as TRL's trainers make their reference: the second has the depth of the first. Copied,
+    A model's id or path, with the `DEPTH_FIELDS` that the model has in memory: they go before those in `config.json`
+    where a model is loaded a second time by `config._name_or_path`, as TRL's trainers make their reference. Copied,
     pickled or written to a file it is the plain text.
-
-    Args:
-        path (`str`):
-            The id or path.
-        depth_fields (`dict[str, Any]`):
-            Values of `DEPTH_FIELDS`, which go before those in the checkpoint's `config.json`.
     """
 
     depth_fields: dict[str, Any]
@@ -306,7 +278,7 @@ class SortedLlamaConfig(LlamaConfig):
 
     @property
     def own_exits(self) -> list[int]:
-        """The exits that do not read through the final norm and the LM head as full depth does."""
+        """The exits that own what they are read through, by `exit_heads`: those below full depth, or none."""
         return self.exit_layers[:-1] if EXIT_HEADS[self.exit_heads].owned else []
 
     @classmethod
@@ -334,16 +306,7 @@ class SortedLlamaConfig(LlamaConfig):
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def update(self, config_dict: dict[str, Any]) -> None:
-        """
-        Set fields: see [`~transformers.PreTrainedConfig.update`]. `num_hidden_layers` cuts the exits above it off.
-
-        Args:
-            config_dict (`dict`):
-                Fields and their values.
-
-        Raises:
-            ValueError: If a value is out of range.
-        """
+        """See [`~transformers.PreTrainedConfig.update`]. `num_hidden_layers` cuts the exits above it off."""
         if "num_hidden_layers" in config_dict:
             fields = {name: getattr(self, name) for name in DEPTH_FIELDS}
             config_dict = {**_cut_exits(fields, config_dict["num_hidden_layers"]), **config_dict}
@@ -356,7 +319,7 @@ class SortedLlamaConfig(LlamaConfig):
         super().save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        _share_llamas_adapters()
+        share_llamas_adapters()
         return super().to_dict()
 
     def to_llama(self, num_hidden_layers: int | None = None) -> LlamaConfig:
@@ -365,13 +328,10 @@ class SortedLlamaConfig(LlamaConfig):
 
         Args:
             num_hidden_layers (`int`, *optional*):
-                Number of decoder layers. Defaults to all.
+                Number of decoder layers, from 1 to all of them, which is the default; else a `ValueError`.
 
         Returns:
             [`~transformers.LlamaConfig`]: A new configuration without the fields of this class.
-
-        Raises:
-            ValueError: If `num_hidden_layers` is not an integer from 1 to the number of layers.
         """
         fields = self.to_dict()
         for name in ("model_type", "auto_map", "architectures", *SORTED_FIELDS):
@@ -393,13 +353,10 @@ class SortedLlamaConfig(LlamaConfig):
             config ([`~transformers.LlamaConfig`]):
                 Configuration to start from; not changed.
             kwargs (`Any`, *optional*):
-                Fields of this class, `exit_layers` for example.
+                Fields of this class, `exit_layers` for example; a `ValueError` where one is out of range.
 
         Returns:
             [`SortedLlamaConfig`]: A new configuration.
-
-        Raises:
-            ValueError: If a field is out of range.
         """
         fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
         new = cls(**{**fields, **kwargs}, attn_implementation=config._attn_implementation)
@@ -407,49 +364,30 @@ class SortedLlamaConfig(LlamaConfig):
         return new
 
 
-def _share_llamas_adapters() -> None:
-    """
-    Have PEFT know a sorted Llama's default target modules: a Llama's. It looks them up by model type, in the dict that
-    it has just asked `to_dict` for. Nothing happens before somebody has imported PEFT, which is not done here: remote
-    code that imports a package asks everyone to install it.
-    """
-    for targets in list(vars(sys.modules.get("peft.utils.constants", object)).values()):
-        if isinstance(targets, dict) and "llama" in targets:
-            targets.setdefault("sorted_llama", targets["llama"])
-
-
-def _cut_exits(config_dict: dict[str, Any], num_hidden_layers: int) -> dict[str, Any]:
-    """Drop what a checkpoint says of exits above `num_hidden_layers`, where only so many layers are loaded."""
-    config_dict = dict(config_dict)
-    layers = as_int(num_hidden_layers)
-    if layers is None or layers < 1:
-        raise ValueError(f"`num_hidden_layers` must be an integer of at least 1, got {num_hidden_layers!r}.")
-    depth = as_int(config_dict.get("num_hidden_layers", LlamaConfig.num_hidden_layers))
-    if depth is None:
-        raise ValueError(f"`num_hidden_layers` must be an integer, got {config_dict['num_hidden_layers']!r}.")
-    exit_heads = config_dict.get("exit_heads", "shared")
-    if exit_heads != "shared" and num_hidden_layers != depth:
+def _cut_exits(fields: dict[str, Any], num_hidden_layers: Any) -> dict[str, Any]:
+    """What a checkpoint's configuration says where only its first `num_hidden_layers` are loaded: exits up to them."""
+    layers = check_int(num_hidden_layers, "num_hidden_layers", 1)
+    depth = check_int(fields.get("num_hidden_layers", LlamaConfig.num_hidden_layers), "num_hidden_layers")
+    exits, weights = fields.get("exit_layers"), fields.get("exit_loss_weights")
+    exit_layer, exit_heads = fields.get("exit_layer"), fields.get("exit_heads", "shared")
+    if exit_heads != "shared" and layers != depth:
         raise ValueError(
-            f"`num_hidden_layers={num_hidden_layers}` cuts off the layers that the final norm and head belong to, and "
-            f"with `exit_heads={exit_heads!r}` the exits do not read as it does: load the model whole, then "
-            f"`extract_submodel({num_hidden_layers})`."
+            f"`num_hidden_layers={layers}` cuts off the layers that the final norm and head belong to, and with "
+            f"`exit_heads={exit_heads!r}` the exits do not read as it does: load the model whole, then "
+            f"`extract_submodel({layers})`."
         )
-    exits, weights = config_dict.get("exit_layers"), config_dict.get("exit_loss_weights")
     if exits is not None:
         exits = check_exit_layers(exits, depth)
     if weights is not None:
         weights = check_exit_loss_weights(weights, len(exits or ()))
-    if exits is not None and exits[-1] != num_hidden_layers:
-        if num_hidden_layers not in exits:  # not a trained exit: nothing is known of the new full depth's weight
-            exits, weights = None, None
-        else:
-            exits = exits[: exits.index(num_hidden_layers) + 1]
-            weights = weights and weights[: len(exits)]
-        config_dict["exit_layers"], config_dict["exit_loss_weights"] = exits, weights
-    exit_layer = config_dict.get("exit_layer")
-    if exit_layer is not None and check_exit_layer(exit_layer, max(depth, num_hidden_layers)) > num_hidden_layers:
-        config_dict["exit_layer"] = None
-    return config_dict
+    if exits is not None and layers not in exits:  # nothing is known of the new full depth's weight
+        exits = weights = None
+    elif exits is not None:
+        exits = exits[: exits.index(layers) + 1]
+        weights = weights and weights[: len(exits)]
+    if exit_layer is not None and check_exit_layer(exit_layer, max(depth, layers)) > layers:
+        exit_layer = None
+    return {**fields, "exit_layers": exits, "exit_loss_weights": weights, "exit_layer": exit_layer}
 
 
 SortedLlamaConfig.register_for_auto_class()
