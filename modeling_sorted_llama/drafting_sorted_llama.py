@@ -1,146 +1,169 @@
 """Self-speculation: an exit drafts, the layers above it verify."""
 
-import inspect
-import math
 import time
 from collections import deque
-from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 import torch
-from transformers.generation import PromptLookupCandidateGenerator
 
 from .compat_sorted_llama import logger
 from .modes_sorted_llama import SelfSpeculation
-from .sequences_sorted_llama import DraftStatistics, HiddenStates, Sequences, last_of
+from .sequences_sorted_llama import Choice, DraftStatistics, Sequences, SortedGenerateOutput
 
 
-def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation):
+class Drafts(NamedTuple):
+    """Draft tokens, `(num_rows, num_drafts)`, and, in sampling, the processed distributions they were drawn from."""
+
+    exit_layer: int
+    tokens: torch.Tensor
+    probabilities: torch.Tensor | None = None  # (num_rows, num_drafts, vocab_size)
+
+
+def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation) -> SortedGenerateOutput | torch.Tensor:
     """
     Cycles of drafting and verifying. Drafting runs the lowest layers token by token, and leaves their states pending
     in the cache; verifying runs the rest for all of them in one pass. So no layer runs twice for a token that stays.
-    """
-    depth, do_sample = decoding.depth, sequences.do_sample
-    learns = decoding.num_tokens is None
-    passes_before = sequences.cache.layer_token_passes
-    if sequences.config.output_hidden_states:
-        sequences.hidden = HiddenStates(sequences.cache, depth)
 
-    outputs = last_of(sequences.prefill(depth, decoding.exits if learns else None))
-    plan: LearnedDrafts | FixedDrafts
-    if learns:
-        plan = LearnedDrafts(decoding, sequences, outputs)
-    else:
-        plan = FixedDrafts(decoding)
-    lookup = _prompt_lookup(sequences, decoding)
-    statistics = DraftStatistics()
+    Args:
+        sequences ([`Sequences`]):
+            The tokens of the call.
+        decoding ([`SelfSpeculation`]):
+            Which exit drafts, and which depth verifies.
+
+    Returns:
+        [`SortedGenerateOutput`] or `torch.Tensor`: What `generate` returns.
+    """
+    depth, statistics, passes_before = decoding.depth, DraftStatistics(), sequences.cache.layer_token_passes
+    policy = draft_policy(sequences, decoding)
 
     rows = list(range(sequences.batch_size))
-    states, drafts, drafter, draft_probabilities = outputs.last_hidden_state[:, -1:], sequences.ids[:, :0], 0, None
-    while True:
-        # Verify: `states` are those of the newest token and of the drafts, `(num_rows, num_drafts + 1, hidden_size)`
-        lengths = [sequences.lengths[row] for row in rows]
-        num_drafts = drafts.shape[1]
-        sequences.write(rows, lengths, drafts)
-        logits = sequences.head(states, depth, rows)
-        flat_rows = [row for row in rows for _ in range(num_drafts + 1)]
-        flat_lengths = [length + i for length in lengths for i in range(num_drafts + 1)]
-        scores = sequences.process(logits.flatten(0, 1), flat_rows, flat_lengths).view_as(logits)
-        if do_sample:
-            accepted, new = _accept_sampled(scores, drafts, draft_probabilities)
-        else:
-            targets = scores.argmax(-1)
-            accepted = (targets[:, :-1] == drafts).long().cumprod(1).sum(1)
-            new = targets.gather(1, accepted[:, None])
-        counts_and_tokens = torch.cat([accepted[:, None], drafts, new], dim=1).tolist()  # the one wait of a cycle
+    states = sequences.prefill(depth).last_hidden_state[:, -1:]
+    drafts = Drafts(depth, sequences.ids[:, :0])
+    choices, newest = _verify(states, drafts, rows, sequences, depth)
+    _take_over(choices, drafts, rows, sequences, statistics)
+    active = sequences.active_rows()
+    while active:
+        started = time.perf_counter()
+        token = newest if active == rows else newest[sequences.rows_index([rows.index(row) for row in active])]
+        rows = active
+        room = int(min(sequences.max_length - min(map(sequences.length, rows)) - 1, 2**31))
+        drafts = _draft(*policy.next(room), token, rows, sequences, decoding.assistant_confidence_threshold)
+        num_drafts = drafts.tokens.shape[1]
 
-        counts = [row[0] for row in counts_and_tokens]
-        sequences.write(rows, [length + n for length, n in zip(lengths, counts, strict=True)], new)
-        if sequences.scores is not None or sequences.logits is not None:
-            kept = [j for j in range(len(flat_rows)) if j % (num_drafts + 1) <= counts[j // (num_drafts + 1)]]
-            at = [flat_rows[j] for j in kept], [flat_lengths[j] for j in kept]
-            index = sequences.rows_index(kept)
-            sequences.record(sequences.scores, scores.flatten(0, 1)[index], *at)
-            sequences.record(sequences.logits, logits.flatten(0, 1)[index], *at)
-        tokens = [row[1 : 1 + n] + row[-1:] for row, n in zip(counts_and_tokens, counts, strict=True)]
-        taken = sequences.advance(rows, tokens, [[drafter] * n + [depth] for n in counts])
-
-        statistics.cycles += 1
-        statistics.new_tokens += sum(taken)
-        statistics.drafted += num_drafts * len(rows)
-        statistics.accepted += sum(map(min, counts, taken))
-        if num_drafts:
-            used = statistics.exit_layers
-            used[drafter] = used.get(drafter, 0) + num_drafts * len(rows)
-        cached = list(sequences.cache.lengths)
-        for row, n in zip(rows, taken, strict=True):
-            cached[row] += n - 1 - num_drafts  # the newest token has no keys and values yet
-        sequences.cache.rollback(cached)
-
+        # The last draft has not been through any layer yet, the ones before it are pending
+        last = torch.cat([token, drafts.tokens], dim=1)[:, -1:]
+        states = sequences.forward(last, rows, depth)[:, -(num_drafts + 1) :]
+        choices, newest = _verify(states, drafts, rows, sequences, depth)
+        _take_over(choices, drafts, rows, sequences, statistics)
+        accepted = [len(new) - 1 for new in choices]
+        policy.learn(drafts.exit_layer, num_drafts, accepted, time.perf_counter() - started)
         active = sequences.active_rows()
-        if not active:
-            break
-        if active != rows:
-            new = new[sequences.rows_index([rows.index(row) for row in active])]
-        plan.learn(drafter, num_drafts, counts)
-        rows, token = active, new
-
-        # Draft: from the text so far, or one token at a time through the lowest layers
-        shortest = min(sequences.lengths[row] for row in rows)
-        room = int(min(sequences.max_length - shortest - 1, 2**31))
-        candidates = None if lookup is None else lookup(rows, room)
-        if candidates is not None:
-            drafter, drafts = 0, candidates
-            draft_probabilities = torch.nn.functional.one_hot(drafts, logits.shape[-1]).float() if do_sample else None
-            outputs = sequences.forward(torch.cat([token, drafts], dim=1), rows, depth)
-        else:
-            drafter, num_drafts = plan.next(room)
-            drafts, draft_probabilities = _draft(sequences, decoding, rows, token, drafter, num_drafts)
-            token = torch.cat([token, drafts], dim=1)[:, -1:]  # the last draft has not been through any layer
-            outputs = sequences.forward(token, rows, depth)
-        states = outputs.last_hidden_state[:, -(drafts.shape[1] + 1) :]
 
     statistics.layer_token_passes = sequences.cache.layer_token_passes - passes_before
     logger.info(
         f"Drafted {statistics.drafted} tokens at exits {statistics.exit_layers}, {statistics.acceptance_rate:.1%} of "
         f"them accepted; {statistics.new_tokens} new tokens in {statistics.cycles} cycles."
     )
-    return sequences.finish(draft_statistics=statistics)
+    return sequences.finish(statistics)
 
 
 def _draft(
-    sequences: Sequences, decoding: SelfSpeculation, rows: list[int], token: torch.Tensor, exit_layer: int, number: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Draft up to `number` tokens with the first `exit_layer` layers; their states stay pending there.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor | None]`: Drafts, `(num_rows, num_drafts)`, and, in sampling, the processed
-        distributions that they were drawn from, `(num_rows, num_drafts, vocab_size)`.
-    """
-    lengths = [sequences.lengths[row] for row in rows]
-    limit = decoding.confidence_threshold
-    drafts: list[torch.Tensor] = []
-    distributions: list[torch.Tensor] = []
+    exit_layer: int, number: int, token: torch.Tensor, rows: list[int], sequences: Sequences, threshold: float | None
+) -> Drafts:
+    """Draft up to `number` tokens behind `token`, `(num_rows, 1)`; their states stay pending at the exit."""
+    lengths = [sequences.length(row) for row in rows]
+    tokens, distributions = [token[:, :0]], []
     for i in range(number):
-        states = sequences.forward(token, rows, exit_layer).last_hidden_state[:, -1]
+        states = sequences.forward(token, rows, exit_layer)[:, -1]
         behind = [length + i for length in lengths]
         scores = sequences.process(sequences.head(states, exit_layer, rows), rows, behind)
-        probabilities = scores.softmax(-1, dtype=torch.float32) if sequences.do_sample or limit is not None else scores
+        needed = sequences.do_sample or threshold is not None
+        probabilities = scores.softmax(-1, dtype=torch.float32) if needed else scores
         token = torch.multinomial(probabilities, 1) if sequences.do_sample else scores.argmax(-1, keepdim=True)
-        drafts.append(token)
+        tokens.append(token)
         distributions.append(probabilities)
-        if sequences.processors:  # the next ones see it
+        if sequences.processors:  # those of the next drafts read it
             sequences.write(rows, behind, token)
-        if limit is not None and i + 1 < number and bool((probabilities.gather(1, token) < limit).all()):
+        if threshold is not None and i + 1 < number and bool((probabilities.gather(1, token) < threshold).all()):
             break
-    if not drafts:
-        return sequences.ids[: len(rows), :0], None
-    return torch.cat(drafts, dim=1), torch.stack(distributions, dim=1) if sequences.do_sample else None
+    sampled = sequences.do_sample and number > 0
+    return Drafts(exit_layer, torch.cat(tokens, dim=1), torch.stack(distributions, dim=1) if sampled else None)
 
 
-def _accept_sampled(
-    scores: torch.Tensor, drafts: torch.Tensor, draft_probabilities: torch.Tensor | None
+def _verify(
+    states: torch.Tensor, drafts: Drafts, rows: list[int], sequences: Sequences, depth: int
+) -> tuple[list[list[Choice]], torch.Tensor]:
+    """
+    Keep the drafts that `depth` agrees with, up to the first that it does not, and choose the token behind them.
+
+    Args:
+        states (`torch.Tensor` of shape `(num_rows, num_drafts + 1, hidden_size)`):
+            Normed states at `depth`: those of the newest token and of the drafts.
+        drafts ([`Drafts`]):
+            The drafts.
+        rows (`list[int]`):
+            Rows of the batch.
+        sequences ([`Sequences`]):
+            The tokens of the call; the new ones are written, and not yet taken over.
+        depth (`int`):
+            The depth that verifies.
+
+    Returns:
+        `tuple[list[list[Choice]], torch.Tensor]`: New tokens of each row, and the last of each, `(num_rows, 1)`.
+    """
+    width = states.shape[1]
+    lengths = [sequences.length(row) for row in rows]
+    sequences.write(rows, lengths, drafts.tokens)
+    logits = sequences.head(states, depth, rows)
+    flat_rows = [row for row in rows for _ in range(width)]
+    flat_lengths = [length + i for length in lengths for i in range(width)]
+    scores = sequences.process(logits.flatten(0, 1), flat_rows, flat_lengths).view_as(logits)
+    accept = accept_sampled if sequences.do_sample else accept_greedy
+    accepted, newest = accept(scores, drafts.tokens, drafts.probabilities)
+    found = torch.cat([accepted[:, None], drafts.tokens, newest], dim=1).tolist()  # the one wait of a cycle
+    sequences.write(rows, [length + row[0] for length, row in zip(lengths, found, strict=True)], newest)
+
+    if sequences.scores is not None or sequences.logits is not None:
+        kept = [i * width + j for i, row in enumerate(found) for j in range(row[0] + 1)]
+        index, at = sequences.rows_index(kept), ([flat_rows[i] for i in kept], [flat_lengths[i] for i in kept])
+        sequences.record(sequences.scores, scores.flatten(0, 1)[index], *at)
+        sequences.record(sequences.logits, logits.flatten(0, 1)[index], *at)
+    return [
+        [*(Choice(token, drafts.exit_layer) for token in row[1 : row[0] + 1]), Choice(row[-1], depth)] for row in found
+    ], newest
+
+
+def _take_over(
+    choices: list[list[Choice]], drafts: Drafts, rows: list[int], sequences: Sequences, statistics: DraftStatistics
+) -> None:
+    """Take over the new tokens of `rows`, and let the cache forget the drafts that were rejected; count."""
+    num_drafts = drafts.tokens.shape[1]
+    taken = sequences.advance(rows, choices)
+    statistics.cycles += 1
+    statistics.new_tokens += sum(taken)
+    statistics.drafted += num_drafts * len(rows)
+    statistics.accepted += sum(min(len(new) - 1, n) for new, n in zip(choices, taken, strict=True))
+    if num_drafts:
+        of_exit = statistics.exit_layers.get(drafts.exit_layer, 0)
+        statistics.exit_layers[drafts.exit_layer] = of_exit + num_drafts * len(rows)
+    cached = list(sequences.cache.lengths)
+    for row, n in zip(rows, taken, strict=True):
+        cached[row] += n - 1 - num_drafts  # the newest token has no keys and values yet
+    sequences.cache.rollback(cached)
+
+
+def accept_greedy(
+    scores: torch.Tensor, drafts: torch.Tensor, probabilities: None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As [`accept_sampled`], where each token is the likeliest."""
+    targets = scores.argmax(-1)
+    accepted = (targets[:, :-1] == drafts).long().cumprod(1).sum(1)
+    return accepted, targets.gather(1, accepted[:, None])
+
+
+def accept_sampled(
+    scores: torch.Tensor, drafts: torch.Tensor, probabilities: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Speculative sampling (arXiv 2211.17192): keep each draft with probability `min(1, p / q)`, up to the first that is
@@ -148,203 +171,139 @@ def _accept_sampled(
 
     Args:
         scores (`torch.Tensor` of shape `(num_rows, num_drafts + 1, vocab_size)`):
-            Processed scores of the verifying depth, float32.
+            Processed scores of the verifying depth, float32: `p` is their softmax.
         drafts (`torch.LongTensor` of shape `(num_rows, num_drafts)`):
             Draft tokens.
-        draft_probabilities (`torch.Tensor` of shape `(num_rows, num_drafts, vocab_size)`, *optional*):
-            Processed distributions that they were drawn from; `None` without drafts.
+        probabilities (`torch.Tensor` of shape `(num_rows, num_drafts, vocab_size)`, *optional*):
+            `q`, the processed distributions that they were drawn from; `None` without drafts.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Number of drafts kept, `(num_rows,)`, and next tokens, `(num_rows, 1)`.
     """
     p = scores.softmax(-1, dtype=torch.float32)
-    if draft_probabilities is None:
+    if probabilities is None:
         accepted = torch.zeros(p.shape[0], dtype=torch.long, device=p.device)
         return accepted, torch.multinomial(p[:, 0], 1)
-    q_drafts = draft_probabilities.gather(2, drafts[..., None]).squeeze(-1)
+    q_drafts = probabilities.gather(2, drafts[..., None]).squeeze(-1)
     p_drafts = p[:, :-1].gather(2, drafts[..., None]).squeeze(-1)
     kept = torch.rand_like(q_drafts) * q_drafts < p_drafts
     accepted = kept.long().cumprod(1).sum(1)
     at = accepted[:, None, None].expand(-1, 1, p.shape[-1])
     p_next = p.gather(1, at).squeeze(1)
-    q_next = torch.nn.functional.pad(draft_probabilities, (0, 0, 0, 1)).gather(1, at).squeeze(1)
+    q_next = torch.nn.functional.pad(probabilities, (0, 0, 0, 1)).gather(1, at).squeeze(1)
     rest = (p_next - q_next).clamp(min=0)
     # Rounding can leave nothing where both distributions are the same
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_next)
     return accepted, torch.multinomial(rest, 1)
 
 
-def _prompt_lookup(sequences: Sequences, decoding: SelfSpeculation) -> Callable | None:
-    """Drafts from the text so far (transformers' prompt lookup): `(rows, room)` to tokens, `(num_rows, n)`."""
-    if decoding.lookup_tokens is None:
-        return None
-    options = {
-        "num_output_tokens": decoding.lookup_tokens,
-        "max_matching_ngram_size": decoding.lookup_ngram,
-        "max_length": 2**31,
-        "vocab_size": sequences.model.config.vocab_size,
-    }
-    known = inspect.signature(PromptLookupCandidateGenerator).parameters
-    generator = PromptLookupCandidateGenerator(**{name: v for name, v in options.items() if name in known})
-
-    def look_up(rows: list[int], room: int) -> torch.Tensor | None:
-        found = []
-        for row in rows:
-            ids = sequences.ids[row : row + 1, : sequences.lengths[row]]
-            found.append(generator.get_candidates(ids)[0][:, ids.shape[1] :])
-        n = min(room, *(f.shape[1] for f in found))
-        return torch.cat([f[:, :n] for f in found]) if n > 0 else None
-
-    return look_up
+def draft_policy(sequences: Sequences, decoding: SelfSpeculation) -> "FixedDrafts | LearnedDrafts":
+    """Who decides on exit and length of the next drafts: `next(room)`, and `learn(...)` what has become of them."""
+    if decoding.num_assistant_tokens != "auto":
+        return FixedDrafts(decoding.exits[-1], int(decoding.num_assistant_tokens))
+    # What a draft is expected to cost, in plain steps: the weights that it reads
+    model = sequences.model
+    layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    head = model.config.hidden_size * model.config.vocab_size
+    costs = {k: (k * layer + head) / (decoding.depth * layer + head) for k in decoding.exits}
+    return LearnedDrafts(costs, sequences.max_length - sequences.prompt_length)
 
 
 class FixedDrafts:
-    """Draft lengths as in transformers: `num_assistant_tokens`, constant or by its heuristic."""
+    """Always the same exit and number of tokens."""
 
-    def __init__(self, decoding: SelfSpeculation):
-        assert decoding.num_tokens is not None
-        self.exit_layer, self.num_tokens = decoding.exits[-1], decoding.num_tokens
-        self.heuristic = decoding.schedule != "constant"
+    def __init__(self, exit_layer: int, num_tokens: int):
+        self.exit_layer, self.num_tokens = exit_layer, num_tokens
 
     def next(self, room: int) -> tuple[int, int]:
         """Exit and number of tokens to draft, at most `room`."""
         return self.exit_layer, min(self.num_tokens, room)
 
-    def learn(self, exit_layer: int, num_drafts: int, accepted: list[int]) -> None:
-        """What became of the drafts, row by row."""
-        if self.heuristic and num_drafts:
-            self.num_tokens = self.num_tokens + 2 if min(accepted) == num_drafts else max(1, self.num_tokens - 1)
+    def learn(self, exit_layer: int, num_drafts: int, accepted: list[int], seconds: float) -> None:
+        """Nothing to learn."""
 
 
 class LearnedDrafts:
     """
-    Draft lengths, and among several exits the one, that pay most. A draft of `n` tokens, each accepted with
-    probability `a`, brings `(1 - a^(n+1)) / (1 - a)` tokens for the time of one plain step and `n` draft steps. `a` is
-    what the prompt's last tokens show and then what verifying shows; times are measured, cycle by cycle. Where nothing
-    pays it decodes plainly, and tries a single draft again after 12, 24, ... 384 steps, exit after exit. Finding out
-    may cost a share of what decoding all tokens plainly would take, and no more.
+    The exit and the number of drafts that pay most, learned while decoding. A cycle of `n` drafts, each accepted with
+    probability `a`, brings `1 + a + ... + a^n` tokens for the time of a plain step and `n` drafts: acceptance is an
+    average that forgets, times are medians of the newest. Where nothing pays it decodes plainly, and tries a single
+    draft again after 2, 4, ... 256 steps, exit after exit. A draft must be affordable, too: what drafts in vain may
+    cost is a share of the tokens that were asked for, and what accepted drafts have brought.
 
     Args:
-        decoding ([`SelfSpeculation`]): Exits and verifying depth.
-        sequences ([`Sequences`]): The call.
-        outputs: What the prefill has returned, with the states of `decoding.exits`.
+        costs (`dict[int, float]`):
+            By exit, what a draft is expected to cost, in plain steps.
+        max_tokens (`float`):
+            Number of tokens that are asked for.
     """
 
-    MAX_TOKENS = 8
-    MAX_LOSS = 0.04  # of the plain steps for as many tokens as were asked for
-    WORTHWHILE = 1.02  # gain from which on it drafts
-    FIRST_WAIT, LAST_WAIT = 12, 384
-    PROMPT_TOKENS = 32  # through the head, of all rows and exits
-    LOOK_AROUND = 32  # cycles
-    MEMORY = 0.97  # of an acceptance, at each new one
-    EXPECTED = 4  # measurements that the expected cost of a draft weighs as much as: single ones are noisy
+    MAX_DRAFTS = 8
+    MAX_LOSS = 0.03  # of the time that plain decoding takes for all tokens
+    WORTHWHILE = 1.02  # tokens a time, as a multiple of plain decoding
+    FIRST_WAIT, LAST_WAIT = 2, 256  # plain steps between tries
+    MEMORY = 0.95  # what is left of an average when a token comes
+    TIMES = 5  # medians of so many
 
-    def __init__(self, decoding: SelfSpeculation, sequences: Sequences, outputs):
-        self.sequences, self.depth = sequences, decoding.depth
-        self.budget = self.MAX_LOSS * (sequences.max_length - sequences.prompt_length)  # plain steps
-        states = [*outputs.exit_hidden_states, outputs.last_hidden_state]
-        tokens = max(self.PROMPT_TOKENS // (sequences.batch_size * len(states)), 2)
-        tokens = min(tokens, sequences.prompt_size, *(s.shape[1] for s in states))
-        self.prompt_states: list[torch.Tensor] | None = [s[:, -tokens:].clone() for s in states]
-        self.accepted, self.tried = dict.fromkeys(decoding.exits, 0.0), dict.fromkeys(decoding.exits, 0.0)
-        # What a draft token costs, in plain steps: the weights that it reads, until most measurements say otherwise
-        model = sequences.model
-        layer = sum(p.numel() for p in model.model.layers[0].parameters())
-        head = model.config.hidden_size * model.config.vocab_size
-        expected = {k: (k * layer + head) / (decoding.depth * layer + head) for k in decoding.exits}
-        self.costs = {k: deque([cost] * self.EXPECTED, maxlen=2 * self.EXPECTED + 1) for k, cost in expected.items()}
-        self.plain_seconds: deque[float] = deque(maxlen=5)
-        self.wait, self.plain_steps, self.draft_cycles, self.tries = self.FIRST_WAIT, 0, 0, 0
-        self.clock: float | None = None
+    def __init__(self, costs: dict[int, float], max_tokens: float):
+        self.costs = {k: deque([cost, cost], maxlen=self.TIMES) for k, cost in costs.items()}  # as if measured twice
+        self.plain_seconds: deque[float] = deque(maxlen=self.TIMES)
+        self.budget = self.MAX_LOSS * max_tokens  # plain steps
+        self.accepted, self.tried = dict.fromkeys(costs, 0.5), dict.fromkeys(costs, 1.0)  # a guess, soon forgotten
+        self.wait, self.plain_steps, self.tries = self.FIRST_WAIT, 0, 0
 
     def next(self, room: int) -> tuple[int, int]:
         """Exit and number of tokens to draft, at most `room`; 0 for a plain step."""
-        if self.clock is None:
-            self.clock = time.perf_counter()
-        exits = list(self.costs)
-        if len(self.plain_seconds) < 2 or self.draft_cycles == self.LOOK_AROUND:  # what a plain step takes by now
-            self.draft_cycles += 1
-            return exits[0], 0
-        if self.prompt_states is not None:  # not before: many answers are over by now
-            self._look_at_prompt(exits)
-        lengths = [(k, n) for k in exits for n in range(1, self.MAX_TOKENS + 1) if self._can_afford(k, n)]
-        if not lengths:
-            return exits[0], 0
-        exits = list(dict.fromkeys(k for k, _ in lengths))
-        gain, exit_layer, n = max((self._gain(k, n), k, n) for k, n in lengths)
+        gains = self._affordable_gains(room)
+        if len(self.plain_seconds) < 2 or not gains:  # the first steps are slower than others
+            return min(self.costs), 0
+        gain, exit_layer, num_drafts = max(gains)
         if gain >= self.WORTHWHILE:
             self.wait, self.plain_steps = self.FIRST_WAIT, 0
-            self.draft_cycles += 1
-            if self.draft_cycles > self.LOOK_AROUND:  # and whether another exit has become better
-                self.draft_cycles = 0
-                return self._next_try(exits), min(1, room)
-            return exit_layer, min(n, room)
+            return exit_layer, num_drafts
+        if self.plain_steps == self.wait:
+            self.wait, self.plain_steps, self.tries = min(2 * self.wait, self.LAST_WAIT), 0, self.tries + 1
+            exits = list(dict.fromkeys(k for _, k, _ in gains))
+            return exits[self.tries % len(exits)], 1
         self.plain_steps += 1
-        if self.plain_steps >= self.wait:
-            self.wait, self.plain_steps = min(2 * self.wait, self.LAST_WAIT), 0
-            return self._next_try(exits), min(1, room)
         return exit_layer, 0
 
-    def learn(self, exit_layer: int, num_drafts: int, accepted: list[int]) -> None:
-        """What became of the drafts, row by row; the time since the last call is theirs."""
-        now = time.perf_counter()
-        seconds, self.clock = (None if self.clock is None else now - self.clock), now
-        if seconds is None or exit_layer not in self.costs:
-            return
+    def learn(self, exit_layer: int, num_drafts: int, accepted: list[int], seconds: float) -> None:
+        """
+        What has become of a cycle.
+
+        Args:
+            exit_layer (`int`):
+                The exit that drafted.
+            num_drafts (`int`):
+                Number of drafts, of each row; 0 for a plain step.
+            accepted (`list[int]`):
+                Those that were kept, row by row.
+            seconds (`float`):
+                What the cycle took.
+        """
         if num_drafts == 0:
             self.plain_seconds.append(seconds)
             return
         cost = seconds / median(self.plain_seconds) - 1
         self.costs[exit_layer].append(cost / num_drafts)
-        tried = sum(min(n + 1, num_drafts) for n in accepted) / len(accepted)
-        kept = self.MEMORY**tried
-        mean_accepted = sum(accepted) / len(accepted)
-        self.accepted[exit_layer] = kept * self.accepted[exit_layer] + mean_accepted
-        self.tried[exit_layer] = kept * self.tried[exit_layer] + tried
-        self.budget += mean_accepted - cost
-
-    def _next_try(self, exits: list[int]) -> int:
-        self.tries += 1
-        return exits[self.tries % len(exits)]
-
-    def _acceptance(self, exit_layer: int) -> float:
-        return (self.accepted[exit_layer] + 0.5) / (self.tried[exit_layer] + 1)
+        kept = sum(accepted) / len(accepted)
+        tried = sum(min(n + 1, num_drafts) for n in accepted) / len(accepted)  # up to the first that was rejected
+        left = self.MEMORY**tried
+        self.accepted[exit_layer] = left * self.accepted[exit_layer] + kept
+        self.tried[exit_layer] = left * self.tried[exit_layer] + tried
+        self.budget += kept - min(cost, 2 * num_drafts * self._cost(exit_layer))  # one late cycle is not the rule
 
     def _cost(self, exit_layer: int) -> float:
-        return max(median(self.costs[exit_layer]), 0.0)
+        return max(median(self.costs[exit_layer]), 0.01)
 
-    def _can_afford(self, exit_layer: int, n: int) -> bool:
-        """Whether `n` drafts may all be in vain; several only once a single one has shown what they cost."""
-        costs = self.costs[exit_layer]
-        return n * max(self._cost(exit_layer), costs[-1]) <= self.budget and (n == 1 or len(costs) > self.EXPECTED)
-
-    def _gain(self, exit_layer: int, n: int) -> float:
-        """Tokens a time, as a multiple of plain decoding."""
-        a = self._acceptance(exit_layer)
-        return (1 - a ** (n + 1)) / (1 - a) / (1 + n * self._cost(exit_layer))
-
-    def _look_at_prompt(self, exits: list[int]) -> None:
-        """On how many of the prompt's last tokens the greedy token of each exit is that of the verifying depth."""
-        assert self.prompt_states is not None
-        states, sequences = self.prompt_states, self.sequences
-        model, depths = sequences.model, [*exits, self.depth]
-        normed = [*(model.model.exit_norm(k)(s) for k, s in zip(exits, states, strict=False)), states[-1]]
-        all_rows = range(sequences.batch_size)
-        if len({model.exit_head(k) for k in depths}) == 1:  # one product
-            greedy = sequences.head(torch.cat(normed, dim=1), self.depth, all_rows).argmax(-1)
-            greedy = torch.stack(greedy.chunk(len(depths), dim=1))
-        else:
-            states_of = zip(depths, normed, strict=True)
-            greedy = torch.stack([sequences.head(s, k, all_rows).argmax(-1) for k, s in states_of])
-        valid = torch.ones_like(greedy[-1], dtype=torch.bool)
-        mask = sequences.prompt.get("attention_mask")
-        if mask is not None:
-            valid = mask[:, -valid.shape[1] :].bool()
-        agreed = ((greedy == greedy[-1]) & valid).sum((1, 2)) / valid.sum().clamp(min=1)
-        # A prompt is harder to predict than what the model says: of the models measured, those that agreed on a tenth
-        # of the prompt accepted a third of the drafts, those on a third more than half. It weighs as six drafts do.
-        for k, share in zip(exits, agreed.tolist(), strict=False):
-            self.accepted[k], self.tried[k] = 6 * math.sqrt(share), 6.0
-        self.prompt_states = None
-        self.clock, before = time.perf_counter(), self.clock
-        self.budget -= (self.clock - before) / median(self.plain_seconds)
+    def _affordable_gains(self, room: int) -> list[tuple[float, int, int]]:
+        """Tokens a time, as a multiple of plain decoding, by exit and number of drafts."""
+        gains = []
+        for k in self.costs:
+            acceptance, cost, tokens = self.accepted[k] / self.tried[k], self._cost(k), 1.0
+            for n in range(1, min(self.MAX_DRAFTS, room) + 1):
+                tokens += acceptance**n
+                if n * cost <= self.budget:
+                    gains.append((tokens / (1 + n * cost), k, n))
+        return gains

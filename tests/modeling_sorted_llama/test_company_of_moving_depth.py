@@ -24,8 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sorted_llama import SortedCache, SortedLlamaForCausalLM
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
-from sorted_llama.modeling_sorted_llama.drafting_sorted_llama import LearnedDrafts
-from sorted_llama.modeling_sorted_llama.modes_sorted_llama import _STATEFUL_PROCESSORS, row_hooks
+from sorted_llama.modeling_sorted_llama.modes_sorted_llama import STATEFUL_PROCESSORS, row_hooks
 from tests.tiny import prompts, reference_llama, tiny_sorted
 
 
@@ -37,7 +36,6 @@ FULL_DEPTH = {
     "auto drafts": {"assistant_early_exit": "auto"},
 }
 ENDLESS = {"eos_token_id": None}
-LOOKUP = {"assistant_early_exit": 2, "num_assistant_tokens": 3, "prompt_lookup_num_tokens": 4}
 
 
 def generate(model, inputs, **options):
@@ -78,7 +76,7 @@ def tiny_with_rope(kind: str, seed: int = 0) -> SortedLlamaForCausalLM:
     return tiny_sorted(seed, **{"max_position_embeddings": ROPE_LENGTH, **ENDLESS, **ROPES[kind]})
 
 
-@pytest.mark.parametrize("mode", [*FULL_DEPTH.values(), LOOKUP], ids=[*FULL_DEPTH, "lookup"])
+@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
 @pytest.mark.parametrize("lengths", [(30,), (40,), (36, 20, 4)], ids=str)
 @pytest.mark.parametrize("kind", ROPES)
 def test_full_depth_beyond_the_original_length_of_rope_is_plain_llamas(kind, lengths, mode):
@@ -168,7 +166,7 @@ def test_no_other_processor_of_transformers_keeps_state_from_call_to_call():
     prepared_once, by_a_setter = {"SequenceBiasLogitsProcessor"}, {"SuppressTokensAtBeginLogitsProcessor"}
     harmless = moved_to_the_device | prepared_once | by_a_setter
     of_other_models = {name for name in found if name.startswith(("Whisper", "Dia"))}
-    assert found - harmless - of_other_models == {processor.__name__ for processor in _STATEFUL_PROCESSORS}
+    assert found - harmless - of_other_models == {processor.__name__ for processor in STATEFUL_PROCESSORS}
 
 
 class EndsWith(StoppingCriteria):
@@ -427,23 +425,3 @@ def test_a_negative_threshold_is_refused_unless_the_confidence_is_the_callers(th
     with pytest.raises(ValueError, match="`exit_threshold` must be a number of at least 0"):
         generate(model, prompts(), exit_threshold=threshold)
     generate(model, prompts(), exit_threshold=threshold, exit_confidence=lambda scores, *_: -scores.amax(-1))
-
-
-@pytest.mark.parametrize("start", ["text", "embeddings", "second turn"])
-def test_what_finding_a_draft_length_may_cost_counts_the_tokens_that_are_asked_for(start, monkeypatch):
-    budgets, made = [], LearnedDrafts.__init__
-
-    def spy(self, *args):
-        made(self, *args)
-        budgets.append(self.budget)
-
-    monkeypatch.setattr(LearnedDrafts, "__init__", spy)
-    model, ids, how = tiny_sorted(**ENDLESS), prompts((20,))["input_ids"], {"assistant_early_exit": 2}
-    inputs = {"input_ids": ids}
-    if start == "embeddings":
-        inputs = {"inputs_embeds": model.model.embed_tokens(ids)}
-    if start == "second turn":
-        turn = generate(model, inputs, return_dict_in_generate=True, exit_threshold=0.5, max_new_tokens=15)
-        inputs = {"input_ids": torch.cat([turn.sequences, ids[:, :3]], dim=1), CACHE_NAME: turn[CACHE_NAME]}
-    generate(model, inputs, max_new_tokens=50, **how)
-    assert budgets == [pytest.approx(LearnedDrafts.MAX_LOSS * 50)]

@@ -1,4 +1,4 @@
-"""`generate(exit_threshold=...)`, `exit_layer=[...]` and `exit_layer="auto"`, against a loop without a cache."""
+"""`generate(exit_threshold=...)` and `exit_layer=[...]`, against a loop without a cache."""
 
 import functools
 import json
@@ -6,7 +6,6 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import pytest
 import torch
@@ -304,17 +303,14 @@ def test_one_sampled_row_equals_the_naive_loop():
 @pytest.mark.parametrize(
     ("bounds", "exits"),
     [
-        ({"min_exit_layer": 2}, [2, 4]),
-        ({"min_exit_layer": 3}, [4]),
-        ({"max_exit_layer": 2}, [1, 2]),
-        ({"max_exit_layer": 3}, [1, 2]),
-        ({"min_exit_layer": 2, "max_exit_layer": 2}, [2]),
-        ({"min_exit_layer": 1, "max_exit_layer": 4}, [1, 2, 4]),
+        ({"exit_layer": 1}, [1]),
         ({"exit_layer": 2}, [1, 2]),
+        ({"exit_layer": 3}, [1, 2, 3]),
+        ({"exit_layer": 4}, [1, 2, 4]),
     ],
 )
-def test_bounds(bounds, exits):
-    """Only the exits between the bounds are looked at, each with its own threshold."""
+def test_a_depth_beside_thresholds_bounds_the_search(bounds, exits):
+    """Only the exits below it are looked at, each with its own threshold."""
     model, inputs = tiny_sorted(), prompts((5, 3), seed=4)
     rows = rows_of(inputs)
     thresholds = thresholds_at(model, rows, {1: 0.7, 2: 0.4}, exits=EXITS)
@@ -422,10 +418,10 @@ def test_prefill_and_cache_options(options):
     assert_as_the_runs(output, inputs, runs)
 
 
-@pytest.mark.parametrize("mode", ["threshold", "list", "auto"])
+@pytest.mark.parametrize("mode", ["threshold", "list"])
 def test_embeddings_instead_of_tokens(mode):
     model, inputs = shallow_model(), prompts()
-    asked = {"threshold": {"exit_threshold": 0.15}, "list": {"exit_layer": [2, 1, 4]}, "auto": {"exit_layer": "auto"}}
+    asked = {"threshold": {"exit_threshold": 0.15}, "list": {"exit_layer": [2, 1, 4]}}
     expected = generate(model, **inputs, **asked[mode], max_new_tokens=8)
     embeds = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach()}
     output = generate(model, **embeds, attention_mask=inputs["attention_mask"], **asked[mode], max_new_tokens=8)
@@ -467,7 +463,7 @@ def test_rows_that_end():
     assert torch.equal(model.generate(**inputs, **asked), output.sequences)
 
 
-@pytest.mark.parametrize("mode", ["threshold", "list", "auto"])
+@pytest.mark.parametrize("mode", ["threshold", "list"])
 def test_sampled_return_sequences(mode):
     """Each of the sampled sequences follows the rules of the mode, from its own tokens."""
     model, inputs = shallow_model(), prompts((6, 3), seed=8)
@@ -477,9 +473,7 @@ def test_sampled_return_sequences(mode):
         thresholds = thresholds_at(model, rows[::3], {1: 0.6, 2: 0.4}, processors=processors)
         asked, rules = {"exit_threshold": list(thresholds.values())}, [reaching(thresholds)] * 6
     else:
-        depths = [1, 4] if mode == "list" else [naive_depth(model, row, 0.9) for row in rows[::3]]
-        asked = {"exit_layer": depths if mode == "list" else "auto"}
-        rules = [following([k] * 9) for k in depths for _ in range(3)]
+        asked, rules = {"exit_layer": [1, 4]}, [following([k] * 9) for k in (1, 4) for _ in range(3)]
     output = generate(
         model, **inputs, **asked, do_sample=True, temperature=0.8, top_k=20, num_return_sequences=3, max_new_tokens=9
     )
@@ -532,20 +526,20 @@ class LogWithExits(Log):
         self.events.append(("exits", (list(exit_layers), confidences and list(confidences))))
 
 
-@pytest.mark.parametrize("mode", ["threshold", "list", "auto"])
+@pytest.mark.parametrize("mode", ["threshold", "list"])
 @pytest.mark.parametrize("streamer_class", [Log, LogWithExits])
 def test_streamers(streamer_class, mode):
     """The prompt, then the columns of the result, each as soon as it is known; before it, how deep it was run."""
     model, inputs, thresholds, _, options = batch_with_ends()
     asked = {"threshold": {"exit_threshold": list(thresholds.values())}, "list": {"exit_layer": [4, 1, 2]}}
-    asked = {**options, **asked.get(mode, {"exit_layer": "auto", "exit_agreement": 0.3})}
+    asked = {**options, **asked[mode]}
     streamer = streamer_class()
     output = generate(model, **inputs, **asked, streamer=streamer)
     expected = [("put", inputs["input_ids"].tolist())]
     for step in range(output.exit_layers_used.shape[1]):
         if streamer_class is LogWithExits:
-            sure = None if mode != "threshold" else pytest.approx(output.exit_confidences[:, step].tolist())
-            expected.append(("exits", (output.exit_layers_used[:, step].tolist(), sure)))
+            confidences = pytest.approx(output.exit_confidences[:, step].tolist()) if mode == "threshold" else None
+            expected.append(("exits", (output.exit_layers_used[:, step].tolist(), confidences)))
         expected.append(("put", output.sequences[:, 6 + step].tolist()))
     assert streamer.events == [*expected, ("end", None)]
 
@@ -752,15 +746,10 @@ def test_row_depths_of_sampled_return_sequences():
     assert output.exit_layers_used.tolist() == [[4] * 8, [4] * 8, [1] * 8, [1] * 8]
 
 
-@pytest.mark.parametrize("exit_layer", [[3], "auto"])
-def test_row_depths_of_one_row(exit_layer):
+def test_row_depths_of_one_row():
     model, inputs = cached_model(), prompts((5,), seed=1)
-    depth = 3 if exit_layer == [3] else naive_depth(model, rows_of(inputs)[0], 0.9)
-    output = generate(model, **inputs, exit_layer=exit_layer, max_new_tokens=8)
-    assert output.sequences[0, 5:].tolist() == alone(model, rows_of(inputs)[0], depth, max_new_tokens=8)
-
-
-# `exit_layer="auto"`
+    output = generate(model, **inputs, exit_layer=[3], max_new_tokens=8)
+    assert output.sequences[0, 5:].tolist() == alone(model, rows_of(inputs)[0], 3, max_new_tokens=8)
 
 
 @functools.cache
@@ -775,118 +764,13 @@ def shallow_model(seed=0, scale=0.2) -> SortedLlamaForCausalLM:
     return model
 
 
-@torch.no_grad()
-def naive_shares(model, row: list[int], exits=EXITS) -> dict[int, Fraction]:
-    """By exit, the share of the prompt's positions where its greedy token is full depth's."""
-    greedy = {k: model(input_ids=torch.tensor([row]), exit_layer=k).logits[0].argmax(-1).tolist() for k in exits}
-    full = greedy[exits[-1]]
-    return {k: Fraction(sum(a == b for a, b in zip(greedy[k], full, strict=True)), len(row)) for k in exits}
-
-
-def naive_depth(model, row: list[int], agreement: float, exits=EXITS) -> int:
-    shares = naive_shares(model, row, exits)
-    return next(k for k in exits if float(shares[k]) >= agreement)
-
-
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 3}, {"cache_implementation": "static"}])
-@pytest.mark.parametrize("agreement", [None, 0.9, 0.75, 0, 1, 1.0])
-def test_auto(agreement, options):
-    """Each row takes the depth that its own prompt asks for, and generates what it would alone at that depth."""
-    model, inputs = shallow_model(), prompts((12, 7, 3, 9, 5, 1), seed=0)
-    rows = rows_of(inputs)
-    depths = [naive_depth(model, row, 0.9 if agreement is None else agreement) for row in rows]
-    if agreement == 0:
-        assert set(depths) == {1}
-    else:
-        assert len(set(depths)) > 1
-    asked = {} if agreement is None else {"exit_agreement": agreement}
-    output = generate(
-        model, **inputs, exit_layer="auto", **asked, **options, max_new_tokens=6, eos_token_id=[], output_logits=True
-    )
-    assert output.exit_layers_used.tolist() == [[k] * 6 for k in depths]
-    runs = [
-        naive(model, row, following([k] * 6), exits=[k], new_tokens=6, eos=())
-        for row, k in zip(rows, depths, strict=True)
-    ]
-    assert_as_the_runs(output, inputs, runs, check_confidences=False)
-
-
-def test_auto_depths_differ_and_change_with_the_agreement():
-    model, inputs = shallow_model(), prompts((12, 7, 3, 9, 5, 1), seed=0)
-    found = {
-        agreement: generate(model, **inputs, exit_layer="auto", exit_agreement=agreement, max_new_tokens=1)
-        .exit_layers_used.flatten()
-        .tolist()
-        for agreement in (0.0, 0.6, 0.9)
-    }
-    assert set(found[0.9]) == {1, 2, 4}
-    assert found[0.0] == [1] * 6 and found[0.0] != found[0.6] != found[0.9]
-
-
-@pytest.mark.parametrize("length", [5, 7, 10, 11])
-def test_a_share_that_is_just_enough(length):
-    """Nine of ten are 0.9: at least `exit_agreement` includes it."""
-    model, tried = shallow_model(), set()
-    inputs = prompts((length,) * 24, seed=length)
-    for row in rows_of(inputs):
-        share = naive_shares(model, row)[2]
-        if share not in tried and 0 < share < 1:
-            tried.add(share)
-            agreement = share.numerator / share.denominator
-            output = generate(
-                model,
-                input_ids=torch.tensor([row]),
-                exit_layer="auto",
-                exit_agreement=agreement,
-                max_new_tokens=1,
-            )
-            assert output.exit_layers_used.item() <= 2, f"{share} is {agreement}"
-    assert len(tried) >= 2
-
-
-def test_auto_work():
-    """The prompt runs through all layers once; afterwards each row runs those of its depth."""
-    model, inputs = tiny_sorted(), prompts((12, 7, 3), seed=0)
-    model.load_state_dict(shallow_model().state_dict())
-    work = record_work(model)
-    output = generate(model, **inputs, exit_layer="auto", max_new_tokens=5, eos_token_id=[])
-    used = output.exit_layers_used.tolist()
-    assert len({k for row in used for k in row}) > 1
-    assert work[:4] == [("layer", number, 3, 12) for number in range(1, 5)]
-    first_token = next(i for i in range(len(work)) if sum(c[1] for c in work[4:i]) == 3 * 3 * 12)  # 3 exits, 36 tokens
-    assert all(call[0] == "head" for call in work[4:first_token])
-    expected, passes = expected_work(12, used, sorted({row[0] for row in used}), False, prefilled=True)
-    assert work[first_token:] == expected
-    assert output.past_key_values.layer_token_passes == passes + 4 * 3 * 12
-
-
-@settings(max_examples=12, deadline=None)
-@given(data=st.data())
-def test_any_auto_batch(data):
-    model = shallow_model(data.draw(st.integers(0, 3), "seed"))
-    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=4), "lengths")
-    inputs = prompts(lengths, seed=data.draw(st.integers(0, 99), "prompts"))
-    agreement = data.draw(st.sampled_from([0.31, 0.52, 0.77, 0.93]), "agreement")
-    chunk = data.draw(st.one_of(st.none(), st.integers(1, 13)), "chunk")
-    depths = [naive_depth(model, row, agreement) for row in rows_of(inputs)]
-    runs = [
-        naive(model, row, following([k] * 4), exits=[k], new_tokens=4)
-        for row, k in zip(rows_of(inputs), depths, strict=True)
-    ]
-    output = generate(
-        model, **inputs, exit_layer="auto", exit_agreement=agreement, prefill_chunk_size=chunk, max_new_tokens=4
-    )
-    assert_as_the_runs(output, inputs, runs, check_confidences=False)
-
-
 # Where the options come from
 
 
 MODES = {
-    "threshold": {"exit_threshold": 0.0, "min_exit_layer": 2},
-    "thresholds": {"exit_threshold": [0.13, 0.12], "exit_confidence": "margin", "max_exit_layer": 2},
+    "threshold": {"exit_threshold": [2.0, 0.0]},
+    "thresholds": {"exit_threshold": [0.13, 0.12], "exit_confidence": "margin", "exit_layer": 2},
     "list": {"exit_layer": [2, 1, 4]},
-    "auto": {"exit_layer": "auto", "exit_agreement": 0.8},
 }
 
 
@@ -942,9 +826,9 @@ def test_a_call_has_the_last_word():
 
 
 def test_a_depth_of_the_call_replaces_that_of_the_file():
-    """`exit_layer="auto"` in `generation_config.json`, with its agreement, is no obstacle to other calls."""
+    """Depths of rows in `generation_config.json` are no obstacle to other calls."""
     model, inputs = tiny_sorted(), {**prompts(), "max_new_tokens": 8}
-    model.generation_config.exit_layer, model.generation_config.exit_agreement = "auto", 0.5
+    model.generation_config.exit_layer = [1, 2, 4]
     for depth in EXITS:
         expected = generate(reference_llama(model, depth), **inputs).sequences
         assert torch.equal(generate(model, **inputs, exit_layer=depth).sequences, expected)
@@ -974,10 +858,9 @@ def test_default_depth_bounds_the_search(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "depth"),
     [
-        ({"exit_threshold": 0.0, "min_exit_layer": 2}, 2),
+        ({"exit_threshold": 0.0, "exit_layer": 2}, 1),
         ({"exit_threshold": [2.0, 0.0], "exit_confidence": "entropy"}, 2),
         ({"exit_layer": [2]}, 2),
-        ({"exit_layer": "auto", "exit_agreement": 0.0}, 1),
     ],
 )
 def test_pipeline(asked, depth, at):
@@ -1023,7 +906,7 @@ def run(**asked):
 
 results = {mode: run(**asked) for mode, asked in json.loads(modes).items()}
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-model.generation_config.exit_threshold, model.generation_config.min_exit_layer = [0.0, 0.0], 2
+model.generation_config.exit_threshold = [2.0, 0.0]
 model.save_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 results["file"] = run()
@@ -1034,7 +917,6 @@ with open(out, "w") as file:
 """
 
 
-@pytest.mark.slow
 def test_a_process_without_the_package(tmp_path):
     model, inputs = tiny_sorted(), prompts()
     model.load_state_dict(shallow_model().state_dict())
@@ -1042,7 +924,7 @@ def test_a_process_without_the_package(tmp_path):
     arguments = [json.dumps(values.tolist()) for values in inputs.values()]
     run_as_stranger(DECODE, folder, *arguments, json.dumps(MODES), out, folder=tmp_path)
     results = json.loads(out.read_text())
-    for mode, asked in {**MODES, "file": {"exit_threshold": 0.0, "min_exit_layer": 2}}.items():
+    for mode, asked in {**MODES, "file": {"exit_threshold": [2.0, 0.0]}}.items():
         expected = generate(model, **inputs, **asked, max_new_tokens=8)
         assert results[mode] == [expected.sequences.tolist(), expected.exit_layers_used.tolist()]
     pipe = pipeline("text-generation", model, tokenizer=tiny_tokenizer())
@@ -1088,26 +970,13 @@ ERRORS = {
     ),
     "confidence_number": ({"exit_threshold": 0.5, "exit_confidence": 3}, ["exit_confidence", "3", "max_prob"]),
     "confidence_empty": ({"exit_threshold": 0.5, "exit_confidence": ""}, ["exit_confidence", "''", "max_prob"]),
-    "bounds_crossed": (
-        {"exit_threshold": 0.5, "min_exit_layer": 3, "max_exit_layer": 2},
-        ["min_exit_layer", "3", "max_exit_layer", "2", "[1, 2, 4]"],
-    ),
-    "no_exit_between_the_bounds": (
-        {"exit_threshold": 0.5, "min_exit_layer": 3, "max_exit_layer": 3},
-        ["min_exit_layer", "max_exit_layer", "3", "[1, 2, 4]"],
-    ),
     **{
-        f"{name}_{value}": ({"exit_threshold": 0.5, name: value}, [name, repr(value), "1 to 4"])
-        for name in ("min_exit_layer", "max_exit_layer")
-        for value in (0, 5, -1, True, 2.0, "a")
+        f"bound_{value}": ({"exit_threshold": 0.5, "exit_layer": value}, ["exit_layer", repr(value), "1 to 4"])
+        for value in (0, 5, -1)
     },
     "threshold_and_list": (
         {"exit_threshold": 0.5, "exit_layer": [1, 2]},
         ["exit_threshold=0.5", "exit_layer=[1, 2]", "one of them"],
-    ),
-    "threshold_and_auto": (
-        {"exit_threshold": 0.5, "exit_layer": "auto"},
-        ["exit_threshold=0.5", "exit_layer='auto'", "one of them"],
     ),
     "threshold_and_draft": (
         {"exit_threshold": 0.5, "assistant_early_exit": 2},
@@ -1122,33 +991,19 @@ ERRORS = {
         {"exit_confidence": "margin", "exit_layer": [1, 2]},
         ["exit_confidence='margin'", "exit_threshold"],
     ),
-    "min_alone": ({"min_exit_layer": 2}, ["min_exit_layer=2", "exit_threshold"]),
-    "max_alone": ({"max_exit_layer": 2}, ["max_exit_layer=2", "exit_threshold"]),
-    "max_with_auto": ({"max_exit_layer": 2, "exit_layer": "auto"}, ["max_exit_layer=2", "exit_threshold"]),
-    "min_with_draft": ({"min_exit_layer": 1, "assistant_early_exit": 2}, ["min_exit_layer=1", "exit_threshold"]),
-    "agreement_alone": ({"exit_agreement": 0.5}, ["exit_agreement=0.5", 'exit_layer="auto"']),
-    "agreement_with_threshold": (
-        {"exit_agreement": 0.5, "exit_threshold": 0.5},
-        ["exit_agreement=0.5", 'exit_layer="auto"'],
-    ),
-    "agreement_with_depth": ({"exit_agreement": 0.5, "exit_layer": 2}, ["exit_agreement=0.5", 'exit_layer="auto"']),
-    "agreement_with_list": ({"exit_agreement": 0.5, "exit_layer": [1, 2]}, ["exit_agreement", 'exit_layer="auto"']),
-    **{
-        f"agreement_{value}": (
-            {"exit_layer": "auto", "exit_agreement": value},
-            ["exit_agreement", repr(value), "0 to 1"],
-        )
-        for value in (1.5, -0.1, math.nan, True, "high", [0.5])
-    },
+    "min_exit_layer": ({"min_exit_layer": 2, "exit_threshold": 0.5}, ["min_exit_layer=2", "removed", "[2, 0.9]"]),
+    "max_exit_layer": ({"max_exit_layer": 2, "exit_threshold": 0.5}, ["max_exit_layer=2", "removed", "exit_layer=k"]),
+    "exit_agreement": ({"exit_agreement": 0.9}, ["exit_agreement=0.9", "removed", "exit_threshold"]),
+    "auto_depth": ({"exit_layer": "auto"}, ['exit_layer="auto"', "removed", "exit_threshold", "exit_layer=[...]"]),
     "depth_0": ({"exit_layer": [0, 1]}, ["exit_layer", "1 to 4", "0"]),
     "depth_too_large": ({"exit_layer": [5, 1]}, ["exit_layer", "1 to 4", "5"]),
-    "depths_empty": ({"exit_layer": []}, ["exit_layer", "[]", "1 to 4", "auto"]),
+    "depths_empty": ({"exit_layer": []}, ["exit_layer", "[]", "1 to 4", "list"]),
     "depth_text": ({"exit_layer": ["a", 1]}, ["exit_layer", "'a'", "1 to 4"]),
     "depth_float": ({"exit_layer": [2.0, 1]}, ["exit_layer", "2.0", "1 to 4"]),
     "depth_bool": ({"exit_layer": [True, 1]}, ["exit_layer", "True", "1 to 4"]),
     "depth_none": ({"exit_layer": [None, 1]}, ["exit_layer", "None", "1 to 4"]),
-    "depth_word": ({"exit_layer": "deep"}, ["exit_layer", "'deep'", "1 to 4", "auto"]),
-    "depth_single_float": ({"exit_layer": 2.0}, ["exit_layer", "2.0", "1 to 4", "auto"]),
+    "depth_word": ({"exit_layer": "deep"}, ["exit_layer", "'deep'", "1 to 4", "list"]),
+    "depth_single_float": ({"exit_layer": 2.0}, ["exit_layer", "2.0", "1 to 4", "list"]),
     "depths_too_few": ({"exit_layer": [2]}, ["exit_layer", "[2]", "2 rows"]),
     "depths_too_many": ({"exit_layer": [2, 1, 4]}, ["exit_layer", "[2, 1, 4]", "2 rows"]),
     "depths_as_many_as_sequences": (
@@ -1179,15 +1034,11 @@ def test_values_that_are_refused(case):
 def test_a_model_without_exits(exits):
     asked = {"exit_threshold": 0.5}
     assert_refused(tiny_sorted(exit_layers=exits), asked, ["exit_threshold=0.5", "config.exit_layers", str(exits)])
-    if exits is None:
-        asked = {"exit_layer": "auto"}
-        assert_refused(tiny_sorted(exit_layers=exits), asked, ['exit_layer="auto"', "config.exit_layers", "None"])
 
 
 MODE_CALLS = {
     "exit_threshold=0.5": {"exit_threshold": 0.5},
     "exit_layer=[1, 2]": {"exit_layer": [1, 2]},
-    "exit_layer='auto'": {"exit_layer": "auto"},
 }
 
 
@@ -1202,6 +1053,7 @@ MODE_CALLS = {
         ({"output_attentions": True, "return_dict_in_generate": True}, ["output_attentions"]),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, ["hidden states"]),
         ({"cache_implementation": "quantized"}, ["cache_implementation", "quantized", "dynamic"]),
+        ({"cache_implementation": "offloaded"}, ["cache_implementation", "offloaded", "dynamic"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )

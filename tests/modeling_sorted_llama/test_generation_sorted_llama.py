@@ -337,40 +337,41 @@ def assistant(kind):
     return model
 
 
-@pytest.mark.parametrize("depth", [1, 3, 4])
 @pytest.mark.parametrize(
     ("kind", "assistant_depth"), [("plain", 2), ("sorted", 4), ("sorted_at_2", 2), ("sorted_by_generation_config", 1)]
 )
-def test_ordinary_assistant_model(kind, assistant_depth, depth):
-    """The assistant drafts at its own depth, not at the model's, and the tokens are the sub-model's."""
+def test_ordinary_assistant_model(kind, assistant_depth):
+    """The assistant drafts at its own depth, and the tokens are full depth's."""
     model, draft = tiny_sorted(), assistant(kind)
     arguments = {**prompts((5,)), "max_new_tokens": 14}
     calls, draft_calls = count_layer_calls(model), count_layer_calls(draft)
-    tokens = model.generate(**arguments, assistant_model=draft, exit_layer=depth)
-    assert torch.equal(tokens, submodel_tokens(model, depth, **arguments))
-    assert set(calls) == set(range(1, depth + 1))
+    tokens = model.generate(**arguments, assistant_model=draft)
+    assert torch.equal(tokens, submodel_tokens(model, 4, **arguments))
+    assert set(calls) == {1, 2, 3, 4}
     assert set(draft_calls) == set(range(1, assistant_depth + 1))
 
     sampled = {**arguments, "do_sample": True}
-    tokens = generate(model, assistant_model=draft, exit_layer=depth, **sampled)
-    expected = submodel_tokens(model, depth, assistant_model=assistant(kind), **sampled)
-    assert torch.equal(tokens, expected)
+    tokens = generate(model, assistant_model=draft, **sampled)
+    assert torch.equal(tokens, submodel_tokens(model, 4, assistant_model=assistant(kind), **sampled))
 
 
-@pytest.mark.parametrize(("kind", "assistant_depth"), [("plain", 2), ("sorted", 4), ("sorted_at_2", 2)])
-@pytest.mark.parametrize("own", [True, False], ids=["models_own", "given"])
-def test_depth_of_the_main_models_generation_config_stays_its_own(own, kind, assistant_depth):
-    """transformers hands the main model's generation config to the assistant: its depth is not the assistant's."""
-    model, draft = tiny_sorted(), assistant(kind)
-    arguments = {**prompts((5,)), "max_new_tokens": 14}
-    if own:
+@pytest.mark.parametrize("source", ["argument", "generation_config", "given_generation_config", "config"])
+def test_an_assistant_model_beside_a_depth_is_refused(source):
+    """transformers would hand the depth to the assistant, too."""
+    model, arguments = (
+        tiny_sorted(exit_layer=3 if source == "config" else None),
+        {**prompts((5,)), "max_new_tokens": 4},
+    )
+    if source == "argument":
+        arguments["exit_layer"] = 3
+    elif source == "generation_config":
         model.generation_config.exit_layer = 3
-    else:
-        arguments = {**prompts((5,)), "generation_config": GenerationConfig(exit_layer=3, max_new_tokens=14)}
-    draft_calls = count_layer_calls(draft)
-    tokens = model.generate(**arguments, assistant_model=draft)
-    assert torch.equal(tokens, submodel_tokens(model, 3, **arguments))
-    assert set(draft_calls) == set(range(1, assistant_depth + 1))
+    elif source == "given_generation_config":
+        arguments = {**prompts((5,)), "generation_config": GenerationConfig(exit_layer=3, max_new_tokens=4)}
+    calls = count_layer_calls(model)
+    with pytest.raises(ValueError, match="`assistant_model` .* `exit_layer=3` .* `assistant_early_exit`"):
+        model.generate(**arguments, assistant_model=tiny_llama(num_hidden_layers=2))
+    assert calls == []
 
 
 def test_a_sorted_model_drafts_for_a_plain_llama():
@@ -543,7 +544,6 @@ def test_compiled_generation_with_a_static_cache():
 OVERRIDDEN = {
     "_prepare_generation_config": ["generation_config", "kwargs"],
     "_prepare_cache_for_generation": ["generation_config", "model_kwargs"],
-    "_get_candidate_generator": ["assistant_model", "model_kwargs"],
     "_sample": ["input_ids", "logits_processor", "stopping_criteria", "generation_config"],
 }
 
@@ -557,8 +557,7 @@ def test_overridden_private_methods_exist(name):
     parameters = inspect.signature(theirs).parameters
     missing = [argument for argument in OVERRIDDEN[name] if argument not in parameters]
     assert not missing, f"GenerationMixin.{name} no longer takes {missing}"
-    if name != "_get_candidate_generator":  # the first two are passed by position, after `self`
-        assert list(parameters)[1 : 1 + len(OVERRIDDEN[name])] == OVERRIDDEN[name]
+    assert list(parameters)[1 : 1 + len(OVERRIDDEN[name])] == OVERRIDDEN[name]  # passed by position, after `self`
 
 
 @pytest.mark.parametrize("name", OVERRIDDEN)
@@ -572,9 +571,7 @@ def test_overridden_private_methods_are_called(name, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(SortedLlamaForCausalLM, name, spy)
-    model = tiny_sorted()
-    assistant = {} if name == "_sample" else {"assistant_model": tiny_llama(num_hidden_layers=1)}
-    model.generate(**prompts((5,)), max_new_tokens=3, **assistant, exit_layer=2)
+    tiny_sorted().generate(**prompts((5,)), max_new_tokens=3, exit_layer=2)
     assert seen
     for argument in OVERRIDDEN[name]:
         assert argument in seen[0]

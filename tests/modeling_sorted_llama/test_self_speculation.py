@@ -26,8 +26,7 @@ from transformers import (
 
 from sorted_llama.modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM, drafting_sorted_llama
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
-from sorted_llama.modeling_sorted_llama.drafting_sorted_llama import LearnedDrafts, _accept_sampled
-from sorted_llama.modeling_sorted_llama.modes_sorted_llama import SelfSpeculation
+from sorted_llama.modeling_sorted_llama.drafting_sorted_llama import LearnedDrafts, accept_sampled
 from tests.tiny import Pieces, prompts, reference_llama, run_as_stranger, save_tiny, tiny_sorted, tiny_tokenizer
 
 
@@ -85,9 +84,6 @@ LENGTHS = {
     "auto": {"num_assistant_tokens": "auto"},
     "default": {},
     "constant": {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"},
-    "heuristic": {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "heuristic"},
-    "heuristic_unset": {"num_assistant_tokens_schedule": "heuristic"},
-    "transient": {"num_assistant_tokens": 2, "num_assistant_tokens_schedule": "heuristic_transient"},
     "confident": {"num_assistant_tokens": 6, "assistant_confidence_threshold": 0.6},
     "confident_auto": {"assistant_confidence_threshold": 0.3},
 }
@@ -179,12 +175,12 @@ def test_a_model_without_exits(even_clock, draft):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("depth", [3, 4])
 def test_everything_that_generate_returns(depth, kind):
-    """Scores, logits and hidden states token by token: those of plain decoding, and zeros behind a row's end."""
+    """Scores and logits token by token: those of plain decoding, and zeros behind a row's end."""
     model, inputs = MODELS[kind](), prompts()
     reference = reference_llama(model, depth)
     eos = ends(reference, inputs, (4, 9))
     arguments = {**inputs, **RETURN, "max_new_tokens": 14, "eos_token_id": eos, "repetition_penalty": 1.0}
-    arguments |= {"output_scores": True, "output_logits": True, "output_hidden_states": True, "suppress_tokens": [7]}
+    arguments |= {"output_scores": True, "output_logits": True, "suppress_tokens": [7]}
     expected = reference.generate(**arguments)
     output = model.generate(**arguments, exit_layer=depth, assistant_early_exit=1, num_assistant_tokens=4)
     assert torch.equal(output.sequences, expected.sequences)
@@ -200,19 +196,6 @@ def test_everything_that_generate_returns(depth, kind):
                     torch.testing.assert_close(mine[row], theirs[row], atol=1e-4, rtol=1e-4)
                 else:
                     assert not mine[row].any(), (name, step, row)
-
-    mask = inputs["attention_mask"].bool()
-    assert len(output.hidden_states) == len(expected.hidden_states)
-    for step, (mine, theirs) in enumerate(zip(output.hidden_states, expected.hidden_states, strict=True)):
-        assert len(mine) == len(theirs) == depth + 1
-        for layer, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-            assert a.shape == b.shape
-            for row, length in enumerate(lengths):
-                kept = mask[row] if step == 0 else slice(None)  # nothing is said of padding
-                if step < length:
-                    torch.testing.assert_close(a[row, kept], b[row, kept], atol=1e-4, rtol=1e-4)
-                else:
-                    assert not a[row].any(), (step, layer, row)
 
 
 def test_transition_scores():
@@ -349,10 +332,9 @@ PROCESSORS = {
 }
 
 
-@pytest.mark.parametrize("lookup", [{}, {"prompt_lookup_num_tokens": 3}], ids=["", "lookup"])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_processors_and_criteria(name, kind, lookup):
+def test_processors_and_criteria(name, kind):
     """A batch whose rows accept unequally, a batch that repeats itself, one row."""
     model = MODELS[kind]()
     reference = reference_llama(model, 4)
@@ -361,9 +343,7 @@ def test_processors_and_criteria(name, kind, lookup):
     for inputs in (prompts(), {"input_ids": repeating, "attention_mask": torch.ones_like(repeating)}, prompts((5,))):
         arguments = {**inputs, "max_new_tokens": 16}
         expected = reference.generate(**arguments, **PROCESSORS[name]())
-        tokens = model.generate(
-            **arguments, **PROCESSORS[name](), assistant_early_exit=1, num_assistant_tokens=3, **lookup
-        )
+        tokens = model.generate(**arguments, **PROCESSORS[name](), assistant_early_exit=1, num_assistant_tokens=3)
         assert torch.equal(tokens, expected)
         plain = reference.generate(**arguments)
         changed = changed or plain.shape != expected.shape or not torch.equal(plain, expected)
@@ -528,7 +508,6 @@ def test_sampled_distribution(name):
 DRAFTINGS = {
     "fixed": {"num_assistant_tokens": 3},
     "confident": {"num_assistant_tokens": 3, "assistant_confidence_threshold": 0.3},
-    "lookup": {"num_assistant_tokens": 2, "prompt_lookup_num_tokens": 2},
 }
 
 
@@ -537,16 +516,14 @@ def test_sampled_distribution_of_longer_drafts(name):
     """Four tokens: the first, then up to two drafts, and those after them."""
     model, prompt = small_model(), torch.tensor([[6, 1, 9, 4, 11, 0, 2, 10, 8, 3, 7, 5, 3, 7]])
     torch.manual_seed(12)
-    number = 8_000 if name == "lookup" else 20_000
-    counts, statistics = draws(model, prompt, 4, number, top_k=4, assistant_early_exit=2, **DRAFTINGS[name])
-    assert (0 in statistics.exit_layers) == (name == "lookup")
+    counts, _ = draws(model, prompt, 4, top_k=4, assistant_early_exit=2, **DRAFTINGS[name])
     assert p_value(counts, exact_distribution(reference_llama(model, 3), prompt, 4, top_k=4)) > 1e-4
 
 
 def accept(p, q, drafts):
-    """`_accept_sampled` of one pair of distributions in many rows: numbers accepted, and next tokens."""
+    """`accept_sampled` of one pair of distributions in many rows: numbers accepted, and next tokens."""
     number = len(drafts)
-    return _accept_sampled(p.log().expand(number, *p.shape), drafts, q.expand(number, *q.shape))
+    return accept_sampled(p.log().expand(number, *p.shape), drafts, q.expand(number, *q.shape))
 
 
 def assert_drawn(tokens, probabilities):
@@ -580,7 +557,7 @@ def test_accept_equal():
 
 @pytest.mark.parametrize("one_hot", [True, False])
 def test_accept_in_between(one_hot):
-    """The tokens of two positions together are distributed as by the target; one-hot drafts come from lookup."""
+    """The tokens of two positions together are distributed as by the target, also of drafts that are certain."""
     torch.manual_seed(0)
     p = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.5, 0.3], [0.25, 0.25, 0.25, 0.25]])
     q = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
@@ -721,42 +698,6 @@ def test_an_ended_row_costs_nothing():
 # What it composes with
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("draft", [1, 3, "auto"])
-def test_prompt_lookup(draft, kind):
-    """A second source of drafts, counted under exit 0."""
-    model = MODELS[kind]()
-    for rows in (1, 2):
-        tokens = prompts((4,) * rows)["input_ids"].repeat(1, 4)
-        arguments = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": 24}
-        output = model.generate(**arguments, **RETURN, assistant_early_exit=draft, prompt_lookup_num_tokens=3)
-        assert torch.equal(output.sequences, reference_llama(model, 4).generate(**arguments))
-    statistics = output.draft_statistics
-    assert sum(statistics.exit_layers.values()) == statistics.drafted
-
-
-def test_prompt_lookup_drafts_are_used():
-    """A row that must repeat its prompt: every lookup is right, and no layer runs to draft it."""
-    model, tokens = tiny_sorted(), torch.tensor([[5, 6, 7, 8] * 4])
-    calls = layer_calls(model)
-    output = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        prefix_allowed_tokens_fn=lambda _, ids: [5 + len(ids) % 4],
-        max_new_tokens=12,
-        assistant_early_exit=2,
-        num_assistant_tokens=2,
-        prompt_lookup_num_tokens=3,
-        **RETURN,
-    )
-    assert output.sequences.tolist() == [[5, 6, 7, 8] * 7]
-    statistics = output.draft_statistics
-    assert set(statistics.exit_layers) == {0} and statistics.accepted == statistics.drafted == 12 - statistics.cycles
-    assert statistics.cycles == 4
-    assert {layer: sum(n for k, n in calls if k == layer) for layer in (1, 4)} == {1: 16 + 11, 4: 16 + 11}
-    assert set(output.exit_layers_used.unique().tolist()) == {0, 4}
-
-
 @pytest.mark.parametrize("length", [3, "auto"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_ways_to_pass_the_prompt(kind, length):
@@ -769,8 +710,8 @@ def test_ways_to_pass_the_prompt(kind, length):
     embeds = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach()}
     embeds["attention_mask"] = inputs["attention_mask"]
     assert torch.equal(model.generate(**embeds, **drafting), expected[:, 6:])
-    output = model.generate(**embeds, **drafting, **RETURN, output_hidden_states=True, output_scores=True)
-    assert torch.equal(output.sequences, expected[:, 6:]) and output.hidden_states[0][0].shape == (3, 6, 32)
+    output = model.generate(**embeds, **drafting, **RETURN, output_scores=True)
+    assert torch.equal(output.sequences, expected[:, 6:]) and len(output.scores) == 14
     assert torch.equal(model.generate(**{**inputs, **embeds}, **drafting), expected)
     static = model.generate(**inputs, **drafting, cache_implementation="static", **RETURN)
     assert torch.equal(static.sequences, expected)
@@ -908,7 +849,6 @@ print("results:" + json.dumps(results))
 """
 
 
-@pytest.mark.slow
 def test_a_process_without_the_package(tmp_path):
     model, tokens = MODELS["mixed"](), prompts((5, 5))["input_ids"]
     folder = save_tiny(tmp_path / "model", model)
@@ -923,10 +863,10 @@ def test_a_process_without_the_package(tmp_path):
 
 
 def test_threads_in_different_modes():
-    """Three calls that overlap do not disturb each other, hidden states included."""
+    """Three calls that overlap do not disturb each other."""
     model, inputs = MODELS["mixed"](), {**prompts(), "max_new_tokens": 14, "min_new_tokens": 14, **RETURN}
     modes = {
-        "drafts": {"assistant_early_exit": 1, "num_assistant_tokens": 3, "output_hidden_states": True},
+        "drafts": {"assistant_early_exit": 1, "num_assistant_tokens": 3},
         "confidence": {"exit_threshold": 0.3},
         "fixed": {"exit_layer": 2, "output_hidden_states": True},
     }
@@ -1001,13 +941,17 @@ REFUSED = {
     "tokens_bool": ({"num_assistant_tokens": True}, ["`num_assistant_tokens`", "True", "positive integer"]),
     "tokens_float": ({"num_assistant_tokens": 2.5}, ["`num_assistant_tokens`", "2.5", "positive integer"]),
     "tokens_text": ({"num_assistant_tokens": "x"}, ["`num_assistant_tokens`", "'x'", "positive integer", '"auto"']),
-    "schedule": ({"num_assistant_tokens_schedule": "linear"}, ["`num_assistant_tokens_schedule`", "'linear'", "tant"]),
+    **{
+        schedule: ({"num_assistant_tokens_schedule": schedule}, ["num_assistant_tokens_schedule=", schedule, '"auto"'])
+        for schedule in ("linear", "heuristic", "heuristic_transient")
+    },
+    "hidden_states": ({"output_hidden_states": True, **RETURN}, ["hidden states", "output_hidden_states=False"]),
+    "offloaded": ({"cache_implementation": "offloaded"}, ["cache_implementation", "'offloaded'", "'dynamic'"]),
+    "lookup_size": ({"max_matching_ngram_size": 3}, ["max_matching_ngram_size=3", "exit alone"]),
     "confidence": ({"assistant_confidence_threshold": "x"}, ["`assistant_confidence_threshold`", "'x'", "number"]),
-    "lookup": ({"prompt_lookup_num_tokens": 0}, ["prompt_lookup_num_tokens", "0"]),
-    "lookup_text": ({"prompt_lookup_num_tokens": "x"}, ["prompt_lookup_num_tokens", "'x'"]),
+    "lookup": ({"prompt_lookup_num_tokens": 3}, ["prompt_lookup_num_tokens=3", "exit alone", "exit_layer=k"]),
     "threshold": ({"exit_threshold": 0.9}, ["exit_threshold=0.9", "assistant_early_exit=1", "contradict"]),
     "depths": ({"exit_layer": [1, 2, 4]}, ["exit_layer=[1, 2, 4]", "assistant_early_exit=1", "contradict"]),
-    "auto_depth": ({"exit_layer": "auto"}, ["exit_layer='auto'", "assistant_early_exit=1", "contradict"]),
 }
 
 
@@ -1026,154 +970,119 @@ def test_a_cache_of_another_kind():
 # The length that is learned
 
 
-class Clock:
-    """Stands in for the `time` of the module: it moves when it is told to."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(drafting_sorted_llama, "time", clock)
-    return clock
-
-
 class Decoding:
-    """Runs the plan of a draft length through cycles whose times and acceptances are chosen."""
+    """Runs the policy through cycles whose times and acceptances are chosen."""
 
-    def __init__(self, clock, acceptance, cost, agrees=None, max_new_tokens=10_000, look=0.0):
-        """
-        By exit: `acceptance` of each draft, `cost` of a draft step in plain steps, and whether it `agrees` with full
-        depth on the prompt (by default where at least half of the drafts are accepted). `look` is what the look at the
-        prompt costs, in plain steps.
-        """
-        self.clock, self.acceptance, self.cost = clock, acceptance, cost
-        model, exits = tiny_sorted(), list(acceptance)
+    def __init__(self, acceptance, cost, max_new_tokens=10_000, expected=None):
+        """By exit: `acceptance` of each draft, `cost` of a draft in plain steps, and what it is `expected` to be."""
+        self.acceptance, self.cost, self.seconds = acceptance, cost, 0.0
         self.random = torch.Generator().manual_seed(0)
-        normed, other = torch.randn(2, 1, 6, 32, generator=self.random)
-        normed = model.model.norm(normed).detach()  # normed once more, it is itself
-        agrees = {k: acceptance[k] >= 0.5 for k in exits} if agrees is None else agrees
-        outputs = SimpleNamespace(
-            exit_hidden_states=tuple(normed if agrees[k] else other for k in exits), last_hidden_state=normed
-        )
-
-        def head(states, depth, rows):
-            clock.now += look
-            return model.lm_head(states)
-
-        sequences = SimpleNamespace(
-            model=model,
-            head=head,
-            prompt={},
-            prompt_size=6,
-            prompt_length=6,
-            batch_size=1,
-            max_length=6 + max_new_tokens,
-        )
-        with torch.no_grad():
-            self.plan = LearnedDrafts(SelfSpeculation(4, exits, None, "constant", None, None, 2), sequences, outputs)
-        self.plan.learn(0, 0, [0])  # the prefill
+        self.policy = LearnedDrafts(expected or cost, max_new_tokens)
 
     def run(self, cycles, room=1000) -> list[tuple[int, int]]:
         """Exit and number of drafts of every cycle."""
         asked = []
         for _ in range(cycles):
-            with torch.no_grad():
-                exit_layer, n = self.plan.next(room)
+            exit_layer, n = self.policy.next(room)
             assert 0 <= n <= room
             asked.append((exit_layer, n))
-            self.clock.now += 1.0 + n * self.cost[exit_layer]
+            seconds = 1.0 + n * self.cost[exit_layer]
             hits = torch.rand(n, generator=self.random) < self.acceptance[exit_layer]
-            self.plan.learn(exit_layer, n, [int(hits.long().cumprod(0).sum())])
+            self.policy.learn(exit_layer, n, [int(hits.long().cumprod(0).sum())], seconds)
+            self.seconds += seconds
         return asked
 
 
-def test_cheap_drafts_that_are_accepted(clock):
-    """Several tokens a cycle, with a plain step now and then to know what it takes."""
-    lengths = [n for _, n in Decoding(clock, {1: 0.95}, {1: 0.1}).run(200)]
-    assert lengths[:2] == [0, 0]
-    settled = lengths[20:]
-    assert sum(n >= 5 for n in settled) > 0.9 * len(settled)
-    assert 1 <= settled.count(0) <= 20
+def test_cheap_drafts_that_are_accepted_are_long():
+    lengths = [n for _, n in Decoding({1: 0.95}, {1: 0.1}).run(200)]
+    assert lengths[:2] == [0, 0]  # what a plain step takes
+    assert sum(n >= 5 for n in lengths[20:]) > 0.9 * len(lengths[20:])
 
 
-def test_the_length_follows_acceptance(clock):
-    """Half accepted at a tenth of a step: best are 2 or 3; at a third of a step, 1."""
-    lengths = [n for _, n in Decoding(clock, {1: 0.5}, {1: 0.1}).run(400)][100:]
+def test_the_draft_length_follows_acceptance():
+    """Half accepted at a tenth of a step: best are 2 or 3."""
+    lengths = [n for _, n in Decoding({1: 0.5}, {1: 0.1}).run(400)][100:]
     drafts = [n for n in lengths if n]
     assert len(drafts) > 0.8 * len(lengths) and 1.2 < sum(drafts) / len(drafts) < 4
-    decoding = Decoding(clock, {1: 1.0}, {1: 0.1})
+    decoding = Decoding({1: 1.0}, {1: 0.1})
     before = [n for _, n in decoding.run(60)]
     decoding.acceptance = {1: 0.3}
     after = [n for _, n in decoding.run(60)]
     assert max(before[-20:]) == 8 and max(after[-20:]) <= 3
 
 
-def test_drafts_that_cost_too_much(clock):
-    """Accepted, but a draft takes as long as a plain step: hardly any."""
-    lengths = [n for _, n in Decoding(clock, {1: 0.9}, {1: 1.0}).run(400)]
-    assert sum(lengths[30:]) <= 8
+def test_accepted_drafts_that_cost_too_much_are_few():
+    """A draft takes as long as a plain step, whatever was expected of it."""
+    for expected in ({1: 1.0}, {1: 0.3}):
+        lengths = [n for _, n in Decoding({1: 0.9}, {1: 1.0}, expected=expected).run(400)]
+        assert sum(lengths[30:]) <= 8
 
 
-def test_where_nothing_pays(clock):
-    """It stops, and tries one draft again after twice as many plain steps each time, up to a limit."""
+def test_drafts_that_cost_less_than_expected_are_taken_up():
+    lengths = [n for _, n in Decoding({1: 0.8}, {1: 0.1}, expected={1: 0.9}).run(200)]
+    assert sum(n > 1 for n in lengths[-50:]) > 40
+
+
+def test_one_late_cycle_changes_little():
+    """Another process may have had the machine: times are medians, and the loss of a cycle is bounded."""
+    decoding = Decoding({1: 1.0}, {1: 0.1}, max_new_tokens=64)
+    decoding.run(4)
+    decoding.cost = {1: 30.0}
+    decoding.run(1)
+    decoding.cost = {1: 0.1}
+    assert min(n for _, n in decoding.run(5)) >= 4
+
+
+def test_where_nothing_pays_it_tries_again_ever_more_rarely():
+    """One draft after twice as many plain steps each time, up to a limit."""
     first, last = LearnedDrafts.FIRST_WAIT, LearnedDrafts.LAST_WAIT
-    assert first >= 8 and last >= 8 * first
-    lengths = [n for _, n in Decoding(clock, {1: 0.0}, {1: 0.3}).run(2500)]
+    lengths = [n for _, n in Decoding({1: 0.0}, {1: 0.3}).run(2500)]
     tries = [step for step, n in enumerate(lengths) if n]
     assert all(lengths[step] == 1 for step in tries)
-    gaps = [b - a for a, b in zip(tries, tries[1:], strict=False)]
-    doubling = [first * 2**i for i in range(1, 20) if first * 2**i < last]
-    assert gaps == [*doubling, *[last] * (len(gaps) - len(doubling))] and len(gaps) > len(doubling) + 3
-    assert first <= tries[0] <= first + 8
+    waits = [b - a - 1 for a, b in zip(tries, tries[1:], strict=False)]
+    doubling = [first * 2**i for i in range(20) if first * 2**i < last]
+    assert waits == [*doubling, *[last] * (len(waits) - len(doubling))] and len(waits) > len(doubling) + 3
 
 
-@pytest.mark.parametrize("agrees", [True, False])
+@pytest.mark.parametrize("expected", [0.5, 1, 2], ids="expected {} times the cost".format)
 @pytest.mark.parametrize("cost", [0.1, 0.3, 0.8])
 @pytest.mark.parametrize("max_new_tokens", [4, 16, 64, 256])
-def test_never_more_than_5_percent_slower(clock, max_new_tokens, cost, agrees):
-    """However well the prompt speaks of an exit of which no draft is accepted, and however short the answer."""
-    decoding = Decoding(clock, {1: 0.0}, {1: cost}, {1: agrees}, max_new_tokens, look=0.02 * min(max_new_tokens, 16))
+def test_it_is_never_more_than_5_percent_slower_than_plain_decoding(max_new_tokens, cost, expected):
+    decoding = Decoding({1: 0.0}, {1: cost}, max_new_tokens, expected={1: expected * cost})
     lengths = [n for _, n in decoding.run(max_new_tokens - 1)]
-    assert clock.now <= 1.05 * max_new_tokens
-    assert sum(lengths) > 0 or cost == 0.8 or max_new_tokens <= 16  # and yet it tries where it can afford to
+    assert decoding.seconds <= 1.05 * max_new_tokens
+    assert sum(lengths) > 0 or max_new_tokens <= 16  # and yet it tries where it can afford to
 
 
-def test_what_drafts_brought_may_be_spent(clock):
+def test_what_drafts_have_brought_may_be_spent():
     """On a short answer one failed draft ends the drafting, unless accepted ones came before it."""
-    failed = Decoding(clock, {1: 0.0}, {1: 0.5}, {1: True}, max_new_tokens=16)
+    failed = Decoding({1: 0.0}, {1: 0.3}, max_new_tokens=16)
     assert sum(n for _, n in failed.run(15)) == 1
-    accepted = Decoding(clock, {1: 1.0}, {1: 0.5}, max_new_tokens=16)
+    accepted = Decoding({1: 1.0}, {1: 0.3}, max_new_tokens=16)
     accepted.run(5)
     accepted.acceptance = {1: 0.0}
     assert sum(n for _, n in accepted.run(3)) > 1
 
 
-def test_drafts_that_stop_being_accepted(clock):
-    """After a good start it stops within few drafts."""
-    decoding = Decoding(clock, {1: 1.0}, {1: 0.3})
+def test_drafts_that_stop_being_accepted_stop_soon():
+    decoding = Decoding({1: 1.0}, {1: 0.3})
     assert sum(n for _, n in decoding.run(50)) > 100
     decoding.acceptance = {1: 0.0}
     lengths = [n for _, n in decoding.run(200)]
     assert 0 < sum(lengths) < 200 and sum(lengths[50:]) < 10
 
 
-def test_it_takes_up_drafting_again(clock):
-    decoding = Decoding(clock, {1: 0.0}, {1: 0.1})
+def test_it_takes_up_drafting_again():
+    decoding = Decoding({1: 0.0}, {1: 0.1})
     decoding.run(100)
     decoding.acceptance = {1: 1.0}
     lengths = [n for _, n in decoding.run(1500)]
-    assert sorted(lengths[-100:])[10] >= 4  # but for a look around now and then
+    assert sorted(lengths[-100:])[10] >= 4
 
 
 @pytest.mark.parametrize("room", [0, 1, 3])
-def test_never_more_than_the_room(clock, room):
-    lengths = [n for _, n in Decoding(clock, {1: 1.0}, {1: 0.05}).run(100, room)]
+def test_it_never_drafts_more_than_the_room(room):
+    lengths = [n for _, n in Decoding({1: 1.0}, {1: 0.05}).run(100, room)]
     assert max(lengths) == room
 
 
@@ -1184,33 +1093,23 @@ def share_of(exit_layer: int, asked: list[tuple[int, int]]) -> float:
     return drafting.count(exit_layer) / len(drafting)
 
 
-def test_the_exit_that_pays_most(clock):
+def test_the_exit_that_pays_most_drafts():
     """The deeper exit is accepted more often, and pays, until it is no longer accepted: then the other."""
-    agree = {1: True, 2: True}
-    decoding = Decoding(clock, {1: 0.6, 2: 0.97}, {1: 0.1, 2: 0.12}, agree)
+    decoding = Decoding({1: 0.1, 2: 0.97}, {1: 0.1, 2: 0.12})
     assert share_of(2, decoding.run(200)[100:]) > 0.9
-    decoding.acceptance = {1: 0.95, 2: 0.0}
-    assert share_of(1, decoding.run(200)[100:]) > 0.9
-
-
-def test_an_exit_that_the_prompt_spoke_against(clock):
-    """Where nothing pays any more, every exit is tried again, not only the one that looked best once."""
-    decoding = Decoding(clock, {1: 0.1, 2: 0.95}, {1: 0.1, 2: 0.2})
-    assert share_of(2, decoding.run(100)[40:]) > 0.9
     decoding.acceptance = {1: 0.95, 2: 0.0}
     assert share_of(1, decoding.run(800)[-100:]) > 0.9
 
 
-def test_what_the_prompt_showed(clock):
-    """An exit that agreed with full depth on the prompt drafts at once, first one token; one that never did, not."""
-    lengths = [n for _, n in Decoding(clock, {1: 1.0}, {1: 0.1}, {1: True}).run(4)]
-    assert lengths[:3] == [0, 0, 1] and lengths[3] > 2
-    never = Decoding(clock, {2: 1.0}, {2: 0.6}, {2: False}).run(8)
-    assert [n for _, n in never] == [0] * 8
+def test_every_exit_is_tried_again_where_nothing_pays():
+    tried = Decoding({1: 0.0, 2: 0.0, 3: 0.0}, {1: 0.2, 2: 0.3, 3: 0.4}).run(500)
+    assert {k for k, n in tried[20:] if n} == {1, 2, 3}
 
 
-def test_auto_chooses_among_the_exits(clock):
-    """In `generate` too: of a model whose exit 2 is full depth's and whose exit 1 is not, exit 2 drafts."""
+def test_auto_chooses_among_the_exits_in_generate(monkeypatch):
+    """Of a model whose exit 2 is full depth's and whose exit 1 is not, exit 2 drafts."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(drafting_sorted_llama, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     model = quiet(tiny_sorted(), 2, 0.0)
     for number, layer in enumerate(model.model.layers, start=1):
         seconds = 0.01 if number == 1 else 0.3
@@ -1221,3 +1120,20 @@ def test_auto_chooses_among_the_exits(clock):
     assert torch.equal(
         output.sequences, reference_llama(model, 4).generate(**prompts(), max_new_tokens=60, min_new_tokens=60)
     )
+
+
+def test_what_finding_a_draft_length_may_cost_counts_the_tokens_that_are_asked_for(monkeypatch):
+    """From a text, from embeddings and in a second turn."""
+    asked, made = [], LearnedDrafts.__init__
+
+    def spy(self, costs, max_tokens):
+        made(self, costs, max_tokens)
+        asked.append(max_tokens)
+
+    monkeypatch.setattr(LearnedDrafts, "__init__", spy)
+    model, ids = tiny_sorted(eos_token_id=None), prompts((20,))["input_ids"]
+    turn = model.generate(ids, exit_threshold=0.5, max_new_tokens=15, **RETURN)
+    second = {"input_ids": torch.cat([turn.sequences, ids[:, :3]], dim=1), CACHE_NAME: turn[CACHE_NAME]}
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": model.model.embed_tokens(ids)}, second):
+        model.generate(**inputs, max_new_tokens=50, assistant_early_exit=2)
+    assert asked == [50, 50, 50]
