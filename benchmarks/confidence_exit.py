@@ -3,10 +3,10 @@ Claim: letting every token leave at the exit it is sure at is worth more than an
 what ran in it.
 
 Held-out questions, greedy, each answered alone: exact match, agreement with full depth's answer, mean depth of a
-token, answers a second; for every fixed exit, for thresholds at all exits or at one of them, and for a depth chosen
-from each prompt (`exit_layer="auto"`). Held to: no fixed exit is both better and faster than the points of the curve;
-a step takes at most 1.08 x the bare forwards of the layers and heads that ran in it. For that the answers are
-continued to `--steps` tokens, and what a call with one token takes (the prompt, and `generate` itself) is subtracted.
+token, answers a second; for every fixed exit, and for thresholds at all exits or at one of them. Held to: no fixed
+exit is both better and faster than the points of the curve; a step takes at most 1.08 x the bare forwards of the
+layers and heads that ran in it. For that the answers are continued to `--steps` tokens, and what a call with one token
+takes (the prompt, and `generate` itself) is subtracted.
 
 ```shell
 python benchmarks/confidence_exit.py --model out/demo/final --plot docs/confidence_exit.png
@@ -35,8 +35,6 @@ def points(exits: list[int], small: bool) -> dict[str, dict]:
             thresholds = [2.0] * (len(exits) - 1)  # never
             thresholds[exits.index(k)] = threshold
             compared[f"exit {k} only, {threshold}"] = {"exit_threshold": thresholds}
-    for agreement in (0.9,) if small else (0.5, 0.7, 0.9):
-        compared[f"auto, {agreement}"] = {"exit_layer": "auto", "exit_agreement": agreement}
     return compared
 
 
@@ -82,7 +80,7 @@ def main() -> None:
             agreement[name] = statistics.mean(a == b for a, b in zip(given, full, strict=True))
     mean_depth = {}
     for name in compared:
-        if "exit_layer" not in compared[name] or compared[name]["exit_layer"] == "auto":
+        if "exit_layer" not in compared[name]:
             outputs = generate(name, return_dict_in_generate=True)
             used = torch.cat([output.exit_layers_used.flatten() for output in outputs]).float()
             mean_depth[name] = used[used > 0].mean().item()

@@ -154,7 +154,7 @@ def _take_over(
 
 
 def accept_greedy(
-    scores: torch.Tensor, drafts: torch.Tensor, probabilities: None = None
+    scores: torch.Tensor, drafts: torch.Tensor, probabilities: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`accept_sampled`], where each token is the likeliest."""
     targets = scores.argmax(-1)

@@ -22,10 +22,12 @@ def decode_with_exits(
     Returns:
         [`SortedGenerateOutput`] or `torch.Tensor`: What `generate` returns.
     """
-    row_depths = None
+    row_depths: list[int] | None = None
     if isinstance(decoding, RowDepths):
         row_depths = decoding.of_batch(sequences.batch_size, sequences.config.num_return_sequences)
-    depths = sorted(set(row_depths)) if row_depths else decoding.depths
+        depths = sorted(set(row_depths))
+    else:
+        depths = decoding.depths
 
     rows = list(range(sequences.batch_size))
     states = sequences.prefill(depths[0]).last_hidden_state

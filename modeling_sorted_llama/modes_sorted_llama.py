@@ -123,9 +123,9 @@ class ConfidenceExit:
         self.thresholds = {k: float(t) for k, t in thresholds if k < deepest and (t <= 1 or is_users)}
         self.depths = [*self.thresholds, deepest]
 
-    def _threshold_of_each(self, exits: list[int], least: float) -> Sequence[float]:
+    def _threshold_of_each(self, exits: list[int], least: float) -> Sequence[Any]:
         given = _plain(self.exit_threshold)
-        thresholds = [given] * len(exits) if isinstance(given, Real) else given
+        thresholds: Any = [given] * len(exits) if isinstance(given, Real) else given
         if (
             not _is_list(thresholds)
             or len(thresholds) != len(exits)
@@ -172,13 +172,13 @@ class SelfSpeculation:
             self.exits = trained or sorted({k for k in (self.depth // 4, self.depth // 2) if k > 0})
             if not self.exits:
                 raise ValueError(f'`assistant_early_exit="auto"` needs two layers or more, got {self.depth}.')
-        elif not 1 <= (as_int(draft) or 0) < self.depth:
-            raise ValueError(
-                f"`assistant_early_exit` must be an integer from 1 to {self.depth - 1}, below the {self.depth} layers "
-                f'that verify, or "auto", got {draft!r}.'
-            )
         else:
-            self.exits = [as_int(draft)]
+            self.exits = [as_int(draft) or 0]
+            if not 1 <= self.exits[0] < self.depth:
+                raise ValueError(
+                    f"`assistant_early_exit` must be an integer from 1 to {self.depth - 1}, below the {self.depth} "
+                    f'layers that verify, or "auto", got {draft!r}.'
+                )
         if num_tokens != "auto" and (as_int(num_tokens) or 0) < 1:
             raise ValueError(f'`num_assistant_tokens` must be a positive integer or "auto", got {num_tokens!r}.')
         if self.assistant_confidence_threshold is not None:
