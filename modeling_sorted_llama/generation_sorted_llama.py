@@ -1,6 +1,7 @@
 """The methods of `GenerationMixin` that know of the depth. Everything else of `generate` is transformers' own."""
 
 import functools
+import os
 from typing import Any
 
 from transformers import Cache, GenerationConfig, GenerationMixin
@@ -37,6 +38,12 @@ class SortedGenerationMixin(GenerationMixin):
             for module, key, _ in row_hooks(self):  # or every later call would fail
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
             raise
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        if any(hasattr(self.generation_config, name) for name in SORTED_GENERATION_FIELDS):
+            # Loading drops the fields that transformers does not know where this flag is set
+            self.generation_config._from_model_config = False
+        super().save_pretrained(save_directory, **kwargs)
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         fields = read_decoding_fields(self, generation_config, kwargs)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .compat_sorted_llama import gathered, whole_weight
 from .configuration_sorted_llama import check_choice, check_exit_loss_weights, check_number
-from .heads_sorted_llama import is_matrix_product
+from .heads_sorted_llama import OWNING_HEADS, is_matrix_product
 
 
 # Size of the one float32 tile of logits. On a CPU 64 MiB already keep the matrix products near their peak; an
@@ -88,6 +88,15 @@ class ExitLossOptions:
             weights = check_exit_loss_weights(self.exit_loss_weights, num_exits)
         return [weight / num_exits for weight in weights] if self.exit_loss_reduction == "mean" else weights
 
+    def check(self, exits: list[int], own_exits: list[int]) -> None:
+        """Refuse, with a `ValueError`, what does not fit the exits of a call, of which `own_exits` own weights."""
+        self.weights(len(exits))
+        if self.detach_exits and not {*exits[:-1]} <= {*own_exits}:
+            raise ValueError(
+                "`detach_exits=True` trains only what the exits own: every one of `exit_layers` below full depth must "
+                f"have weights of its own (`exit_heads` of {OWNING_HEADS}), got exits {exits} where {own_exits} have."
+            )
+
 
 # A constant, as `torch.compile` does not trace `fields`
 _OPTIONS = tuple(field.name for field in fields(ExitLossOptions))
@@ -159,8 +168,7 @@ def multi_exit_loss(
         [`MultiExitLossOutput`]
 
     Raises:
-        ValueError: If `options` has not one weight for each exit, or, on a CPU, if a label is no token (an accelerator
-            finds that by an assertion of its own).
+        ValueError: If there is not one weight an exit, or, on a CPU, if a label is no token (an accelerator asserts).
     """
     options = ExitLossOptions() if options is None else options
     weights = options.weights(len(hidden_states))
@@ -197,6 +205,14 @@ def multi_exit_loss(
         agreeing / num_tokens,
         exit_divergences=divergences if options.self_distillation_weight else None,
     )
+
+
+def labelled_rows(labels: torch.Tensor, shift_labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flattened positions that have a token to predict, and these tokens: no others reach norm and head."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+    rows = (shift_labels.flatten() != -100).nonzero().squeeze(-1)
+    return rows, shift_labels.flatten()[rows]
 
 
 def _heads(modules: Sequence[nn.Module], hidden_states: Sequence[torch.Tensor]) -> "list[_MatrixHead | _CalledHead]":
@@ -248,11 +264,8 @@ class _WithGradients(torch.autograd.Function):
 @torch.no_grad()
 def _sweep(exits: "Sequence[_Exit]", labels: torch.Tensor, options: ExitLossOptions) -> torch.Tensor:
     """
-    Walk the tokens tile by tile, and in each the exits from deep to shallow, adding up the gradients.
-
-    Returns:
-        `torch.Tensor` of shape `(4, num_exits)`, float32: Sums over the tokens of losses, right greedy tokens, greedy
-        tokens that are the last exit's, and divergences from the last exit.
+    Walk the tokens tile by tile, and in each the exits from deep to shallow, adding up the gradients. Returned are
+    sums over the tokens, `(4, num_exits)`: losses, right greedy tokens, greedy tokens as the last exit's, divergences.
     """
     losses, correct, agreeing, divergences = sums = torch.zeros(4, len(exits), device=labels.device)
     distills = options.self_distillation_weight > 0 and len(exits) > 1
@@ -271,30 +284,21 @@ def _sweep(exits: "Sequence[_Exit]", labels: torch.Tensor, options: ExitLossOpti
                 teacher = logits.softmax(-1) if distills else None
             correct[e] += (greedy == target).sum()
             agreeing[e] += (greedy == deepest_greedy).sum()
-            of_tokens = _losses_of_tokens(logits, greedy, target, teacher, options)
-            losses[e] += of_tokens.loss.sum()
+            loss, slope, cross_entropy, exp_sum = _losses_of_tokens(logits, greedy, target, teacher, options)
+            losses[e] += loss.sum()
             distillation = 0.0
-            if of_tokens.cross_entropy is not None:
-                if is_deepest:
-                    entropy = of_tokens.cross_entropy
-                divergences[e] += (of_tokens.cross_entropy - entropy).sum()
-                distillation = 0.0 if is_deepest else exit_.weight * options.self_distillation_weight
+            if cross_entropy is not None and is_deepest:
+                entropy = cross_entropy
+            elif cross_entropy is not None:
+                divergences[e] += (cross_entropy - entropy).sum()
+                distillation = exit_.weight * options.self_distillation_weight
             if exit_.is_trained:
-                weight = exit_.weight * of_tokens.slope
-                _to_gradient(logits, of_tokens.exp_sum, target, teacher, weight, distillation, options.label_smoothing)
+                weight = exit_.weight * slope
+                _to_gradient(logits, exp_sum, target, teacher, weight, distillation, options.label_smoothing)
                 exit_.head.accumulate(logits, exit_.grad, tile, exit_.trains_head)
             del logits  # before the next tile is made
         del teacher
     return sums
-
-
-class _LossesOfTokens(NamedTuple):
-    """Of one exit and one tile; each of shape `(rows, 1)`."""
-
-    loss: torch.Tensor
-    slope: torch.Tensor  # the derivative of `loss` by the label's `-log p`
-    cross_entropy: torch.Tensor | None  # with the teacher
-    exp_sum: torch.Tensor
 
 
 def _losses_of_tokens(
@@ -303,9 +307,10 @@ def _losses_of_tokens(
     target: torch.Tensor,
     teacher: torch.Tensor | None,
     options: ExitLossOptions,
-) -> _LossesOfTokens:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """
-    What a tile's losses are; `logits` become `exp(logits - max)`, without a second tile.
+    What a tile's losses are, each `(rows, 1)`: the loss, its derivative by -log p_y, and the cross-entropy with the
+    teacher. `logits` become `exp(logits - max)`, without a second tile; their sums come last.
 
     With z the logits, y the label, q the teacher, e the label smoothing, s = log(sum_v exp z_v), log p = z - s:
 
@@ -325,7 +330,7 @@ def _losses_of_tokens(
     if mean_logit is not None:
         loss = torch.lerp(loss, log_sum - mean_logit, options.label_smoothing)
     cross_entropy = None if expected_logit is None else log_sum - expected_logit
-    return _LossesOfTokens(loss, slope, cross_entropy, exp_sum)
+    return loss, slope, cross_entropy, exp_sum
 
 
 def _to_gradient(

@@ -1,6 +1,5 @@
 """Sorted LLaMA (arXiv 2309.08968): one Llama checkpoint whose first `k` layers are a model for several `k`."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +35,8 @@ from .compat_sorted_llama import (
 )
 from .configuration_sorted_llama import SORTED_FIELDS, SortedLlamaConfig, check_exit_layer, check_exit_layers
 from .generation_sorted_llama import SortedGenerationMixin
-from .heads_sorted_llama import EXIT_HEADS, OWNING_HEADS, heads_of
-from .loss_sorted_llama import ExitLossOptions, MultiExitLossOutput, multi_exit_loss
-from .modes_sorted_llama import SORTED_GENERATION_FIELDS
+from .heads_sorted_llama import EXIT_HEADS, heads_of
+from .loss_sorted_llama import ExitLossOptions, labelled_rows, multi_exit_loss
 from .submodels_sorted_llama import plain_submodel, sorted_model
 
 
@@ -60,18 +58,11 @@ class SortedModelOutputWithPast(BaseModelOutputWithPast):
 class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     [`~transformers.modeling_outputs.CausalLMOutputWithPast`] with what the SoFT loss knows of each exit, returned when
-    `labels` are passed and the loss is that of several exits. All are detached and float32.
+    `labels` are passed and the loss is that of several exits.
 
     Args:
-        exit_losses (`torch.Tensor` of shape `(num_exits,)`, *optional*):
-            Loss of each exit, unweighted; `loss` is their weighted sum.
-        exit_token_accuracies (`torch.Tensor` of shape `(num_exits,)`, *optional*):
-            Share of the labelled tokens that each exit's greedy choice gets right.
-        exit_agreements (`torch.Tensor` of shape `(num_exits,)`, *optional*):
-            Share of the labelled tokens on which each exit's greedy choice is full depth's.
-        exit_divergences (`torch.Tensor` of shape `(num_exits,)`, *optional*, returned with a
-        `self_distillation_weight` above 0):
-            Kullback-Leibler divergence of each exit from full depth.
+        exit_losses, exit_token_accuracies, exit_agreements, exit_divergences (`torch.Tensor` of shape `(num_exits,)`):
+            See [`MultiExitLossOutput`].
     """
 
     exit_losses: torch.Tensor | None = None
@@ -115,8 +106,7 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
 
     def depth(self, exit_layer: int | None = None) -> int:
         """Number of layers that a call with `exit_layer` runs: as many, or `config.exit_layer`, or all."""
-        if exit_layer is None:
-            exit_layer = self.config.exit_layer
+        exit_layer = self.config.exit_layer if exit_layer is None else exit_layer
         if exit_layer is None:
             return self.config.num_hidden_layers
         check_exit_layer(exit_layer, len(self.layers))
@@ -155,8 +145,7 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
             exit_layers (`list[int]`, *optional*):
                 Layers after which to keep the hidden states, ascending, within the depth that runs.
             cache_rows (`list[int]`, *optional*):
-                With a [`SortedCache`], the rows of the cache that the rows of this input are, ascending. Default to
-                all.
+                With a [`SortedCache`], the rows of the cache that this input's rows are, ascending. Default to all.
             one_by_one (`bool`, *optional*, defaults to `False`):
                 With a [`SortedCache`], whether several tokens are to be as if each came in a call of its own, which
                 makes a difference to RoPE of kind `dynamic` and `longrope`.
@@ -170,14 +159,12 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
         Raises:
             ValueError: If `exit_layer` or `exit_layers` is out of range, or if `cache` was filled by a shallower run.
         """
-        if (input_ids is None) ^ (inputs_embeds is not None):
+        if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         depth = self.depth(exit_layer)
         kept = () if exit_layers is None else tuple(check_exit_layer(k, depth, "exit_layers") for k in exit_layers)
-
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-
         inputs = inputs_embeds, attention_mask, position_ids
         if is_sorted_cache(cache):
             states = self._run_segments(*inputs, cache, depth, kept, cache_rows, one_by_one, **kwargs)
@@ -274,10 +261,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
 
     >>> model = SortedLlamaForCausalLM.from_pretrained("user/sorted-llama")
     >>> tokenizer = AutoTokenizer.from_pretrained("user/sorted-llama")
-    >>> messages = [{"role": "user", "content": "What is the capital of Peru?"}]
-    >>> inputs = tokenizer.apply_chat_template(
-    ...     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    ... )
+    >>> inputs = tokenizer("The capital of Peru is", return_tensors="pt")
     >>> tokens = model.generate(**inputs, exit_layer=10, max_new_tokens=8)
     >>> print(tokenizer.decode(tokens[0], skip_special_tokens=True))
     ```
@@ -315,27 +299,19 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
             self.exit_lm_heads[k] = head.resized(self.get_output_embeddings().weight)
         return embeddings
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        if any(hasattr(self.generation_config, name) for name in SORTED_GENERATION_FIELDS):
-            # Loading drops the fields that transformers does not know where this flag is set
-            self.generation_config._from_model_config = False
-        super().save_pretrained(save_directory, **kwargs)
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, gguf_file: str | None = None, **kwargs: Any):
         """
-        Load a sorted model, or any Llama as one: see [`~transformers.PreTrainedModel.from_pretrained`]. The fields of
-        [`SortedLlamaConfig`] are keyword arguments (`exit_layers=[...]`, `exit_layer=k`), and `num_hidden_layers=k`
-        reads only the first `k` layers.
+        Load a sorted model, or any Llama as one: see [`~transformers.PreTrainedModel.from_pretrained`]. Fields of the
+        config are keyword arguments (`exit_layers=[...]`), and `num_hidden_layers=k` reads only the first `k` layers.
         """
         if gguf_file is None:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         # transformers finds the tensors of a GGUF file by the model type, and knows Llama's
         fields = {name: kwargs.pop(name) for name in SORTED_FIELDS if name in kwargs}
         loaded = LlamaForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, gguf_file=gguf_file, **kwargs)
-        if isinstance(loaded, tuple):  # `output_loading_info=True`
-            return cls.from_llama(loaded[0], **fields), loaded[1]
-        return cls.from_llama(loaded, **fields)
+        with_info = isinstance(loaded, tuple)  # `output_loading_info=True`
+        return (cls.from_llama(loaded[0], **fields), loaded[1]) if with_info else cls.from_llama(loaded, **fields)
 
     @takes_either_cache_name
     @can_return_tuple
@@ -366,9 +342,8 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
             exit_layer (`int`, *optional*):
                 Number of layers to run, from 1 to the number of layers. Defaults to `config.exit_layer`, then to all.
             exit_layers (`list[int]`, *optional*):
-                Exits whose losses are summed, ascending and ending in the full depth. Defaults to
-                `config.exit_layers`.
-            shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Exits whose losses are summed, ascending, ending in the full depth. Defaults to `config.exit_layers`.
+            shift_labels (`torch.LongTensor`, *optional*):
                 Labels already shifted by one, as passed under context parallelism; used in place of `labels`.
             skip_logits (`bool`, *optional*):
                 Whether to leave `logits` out of the output of a SoFT loss. Defaults to `True` while training several
@@ -382,10 +357,9 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
             `logits_to_keep` count the input's tokens; a number of `logits_to_keep` keeps the newest of both.
 
         Raises:
-            ValueError: If an exit is out of range, if both `exit_layer` and `exit_layers` are passed, if `exit_layers`
-                comes without `labels` or an argument of the SoFT loss without exits, if `cache` was filled by a
-                shallower run, if `labels` are not of the input's shape, or if `output_hidden_states` or
-                `output_attentions` are asked for where tokens are pending in the cache.
+            ValueError: If an exit or an option is out of range, if two contradict each other or have no effect, if
+                `cache` was filled by a shallower run, if `labels` are not of the input's shape, or if states of all
+                layers are asked for where tokens are pending in the cache.
         """
         exits = self._loss_exits(exit_layer, exit_layers, labels)
         loss_arguments = self._loss_arguments(kwargs, exits)
@@ -393,7 +367,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
         tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None and tokens is not None:
             _check_labels(tokens.shape[:2], labels=labels, shift_labels=loss_arguments.get("shift_labels"))
-        self._check_hidden_states(cache, depth, kwargs)
+        self._check_pending(cache, depth, kwargs)
 
         outputs: SortedModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -406,7 +380,6 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
             exit_layers=exits,
             **kwargs,
         )
-
         logits, losses = None, {}
         if exits is not None:
             losses = vars(self._multi_exit_loss(exits, outputs.exit_hidden_states, labels, **loss_arguments))
@@ -427,7 +400,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    def _check_hidden_states(self, cache: Any, depth: int, kwargs: dict[str, Any]) -> None:
+    def _check_pending(self, cache: Any, depth: int, kwargs: dict[str, Any]) -> None:
         """Refuse states of all layers where some would hold tokens that are pending, among those of the input."""
         asked = [n for n in ("output_hidden_states", "output_attentions") if kwargs.get(n, getattr(self.config, n))]
         if asked and is_sorted_cache(cache) and len(cache.segments(depth)) > 1:
@@ -439,18 +412,16 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
 
     def _loss_exits(self, exit_layer, exit_layers, labels) -> list[int] | None:
         """The exits of a SoFT loss; `None` where the call has no loss or a single exit's."""
-        if exit_layers is not None:
-            if exit_layer is not None:
-                raise ValueError(
-                    f"`exit_layer={exit_layer!r}` (one exit's loss) and `exit_layers={exit_layers!r}` (the sum of "
-                    "several) contradict each other: pass one of them."
-                )
-            if labels is None:
-                raise ValueError(f"`exit_layers={exit_layers!r}` chooses the exits of the loss: pass `labels` too.")
-        elif labels is None or exit_layer is not None or self.config.exit_layer is not None:
-            return None
-        else:
-            exit_layers = self.config.exit_layers
+        if exit_layers is None:
+            of_one_exit = labels is None or exit_layer is not None or self.config.exit_layer is not None
+            exit_layers = None if of_one_exit else self.config.exit_layers
+        elif exit_layer is not None:
+            raise ValueError(
+                f"`exit_layer={exit_layer!r}` (one exit's loss) and `exit_layers={exit_layers!r}` (the sum of several)"
+                " contradict each other: pass one of them."
+            )
+        elif labels is None:
+            raise ValueError(f"`exit_layers={exit_layers!r}` chooses the exits of the loss: pass `labels` too.")
         return None if exit_layers is None else check_exit_layers(exit_layers, self.config.num_hidden_layers)
 
     def _loss_arguments(self, kwargs: dict[str, Any], exits: list[int] | None) -> dict[str, Any]:
@@ -466,37 +437,25 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
         if exits == self.config.exit_layers:
             given.setdefault("exit_loss_weights", self.config.exit_loss_weights)
         options = ExitLossOptions(**given)
-        options.weights(len(exits))
-        if options.detach_exits and not {*exits[:-1]} <= {*self.config.own_exits}:
-            raise ValueError(
-                "`detach_exits=True` trains only what the exits own: every one of `exit_layers` below full depth must "
-                f"have weights of its own (`exit_heads` of {OWNING_HEADS}), got exits {exits} where "
-                f"{self.config.own_exits} have."
-            )
+        options.check(exits, self.config.own_exits)
         return {"options": options} | {name: kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch")}
 
-    def _multi_exit_loss(
-        self, exits, exit_hidden_states, labels, options, shift_labels, num_items_in_batch
-    ) -> MultiExitLossOutput:
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
-        shift_labels = shift_labels.flatten()
-        labelled = (shift_labels != -100).nonzero().squeeze(-1)  # only these reach the norm and the head
+    def _multi_exit_loss(self, exits, hidden_states, labels, options, shift_labels, num_items_in_batch):
+        rows, targets = labelled_rows(labels, shift_labels)
         normed = []
-        for k, states in zip(exits, exit_hidden_states, strict=True):
-            states = _newest(states, labels.shape[1]).flatten(0, -2).index_select(0, labelled.to(states.device))
+        for k, states in zip(exits, hidden_states, strict=True):
+            states = _newest(states, labels.shape[1]).flatten(0, -2).index_select(0, rows.to(states.device))
             is_detached = options.detach_exits and k != exits[-1]
             normed.append(self.model.exit_norm(k)(states.detach() if is_detached else states))
         heads = [self.exit_head(k) for k in exits]
         gather_in_backward(self, heads)
-        return multi_exit_loss(normed, heads, shift_labels[labelled], options, num_items_in_batch)
+        return multi_exit_loss(normed, heads, targets, options, num_items_in_batch)
 
     def extract_submodel(self, exit_layer: int) -> LlamaForCausalLM:
         """
         The sub-model of an exit as a plain Llama that *shares* its tensors with this model: no copy is made, and
-        training either trains both. `save_pretrained` then writes a vanilla Llama checkpoint for any engine. The one
-        exception is the head of an exit with `exit_heads="lens"`: a new tensor, the shared head times the exit's
-        matrix.
+        training either trains both. `save_pretrained` then writes a vanilla Llama checkpoint for any engine. The head
+        of an exit with `exit_heads="lens"` alone is new: the shared head times the exit's matrix.
 
         Args:
             exit_layer (`int`):
@@ -506,8 +465,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
             [`~transformers.LlamaForCausalLM`]: A model of `exit_layer` layers.
 
         Raises:
-            ValueError: If `exit_layer` is not an integer in that range, or if a quantized head would have to be
-                multiplied by the matrix of an exit.
+            ValueError: If `exit_layer` is out of range, or if the head cannot be multiplied (it is quantized, ...).
         """
         check_exit_layer(exit_layer, len(self.model.layers))
         return plain_submodel(self, exit_layer)
@@ -522,9 +480,6 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
                 The Llama, as loaded, quantized or with adapters injected.
             kwargs (`Any`, *optional*):
                 Fields of [`SortedLlamaConfig`], `exit_layers=[...]` for example.
-
-        Returns:
-            [`SortedLlamaForCausalLM`]
 
         Raises:
             ValueError: If a field is out of range, or if `exit_heads` would drop what the exits of `model` own.
