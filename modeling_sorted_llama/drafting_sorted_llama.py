@@ -9,7 +9,7 @@ import torch
 
 from .compat_sorted_llama import logger
 from .modes_sorted_llama import SelfSpeculation
-from .sequences_sorted_llama import Choice, DraftStatistics, Sequences, SortedGenerateOutput
+from .sequences_sorted_llama import Choice, DraftStatistics, Sequences, SortedGenerateOutput, draw
 
 
 class Drafts(NamedTuple):
@@ -80,7 +80,7 @@ def _draft(
         scores = sequences.process(sequences.head(states, exit_layer, rows), rows, behind)
         needed = sequences.do_sample or threshold is not None
         probabilities = scores.softmax(-1, dtype=torch.float32) if needed else scores
-        token = torch.multinomial(probabilities, 1) if sequences.do_sample else scores.argmax(-1, keepdim=True)
+        token = draw(probabilities) if sequences.do_sample else scores.argmax(-1, keepdim=True)
         tokens.append(token)
         distributions.append(probabilities)
         if sequences.processors:  # those of the next drafts read it
@@ -115,23 +115,19 @@ def _verify(
     width = states.shape[1]
     lengths = [sequences.length(row) for row in rows]
     sequences.write(rows, lengths, drafts.tokens)
-    logits = sequences.head(states, depth, rows)
-    flat_rows = [row for row in rows for _ in range(width)]
-    flat_lengths = [length + i for length in lengths for i in range(width)]
-    scores = sequences.process(logits.flatten(0, 1), flat_rows, flat_lengths).view_as(logits)
+    logits = sequences.head(states, depth, rows).flatten(0, 1)
+    at = [row for row in rows for _ in range(width)], [length + i for length in lengths for i in range(width)]
+    scores = sequences.process(logits, *at)
+    sequences.record(scores, logits, *at)
+    scores = scores.view(len(rows), width, -1)
     accept = accept_sampled if sequences.do_sample else accept_greedy
     accepted, newest = accept(scores, drafts.tokens, drafts.probabilities)
     found = torch.cat([accepted[:, None], drafts.tokens, newest], dim=1).tolist()  # the one wait of a cycle
     sequences.write(rows, [length + row[0] for length, row in zip(lengths, found, strict=True)], newest)
-
-    if sequences.scores is not None or sequences.logits is not None:
-        kept = [i * width + j for i, row in enumerate(found) for j in range(row[0] + 1)]
-        index, at = sequences.rows_index(kept), ([flat_rows[i] for i in kept], [flat_lengths[i] for i in kept])
-        sequences.record(sequences.scores, scores.flatten(0, 1)[index], *at)
-        sequences.record(sequences.logits, logits.flatten(0, 1)[index], *at)
-    return [
-        [*(Choice(token, drafts.exit_layer) for token in row[1 : row[0] + 1]), Choice(row[-1], depth)] for row in found
-    ], newest
+    choices = []
+    for count, *proposed, token in found:
+        choices.append([*(Choice(draft, drafts.exit_layer) for draft in proposed[:count]), Choice(token, depth)])
+    return choices, newest
 
 
 def _take_over(
@@ -183,7 +179,7 @@ def accept_sampled(
     p = scores.softmax(-1, dtype=torch.float32)
     if probabilities is None:
         accepted = torch.zeros(p.shape[0], dtype=torch.long, device=p.device)
-        return accepted, torch.multinomial(p[:, 0], 1)
+        return accepted, draw(p[:, 0])
     q_drafts = probabilities.gather(2, drafts[..., None]).squeeze(-1)
     p_drafts = p[:, :-1].gather(2, drafts[..., None]).squeeze(-1)
     kept = torch.rand_like(q_drafts) * q_drafts < p_drafts
@@ -194,7 +190,7 @@ def accept_sampled(
     rest = (p_next - q_next).clamp(min=0)
     # Rounding can leave nothing where both distributions are the same
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_next)
-    return accepted, torch.multinomial(rest, 1)
+    return accepted, draw(rest)
 
 
 def draft_policy(sequences: Sequences, decoding: SelfSpeculation) -> "FixedDrafts | LearnedDrafts":

@@ -62,6 +62,7 @@ def _choose_at(
     lengths = [sequences.length(row) for row in rows]
     logits = sequences.head(states, depth, rows)
     scores = sequences.process(logits, rows, lengths)
+    sequences.record(scores, logits, rows, lengths)
 
     leaving, tokens, confidences = rows, None, {}
     if isinstance(decoding, ConfidenceExit):
@@ -74,13 +75,9 @@ def _choose_at(
         leaving = [row for row in rows if decoding.leaves(depth, confidences[row])]
     if not leaving:
         return {}
-
-    of_leaving = _of(leaving, rows, scores, sequences)
     if tokens is None:
-        tokens = dict(zip(leaving, sequences.choose(of_leaving, leaving).tolist(), strict=True))
-    lengths = [sequences.length(row) for row in leaving]
-    sequences.record(sequences.scores, of_leaving, leaving, lengths)
-    sequences.record(sequences.logits, _of(leaving, rows, logits, sequences), leaving, lengths)
+        chosen = sequences.choose(_of(leaving, rows, scores, sequences), leaving)
+        tokens = dict(zip(leaving, chosen.tolist(), strict=True))
     return {row: Choice(int(tokens[row]), depth, confidences.get(row)) for row in leaving}
 
 

@@ -12,7 +12,6 @@ from .compat_sorted_llama import CACHE_NAME
 from .drafting_sorted_llama import decode_with_drafts
 from .exiting_sorted_llama import decode_with_exits
 from .modes_sorted_llama import (
-    DECODED_MODES,
     SORTED_GENERATION_FIELDS,
     OneDepth,
     SelfSpeculation,
@@ -57,7 +56,8 @@ class SortedGenerationMixin(GenerationMixin):
             model_kwargs[CACHE_NAME] = model_kwargs.pop("cache")
         if generation_config.num_assistant_tokens == "auto":
             generation_config.num_assistant_tokens = None
-        generation_config.sorted_decoding = decoding  # read by the two methods below
+        # Depth that moves is for the two methods below, one depth for `forward`
+        generation_config.sorted_decoding = None if isinstance(decoding, OneDepth) else decoding
         if isinstance(decoding, OneDepth):
             model_kwargs["exit_layer"] = decoding.exit_layer
         elif decoding is not None:
@@ -69,28 +69,18 @@ class SortedGenerationMixin(GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, *args: Any, **kwargs: Any
     ):
         decoding, given = generation_config.sorted_decoding, model_kwargs.get(CACHE_NAME)
-        moves = decoding is not None and not isinstance(decoding, OneDepth)
-        if moves and generation_mode not in DECODED_MODES:
+        depth = model_kwargs.get("exit_layer")
+        by_lookup = generation_config.prompt_lookup_num_tokens is not None
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and not by_lookup and (decoding or depth):
             raise ValueError(
-                "`exit_threshold`, `assistant_early_exit` and a depth for each row work with greedy decoding and "
-                f"sampling, not with {generation_mode.value}: do not pass `assistant_model`."
+                "`assistant_model` drafts for full depth, and cannot be passed together with "
+                f"{decoding or f'`exit_layer={depth}`'}: let an exit draft instead, with `assistant_early_exit=k`."
             )
-        if (
-            isinstance(decoding, OneDepth)
-            and generation_mode == GenerationMode.ASSISTED_GENERATION
-            and generation_config.prompt_lookup_num_tokens is None
-        ):
-            raise ValueError(
-                f"`assistant_model` drafts for full depth, and `exit_layer={decoding.exit_layer}` would be its depth, "
-                "too: pass one of them, or let an exit draft with `assistant_early_exit`."
-            )
-        if moves and given is None:  # `Sequences` makes a `SortedCache`
+        if decoding is None or given is not None:  # else `Sequences` makes a `SortedCache`
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        if decoding is not None:
             return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        cache = model_kwargs.get(CACHE_NAME)
-        if moves:
-            return
-        depth = len(self.model.layers) if decoding is None else decoding.exit_layer
+        depth, cache = depth or len(self.model.layers), model_kwargs.get(CACHE_NAME)
         if given is not None:
             check_cache_depth(given, depth, synchronize=True)
         elif isinstance(cache, Cache):
@@ -107,9 +97,9 @@ class SortedGenerationMixin(GenerationMixin):
         streamer=None,
         **kwargs,
     ):
-        decoding = generation_config.sorted_decoding
+        decoding = getattr(generation_config, "sorted_decoding", None)  # none where others call this method
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if decoding is None or isinstance(decoding, OneDepth):
+        if decoding is None:
             return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
         if synced_gpus:
             raise ValueError(

@@ -308,40 +308,39 @@ def choose_decoding(model, generation_config: GenerationConfig, fields: dict[str
     return decoding
 
 
+# transformers' options that decoding at moving depth cannot honour: what they may be, and why
+_REFUSED = {
+    "cache_implementation": ((None, "dynamic", "static"), "its cache is 'dynamic' or 'static'"),
+    "output_attentions": ((None, False), "not every layer has attentions for every token: `output_attentions=False`"),
+    "output_hidden_states": (
+        (None, False),
+        "not every layer has hidden states for every token: `output_hidden_states=False`",
+    ),
+}
+_LOOKUP = "the exit alone drafts, and prompt lookup works without it and at a fixed `exit_layer=k`: pass one of them"
+_REFUSED_WITH_DRAFTS = {
+    "prompt_lookup_num_tokens": ((None,), _LOOKUP),
+    "max_matching_ngram_size": ((None,), _LOOKUP),
+    "num_assistant_tokens_schedule": ((None, "constant"), '`num_assistant_tokens` is a number or "auto"'),
+}
+
+
 def _check_generation_config(generation_config: GenerationConfig, decoding: Mode, call: str) -> None:
-    """Refuse options that decoding at moving depth cannot honour."""
+    refused = {**_REFUSED_WITH_DRAFTS, **_REFUSED} if isinstance(decoding, SelfSpeculation) else _REFUSED
+    for name, (allowed, reason) in refused.items():
+        value = getattr(generation_config, name)
+        if value not in allowed:
+            raise ValueError(f"{call} does not work with `{name}={value!r}`: {reason}.")
     config = copy.copy(generation_config)
-    if isinstance(decoding, SelfSpeculation):
-        for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
-            if getattr(config, name) is not None:
-                raise ValueError(
-                    f"{call} drafts with the exit alone, not by prompt lookup (`{name}={getattr(config, name)!r}`), "
-                    "which works without it, and at a fixed `exit_layer=k`: pass one of them."
-                )
-        if config.num_assistant_tokens_schedule not in (None, "constant"):
-            raise ValueError(
-                f"{call} takes no `num_assistant_tokens_schedule={config.num_assistant_tokens_schedule!r}`: pass "
-                '`num_assistant_tokens`, a number or "auto", which learns it while decoding.'
-            )
     config.assistant_early_exit = None
-    if config.get_generation_mode() not in DECODED_MODES:
+    strategy = config.get_generation_mode()
+    if strategy not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
-            f"{call} works with greedy decoding and sampling, not with {config.get_generation_mode().value} "
-            f"(`num_beams={config.num_beams}`, `prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}`, ...)."
+            f"{call} works with greedy decoding and sampling, not with {strategy.value} (`num_beams="
+            f"{config.num_beams}`, `prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}`, ...)."
         )
-    if config.cache_implementation not in (None, "dynamic", "static"):
-        raise ValueError(
-            f"{call} works with `cache_implementation` 'dynamic' and 'static', got {config.cache_implementation!r}."
-        )
-    for name, what in (("output_attentions", "attentions"), ("output_hidden_states", "hidden states")):
-        if getattr(config, name):
-            raise ValueError(
-                f"{call} cannot return {what}, as not every layer has them for every token: `{name}=False`."
-            )
 
 
-# transformers' strategies that the modes at moving depth stand for
-DECODED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # Processors that keep state from call to call, and so count on one call a token, in order
 STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 

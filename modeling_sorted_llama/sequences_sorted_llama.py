@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -212,9 +213,8 @@ class Sequences:
     def head(self, hidden_states: torch.Tensor, depth: int, rows: Sequence[int]) -> torch.Tensor:
         """Logits of normed states of an exit, `(num_rows, ..., hidden_size)`."""
         head = self.model.exit_head(depth)
-        if not self.rows_have_adapters:
-            return head(hidden_states).to(self.device)
-        return self._as_batch(lambda states: head(states).to(self.device), hidden_states, rows)
+        logits = self._as_batch(head, hidden_states, rows) if self.rows_have_adapters else head(hidden_states)
+        return logits.to(self.device)
 
     def _as_batch(self, function: Callable, values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """What `function`, which may know the rows of the batch, makes of the `values` of some of them."""
@@ -266,29 +266,23 @@ class Sequences:
     def _process_rows(self, scores: torch.Tensor, rows: list[int], length: int) -> torch.Tensor:
         input_ids = self.prefixes(rows, length)
         for processor in self.processors:
+            is_users = not type(processor).__module__.startswith("transformers.")
+            if is_users or isinstance(processor, _PROCESSORS_OF_ROWS):
+                scores = self._as_batch(partial(processor, self.ids[:, :length]), scores, rows)
+                continue
             if type(processor) is PrefixConstrainedLogitsProcessor:
-                # Its function is asked about true texts alone, and finds no tokens behind what follows a shorter row
+                # Not as a batch: its function may know no token behind what is in the other rows
                 allowed = processor._prefix_allowed_tokens_fn
                 processor = PrefixConstrainedLogitsProcessor(lambda i, ids, allowed=allowed: allowed(rows[i], ids), 1)
-                scores = processor(input_ids, scores)
-            elif type(processor).__module__.startswith("transformers.") and not isinstance(
-                processor, _PROCESSORS_OF_ROWS
-            ):
-                scores = processor(input_ids, scores)
-            else:
-                scores = self._as_batch(lambda batch, p=processor: p(self.ids[:, :length], batch), scores, rows)
+            scores = processor(input_ids, scores)
         return scores
 
     def choose(self, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """Next tokens, `(num_rows,)`, of processed scores, `(num_rows, vocab_size)`."""
         if not self.do_sample:
             return scores.argmax(-1)
-
-        def draw(scores: torch.Tensor) -> torch.Tensor:
-            return torch.multinomial(scores.softmax(-1, dtype=torch.float32), num_samples=1).squeeze(1)
-
         # Drawn for the whole batch, as in transformers: the same seed, the same tokens
-        return self._as_batch(draw, scores, rows)
+        return self._as_batch(lambda batch: draw(batch.softmax(-1, dtype=torch.float32)), scores, rows).squeeze(1)
 
     def active_rows(self) -> list[int]:
         """Rows that go on."""
@@ -357,15 +351,19 @@ class Sequences:
             return depths, None
         return depths, [0.0 if choice is None else choice.confidence or 0.0 for choice in column]
 
-    def record(self, store: list[torch.Tensor] | None, values: torch.Tensor, rows: Sequence[int], lengths) -> None:
-        """Keep `values`, `(n, vocab_size)`: those of the token behind the first `lengths[i]` of `rows[i]`."""
-        if store is None:
-            return
-        for length, members in _by_value(lengths).items():
-            step = length - self.prompt_length
-            while len(store) <= step:
-                store.append(torch.zeros(self.batch_size, values.shape[-1], device=self.device))
-            store[step][self.rows_index([rows[i] for i in members])] = values[self.rows_index(members)].float()
+    def record(self, scores: torch.Tensor, logits: torch.Tensor, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """
+        Keep what is asked for of `scores` and `logits`, `(n, vocab_size)`: those of the token behind the first
+        `lengths[i]` of `rows[i]`. What a deeper exit says of a token, or a later cycle, takes their place.
+        """
+        for store, values in ((self.scores, scores), (self.logits, logits)):
+            if store is None:
+                continue
+            for length, members in _by_value(lengths).items():
+                step = length - self.prompt_length
+                while len(store) <= step:
+                    store.append(torch.zeros(self.batch_size, values.shape[-1], device=self.device))
+                store[step][self.rows_index([rows[i] for i in members])] = values[self.rows_index(members)].float()
 
     # The end
 
@@ -414,6 +412,11 @@ class Sequences:
         rotary_emb = self.model.model.rotary_emb
         block = self.cache.append(embeds, counts=counts, rotary_emb=rotary_emb, one_by_one=True)
         self.cache.suspend(0, embeds, block)
+
+
+def draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """A token, `(num_rows, 1)`, of each distribution, `(num_rows, vocab_size)`."""
+    return torch.multinomial(probabilities, num_samples=1)
 
 
 def _by_value(values: Sequence[int]) -> dict[int, list[int]]:
