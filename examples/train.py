@@ -26,9 +26,9 @@ import yaml
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from sorted_llama import SortedSFTConfig, SortedSFTTrainer
 from sorted_llama.hub_card.checkpoint import load_config
 from sorted_llama.hub_card.tasks import FORMATS
-from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
 from sorted_llama.trainer.escaping import one_line
 
 

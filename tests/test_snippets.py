@@ -156,14 +156,14 @@ def test_every_block_says_what_it_is():
         assert page.read_text().count("```") == 2 * len(fences("", page.read_text())), page
 
 
-def test_every_exception_is_one():
+def test_what_is_not_run_stands_on_a_page_and_has_a_reason():
     texts = [block.text for block in PYTHON] + [param.values[1] for param in COMMANDS]
     assert {not_run(text) for text in texts} - {None} == set(NOT_RUN)
     assert all((ROOT / test).exists() for reason in NOT_RUN.values() for test in re.findall(r"tests/\S+", reason))
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python(block, at_home, capsys):
+def test_a_block_of_python_runs_and_prints(block, at_home, capsys):
     if not not_run(block.text):
         assert run(block, capsys).strip(), "prints nothing"
 
@@ -186,7 +186,7 @@ def run(block: Block, capsys) -> str:
     return printed
 
 
-def test_pages_that_are_made(at_home, capsys):
+def test_the_blocks_of_pages_that_are_made_run(at_home, capsys):
     """Of a checkpoint, of an extracted Llama, of an adapter."""
     commands.main(["card", "user/sorted-llama"])
     commands.main(["extract", "user/sorted-llama", "--exit", "15", "out/fifteen"])
@@ -206,7 +206,7 @@ def test_pages_that_are_made(at_home, capsys):
 
 
 @pytest.mark.parametrize("block, line", COMMANDS)
-def test_command(block, line, at_home, monkeypatch, capsys):
+def test_a_command_runs(block, line, at_home, monkeypatch, capsys):
     words = shlex.split(line)
     for word in words:
         if re.match(r"(examples|benchmarks|docs|tests|\.ci)/", word):
