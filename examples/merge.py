@@ -30,21 +30,9 @@ PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = ("linear", "cat", "svd", *PRUNING, *(f"{name}_svd" for name in PRUNING))
 
 # What checkpoints must share to be averaged weight by weight: the shapes, and what the weights mean
-SHARED_FIELDS = (
-    "exit_layers",
-    "exit_heads",
-    "num_hidden_layers",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-    "rope_parameters",
-)
+EXITS = ("exit_layers", "exit_heads")
+SIZES = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "attention_bias", "mlp_bias")
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_parameters")
 
 
 def check_weights(weights: Sequence[float] | None, num_parts: int) -> list[float]:
@@ -83,17 +71,14 @@ def merge_adapters(
         exit_layers (`Sequence[int]` or `str`, *optional*): The adapters' exits, or `"every:N"`. Default to the base's.
         exit_heads (`str`, *optional*): What the adapters' exits own. Defaults to the base's.
 
-    Returns:
-        [`SortedLlamaForCausalLM`]: With the adapters merged into its weights.
-
     Raises:
         ValueError: Before a model is loaded, if neither the arguments nor the base say what the exits are, if there is
             not one finite weight for each adapter, or if the adapters cannot be combined so.
     """
     weights = check_weights(weights, len(adapters))
     check_adapters(adapters, combination_type, density)
-    fields = {"exit_layers": exit_layers, "exit_heads": exit_heads}
-    config = load_config(base, **{k: v for k, v in fields.items() if v is not None})
+    given = {"exit_layers": exit_layers, "exit_heads": exit_heads}
+    config = load_config(base, **{name: value for name, value in given.items() if value is not None})
     if config.exit_layers is None:
         raise ValueError(f"The base {str(base)!r} names no exits: pass the adapters' `exit_layers`.")
     sorted_base = SortedLlamaForCausalLM.from_pretrained(base, config=config)
@@ -107,13 +92,7 @@ def merge_adapters(
 
 
 def check_adapters(adapters: Sequence[str | PathLike], combination_type: str, density: float | None) -> None:
-    """
-    Check how adapters are to be combined, from their configurations.
-
-    Raises:
-        ValueError: If one is missing or no LoRA, if they have no common rank where one is needed, or if
-            `combination_type` or `density` is not allowed.
-    """
+    """A `ValueError` unless the adapters can be combined so, by what their configurations say."""
     if combination_type not in COMBINATIONS:
         raise ValueError(f"`combination_type` must be one of {', '.join(COMBINATIONS)}, got {combination_type!r}.")
     prunes = combination_type.startswith(PRUNING)
@@ -139,14 +118,11 @@ def average_checkpoints(
     checkpoints: Sequence[str | PathLike], weights: Sequence[float] | None = None
 ) -> SortedLlamaForCausalLM:
     """
-    One sorted model whose weights are the weighted mean of those of several checkpoints with the same exits.
+    One sorted model, in the first one's dtype, whose weights are the weighted mean of those of several checkpoints.
 
     Args:
         checkpoints (`Sequence[str]`): Model ids or paths.
         weights (`Sequence[float]`, *optional*): Share of each, of any sum. Default to equal ones.
-
-    Returns:
-        [`SortedLlamaForCausalLM`]: In the first one's dtype; summed in float32.
 
     Raises:
         ValueError: Before a model is loaded, if the checkpoints have different exits or shapes, or if there is not one
@@ -157,7 +133,7 @@ def average_checkpoints(
         raise ValueError(f"`weights` must not sum to 0, which is what they are divided by, got {weights}.")
     first, *others = [load_config(folder) for folder in checkpoints]
     for folder, config in zip(checkpoints[1:], others, strict=True):
-        for field in SHARED_FIELDS:
+        for field in (*EXITS, *SIZES, *HEADS):
             if getattr(config, field) != getattr(first, field):
                 raise ValueError(
                     f"All checkpoints need the same `{field}`, got {getattr(first, field)!r} ({checkpoints[0]}) and "

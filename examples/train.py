@@ -63,7 +63,7 @@ def load_splits(script_args: ScriptArguments, training_args: SortedSFTConfig):
 
 
 def check_exits(training_args: SortedSFTConfig, model_args: ModelConfig) -> None:
-    """Whether the model, of which only the config is read, has the exits that are asked for."""
+    """A `ValueError` unless the model, of which only the config is read, has the exits that are asked for."""
     name = model_args.model_name_or_path
     try:
         config = load_config(name, model_args.model_revision)

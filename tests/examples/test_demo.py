@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sorted_llama.hub_card import commands
 from tests.tiny import save_tiny, tiny_sorted, tiny_tokenizer
 
 
@@ -33,9 +34,9 @@ def inputs(tmp_path):
     return tmp_path
 
 
-def test_a_run_and_one_that_was_interrupted(inputs):
-    demo = [ROOT / "examples" / "demo.py", "--model", "model", "--data", "data.jsonl", "--max_steps", "3"]
-    first = run(inputs, *demo)
+def test_a_run_leaves_a_checkpoint_and_an_interrupted_one_goes_on(demo, inputs, monkeypatch, capsys):
+    command = [ROOT / "examples" / "demo.py", "--model", "model", "--data", "data.jsonl", "--max_steps", "3"]
+    first = run(inputs, *command)
     for noise in ("FutureWarning", "Loading weights", "Map", "examples/s", "Writing model shards"):
         assert noise not in first.stderr, noise
     for bar in ("decoding speed", "reading answers", "exit 1", "exit 2", "exit 4"):
@@ -48,9 +49,13 @@ def test_a_run_and_one_that_was_interrupted(inputs):
 
     held_out = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
     assert len(held_out) == 4 and all(row in ROWS for row in held_out)
-    for command in re.findall(r"^  \.venv/bin/sorted-llama (.*)$", first.stdout, re.MULTILINE):
-        quick = ["--runs", "1", "--num_timed", "1", "--max_new_tokens", "4"] if "evaluate" in command else []
-        run(inputs, "-m", "sorted_llama", *command.split(), *quick)
+    # From here on in this process, which has imported all that is slow to import
+    monkeypatch.chdir(inputs)
+    told = re.findall(r"^  \.venv/bin/sorted-llama (.*)$", first.stdout, re.MULTILINE)
+    assert [line.split()[0] for line in told] == ["evaluate", "card"]
+    for line in told:
+        quick = ["--runs", "1", "--num_timed", "1", "--max_new_tokens", "4"] if "evaluate" in line else []
+        commands.main([*line.split(), *quick])
     evaluation = json.loads((final / "evaluation.json").read_text())
     assert evaluation["request"]["exit_layers"] == [1, 2, 4]
     assert "| optimization | 3 steps of 16 rows" in (final / "README.md").read_text()
@@ -60,9 +65,13 @@ def test_a_run_and_one_that_was_interrupted(inputs):
     del state["after"]
     state["plan"] |= {"steps": 2, "num_questions": 3}
     (folder / "demo.json").write_text(json.dumps(state))
-    second = run(inputs, *demo)
-    assert "Going on with the interrupted run" in second.stdout and "Measuring" not in second.stdout
-    assert "Plan: 2 steps" in second.stdout and "3 questions" in second.stdout
+    monkeypatch.setattr(demo, "hide_what_others_print", lambda: None)
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    capsys.readouterr()
+    demo.main()
+    second = capsys.readouterr().out
+    assert "Going on with the interrupted run" in second and "Measuring" not in second
+    assert "Plan: 2 steps" in second and "3 questions" in second
     assert [r["loss"] for r in json.loads((folder / "demo.json").read_text())["before"]] == [
         r["loss"] for r in state["before"]
     ]

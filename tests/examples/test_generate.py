@@ -87,7 +87,7 @@ def reference(folder, prompt: str, mode: dict, max_new_tokens: int, **options):
     return tokenizer, tokens, depths, getattr(outputs, "draft_statistics", None)
 
 
-def test_every_mode(run, folder):
+def test_every_mode_shows_its_tokens_with_their_depths(run, folder):
     prompts = ["the first", "a second one"]
     output = run("--prompt", *prompts, "--max_new_tokens", 20, *FLAGS)
     assert "4 layers, exits [1, 2, 4]; cpu, float32" in output
@@ -136,7 +136,7 @@ def test_sampling_repeats_with_its_seed(run, folder):
         assert f"\n{name}\n{marked(pieces(tokenizer, tokens, depths))}\n    {len(tokens)} tokens" in output
 
 
-def test_stdin_chat_and_depths_asked_for(run, folder, monkeypatch):
+def test_a_prompt_from_stdin_as_a_chat_at_a_depth_asked_for(run, folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
     output = run("--prompt", "-", "--chat", "--exit_layers", 3, "--max_new_tokens", 8)
     assert "\ntwo\nlines\n\nfull depth\n" in output
@@ -154,7 +154,7 @@ def test_depths_of_the_checkpoint_do_not_count(run, folder, tmp_path):
     assert f"\nfull depth\n{marked(pieces(tokenizer, tokens, depths))}\n    8 tokens" in output
 
 
-def test_model_without_exits(run, tmp_path):
+def test_a_model_without_exits_runs_at_full_depth_and_drafts(run, tmp_path):
     output = run("--prompt", "the first", "--max_new_tokens", 8, model=save_tiny(tmp_path, tiny_llama()))
     assert output.count(" tokens/s, ") == 2
     assert "\nfull depth\n[4]" in output and "\nassistant_early_exit='auto'\n[" in output
@@ -189,12 +189,12 @@ def test_a_threshold_for_a_model_without_exits_is_refused(run, tmp_path):
         run("--exit_threshold", 0.5, model=save_tiny(tmp_path, tiny_llama()))
 
 
-def test_every_nth_layer(run):
+def test_depths_are_named_by_their_spacing(run):
     output = run("--prompt", "the first", "--exit_layers", "every:3", "--max_new_tokens", 4)
     assert re.findall(r"^exit_layer=(\d)$", output, re.M) == ["3"]
 
 
-def test_missing_model(run, generate, tmp_path, monkeypatch):
+def test_a_model_that_does_not_load_is_told_in_one_line(run, generate, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="make demo.*--model"):
         run(model=generate.DEMO)
@@ -221,7 +221,7 @@ def stream(generate, tokenizer, tokens: list[int], depths: list[int], capsys) ->
     return capsys.readouterr().out
 
 
-def test_characters_of_several_tokens(generate, capsys):
+def test_characters_of_several_tokens_are_printed_whole(generate, capsys):
     tokenizer, text = tiny_tokenizer(), "né 日🙂\n!"
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     depths = [1, 1, 2, 2, 1, 1, 3, 1, 1, 1, 4, 4, 4]
@@ -231,7 +231,7 @@ def test_characters_of_several_tokens(generate, capsys):
     assert stream(generate, tokenizer, tokens[:6], depths[:6], capsys) == "[1]n[2]é [1]\ufffd\n"
 
 
-def test_tokens_that_begin_with_a_space(generate, capsys):
+def test_a_space_that_a_token_begins_with_is_printed(generate, capsys):
     """A decoder as Llama 2's, which takes the first space away and spells other characters in bytes."""
     vocabulary = {name: i for i, name in enumerate(["<unk>", "</s>", "▁one", "▁two", "<0xC3>", "<0xA9>"])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

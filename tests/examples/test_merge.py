@@ -92,7 +92,7 @@ def test_checkpoints_are_averaged(merge, tmp_path):
     )
 
 
-def test_checkpoints_that_cannot_be_averaged(merge, tmp_path):
+def test_checkpoints_of_other_exits_or_shapes_are_refused(merge, tmp_path):
     folders = [save_tiny(tmp_path / "a", tiny_sorted()), save_tiny(tmp_path / "b", tiny_sorted(exit_layers=[3, 4]))]
     with pytest.raises(ValueError, match=r"exit_layers.*\[1, 2, 4\].*\[3, 4\]"):
         merge.average_checkpoints(folders)
@@ -121,7 +121,9 @@ def nothing_is_loaded(monkeypatch):
         ([float("inf"), 1.0], "finite numbers, got .*inf"),
     ],
 )
-def test_wrong_weights(merge, trained_adapters, nothing_is_loaded, weights, named):
+def test_weights_other_than_a_finite_number_a_part_are_refused(
+    merge, trained_adapters, nothing_is_loaded, weights, named
+):
     base, adapters = trained_adapters
     for call in (
         lambda: merge.merge_adapters(base, adapters, weights),
@@ -131,7 +133,7 @@ def test_wrong_weights(merge, trained_adapters, nothing_is_loaded, weights, name
             call()
 
 
-def test_weights_of_checkpoints_that_sum_to_nothing(merge, trained_adapters, nothing_is_loaded):
+def test_weights_of_checkpoints_that_sum_to_nothing_are_refused(merge, trained_adapters, nothing_is_loaded):
     with pytest.raises(ValueError, match=r"`weights` must not sum to 0.*\[1.0, -1.0\]"):
         merge.average_checkpoints([trained_adapters[0]] * 2, [1.0, -1.0])
 
@@ -148,13 +150,13 @@ def test_weights_of_checkpoints_that_sum_to_nothing(merge, trained_adapters, not
     ],
     ids=str,
 )
-def test_adapters_that_cannot_be_combined_so(merge, trained_adapters, nothing_is_loaded, options, named):
+def test_adapters_that_cannot_be_combined_so_are_refused(merge, trained_adapters, nothing_is_loaded, options, named):
     base, adapters = trained_adapters
     with pytest.raises(ValueError, match=named):
         merge.merge_adapters(base, adapters, **options)
 
 
-def test_adapters_of_other_kinds(merge, trained_adapters, nothing_is_loaded, tmp_path):
+def test_adapters_of_other_ranks_and_kinds_are_refused(merge, trained_adapters, nothing_is_loaded, tmp_path):
     base, adapters = trained_adapters
     LoraConfig(r=8, target_modules=["q_proj"]).save_pretrained(tmp_path / "wide")
     IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(tmp_path / "ia3")
@@ -194,7 +196,7 @@ def test_errors_of_the_command_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_exits_by_their_spacing(merge, trained_adapters, tmp_path, monkeypatch):
+def test_exits_of_adapters_are_named_by_numbers_or_their_spacing(merge, trained_adapters, tmp_path, monkeypatch):
     base, adapters = trained_adapters
     output = str(tmp_path / "out")
     command = ["merge.py", "--base", base, "--adapters", *map(str, adapters), "--output_dir", output]
@@ -216,7 +218,7 @@ def test_options_of_adapters_are_refused_for_checkpoints(merge, monkeypatch, cap
     assert f"{option[0]}: for --adapters" in capsys.readouterr().err
 
 
-def test_command(merge, tmp_path, monkeypatch, capsys):
+def test_the_command_averages_checkpoints(merge, tmp_path, monkeypatch, capsys):
     folders = [save_tiny(tmp_path / str(seed), tiny_sorted(seed=seed)) for seed in range(2)]
     output = str(tmp_path / "merged")
     monkeypatch.setattr(sys, "argv", ["merge.py", "--checkpoints", *folders, "--output_dir", output])

@@ -156,7 +156,7 @@ def wait_until(condition, seconds=20):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_mode_beside_full_depth(client, model, tokenizer, mode):
+def test_a_mode_is_shown_beside_full_depth(client, model, tokenizer, mode):
     chosen, full = map(Panel, client.predict(*arguments(mode), api_name="/generate"))
     tokens, depths = expect(model, tokenizer, MODES[mode])
     full_tokens, full_depths = expect(model, tokenizer, {})
@@ -190,7 +190,7 @@ def test_depths_are_those_that_generate_reports(app, model, tokenizer, mode):
     assert (answer.drafting is not None) == (mode == "drafting") and answer.state == "done"
 
 
-def test_the_chat_template(app, client, model, tokenizer):
+def test_the_chat_template_is_applied_where_asked_for(app, client, model, tokenizer):
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
     )
@@ -203,7 +203,7 @@ def test_the_chat_template(app, client, model, tokenizer):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_stop_ends_generating_within_two_tokens(client, model, mode):
+def test_stop_on_the_page_ends_generating(client, model, mode):
     with slow(model) as passes:
         job = client.submit(*arguments(mode, max_new_tokens=LONG), api_name="/generate")
         wait_until(lambda: len(passes) > 8)
@@ -218,7 +218,7 @@ def test_stop_ends_generating_within_two_tokens(client, model, mode):
     assert full.pieces == [] and full.figures == ""
 
 
-def test_stop_counted_in_tokens(app, model, tokenizer):
+def test_stop_ends_an_answer_within_two_tokens(app, model, tokenizer):
     for mode in MODES.values():
         stop = Event()
         with slow(model, 0.02):
@@ -293,7 +293,7 @@ def test_two_at_once_are_served_in_turn(url, model, tokenizer, monkeypatch):
         ({"mode": "beams"}, "beams"),
     ],
 )
-def test_what_is_refused(client, given, message):
+def test_what_cannot_be_is_refused_with_its_reason(client, given, message):
     with pytest.raises(AppError, match=re.escape(message)):
         client.predict(*arguments(**given), api_name="/generate")
 
@@ -326,7 +326,7 @@ def test_colors_are_readable_and_ordered(app):
         assert all(a - b > 0.04 for a, b in zip(values, values[1:]))
 
 
-def test_which_models_load(app, tmp_path, monkeypatch, offline):
+def test_a_model_that_is_no_sorted_llama_is_refused_in_one_line(app, tmp_path, monkeypatch, offline):
     """Others are refused in one line, before weights are loaded."""
     broken = tmp_path / "broken"
     tiny_sorted().config.save_pretrained(broken)  # neither tokenizer nor weights
@@ -373,7 +373,7 @@ def test_a_depth_of_the_checkpoint_is_no_mode(app, tokenizer, monkeypatch):
     assert ([token.id for token in answer.tokens], [token.depth for token in answer.tokens]) == expected
 
 
-def test_what_the_hub_reads():
+def test_the_files_that_the_hub_reads_fit_the_project():
     card = SpaceCard.load(FOLDER / "README.md").data
     requirements = dict(re.findall(r"^(\w+)[>=]=(.+)$", (FOLDER / "requirements.txt").read_text(), re.M))
     assert requirements.keys() == {"torch", "transformers", "gradio"}  # and nothing of this project
@@ -408,7 +408,7 @@ def served(folder, port, tmp_path):
         process.wait(20)
 
 
-def test_the_one_command(model, tokenizer, tmp_path):
+def test_the_one_command_serves_the_page_without_this_project(model, tokenizer, tmp_path):
     folder = save_tiny(tmp_path / "model", model)
     with served(folder, free_port(), tmp_path) as url:
         chosen, full = map(Panel, Client(url, verbose=False).predict(*arguments("drafting"), api_name="/generate"))
@@ -435,7 +435,7 @@ def browsing(tmp_path, **options):
         browser.close()
 
 
-def test_in_a_browser(url, model, tokenizer, tmp_path):
+def test_the_page_works_in_a_browser(url, model, tokenizer, tmp_path):
     """Type, choose, slide, generate, stop; nothing but text comes of what was typed."""
     from playwright import sync_api
 
@@ -515,7 +515,7 @@ def test_in_a_browser(url, model, tokenizer, tmp_path):
 SHOWN = "token => [getComputedStyle(token, '::after').content, token === document.activeElement]"
 
 
-def test_on_a_phone(url, model, tokenizer, tmp_path):
+def test_the_page_works_on_a_phone(url, model, tokenizer, tmp_path):
     """A tap, and a keyboard, show the depth of a token; nothing is wider than the screen."""
     from playwright import sync_api
 

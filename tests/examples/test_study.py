@@ -1,5 +1,7 @@
 """`examples/study.py` on a tiny model: every kind of arm, a second sitting, the scores."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -17,21 +19,40 @@ GSM8K = [
 ]
 
 
-def run(folder, *flags):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, ROOT / "examples" / "study.py", "--model", "model", "--small", "--max_steps", "2"]
-    command += ["--num_held_out", "4", "--exit_layers", "1", "2", "4", "--results", "study.jsonl", "--seeds", "0"]
-    result = subprocess.run([*command, *flags], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def run(study, folder, monkeypatch, *flags):
+    """
+    Run the script in `folder`; returns what it prints. The processes that it starts are this one, which has imported
+    all that is slow to import, but for those of the arm `alone 2`.
+    """
+    start = subprocess.run
+
+    def start_here(command, **options):
+        assert command[0] == sys.executable and Path(command[1]).name == "study.py"
+        if "alone 2" in command[-2]:
+            env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            return start(command, **options, env=env, timeout=300)
+        return subprocess.CompletedProcess(command, 0, main(command[1:]))
+
+    def main(words):
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            patch.setattr(sys, "argv", list(map(str, words)))
+            patch.setattr(study.logging, "set_verbosity_error", lambda: None)
+            study.main()
+        return printed.getvalue()
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(study.subprocess, "run", start_here)
+    command = ["study.py", "--model", "model", "--small", "--max_steps", "2", "--num_held_out", "4"]
+    command += ["--exit_layers", "1", "2", "4", "--results", "study.jsonl", "--seeds", "0"]
+    return main([*command, *flags])
 
 
-def test_two_sittings(tmp_path):
+def test_what_is_there_is_not_run_again(study, tmp_path, monkeypatch):
     save_tiny(tmp_path / "model")
     (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, GSM8K)))
     flags = ["--data", ".", "--tasks", "gsm8k"]
-    first = run(tmp_path, *flags, "--arms", "SFT", "alone 2")
-    second = run(tmp_path, *flags, "--arms", "SFT", "SFT+ICT", "alone 2", "SoFT", "lenses")
+    first = run(study, tmp_path, monkeypatch, *flags, "--arms", "SFT", "alone 2")
+    second = run(study, tmp_path, monkeypatch, *flags, "--arms", "SFT", "SFT+ICT", "alone 2", "SoFT", "lenses")
     assert "gsm8k, SFT, seed 0 ..." in first and "gsm8k, SFT, seed 0 ..." not in second
 
     results = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
@@ -63,7 +84,7 @@ def test_two_sittings(tmp_path):
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_spread_over_seeds(study):
+def test_the_report_tells_the_spread_over_seeds(study):
     def result(seed, loss):
         values = {"loss": loss, "score": 0.5, "agreement": 1.0}
         return {
@@ -90,12 +111,12 @@ def test_spread_over_seeds(study):
         ("score_response", "", "the cat", 0.0),
     ],
 )
-def test_scores(study, score, text, answer, value):
+def test_an_answer_is_scored_as_its_task_says(study, score, text, answer, value):
     assert getattr(study, score)(text, answer) == pytest.approx(value)
 
 
-def test_tasks(study, tmp_path):
-    """Rows held out are not trained on, and the split is the same every time."""
+def test_rows_held_out_are_not_trained_on(study, tmp_path):
+    """And the split is the same every time."""
     (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, GSM8K)))
     (tmp_path / "dolly_15k.jsonl").write_text(
         "\n".join(
@@ -152,6 +173,6 @@ def test_what_is_wrong_is_one_line_before_a_model_is_loaded(study, tmp_path, mon
     assert said in error.value.code and "\n" not in error.value.code
 
 
-def test_exits_by_their_spacing(study):
+def test_exits_are_named_by_numbers_or_their_spacing(study):
     assert study.read_exits(["every:2"], 5) == [2, 4, 5] and study.read_exits(["1", "4"], 4) == [1, 4]
     assert study.read_exits(None, 30) == [10, 15, 20, 30]
