@@ -68,7 +68,7 @@ def expected(path, **call):
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_each_request_has_its_depth(path, serve, capsys):
+def test_each_request_is_answered_at_its_depth(path, serve, capsys):
     with serving(path) as client:
         # What the script says of itself, as it stands but for the address and a model of four layers
         snippet = re.search(r"```python\n(.*?)```", serve.__doc__, re.DOTALL)[1]
@@ -121,6 +121,8 @@ REFUSED = [
     ({"exit_threshold": -0.5}, "`exit_threshold` must be a number of at least 0"),
     ({"exit_threshold": 0.5, "assistant_early_exit": 1}, "contradict each other"),
     ({"exit_layr": 1}, "unknown fields: 'exit_layr'"),
+    ({"exit_agreement": 0.5}, "unknown fields: 'exit_agreement'"),
+    ({"exit_layer": "auto"}, '`exit_layer="auto"` was removed'),
     ({"_from_model_config": True, "exit_layer": 9}, "`exit_layer` must be an integer from 1 to 4, got 9"),
     ({"max_new_tokens": "ten"}, "`max_new_tokens` of `generation_config` must be an integer, got 'ten'"),
     ({"do_sample": "false"}, "`do_sample` of `generation_config` must be true or false, got 'false'"),
@@ -264,7 +266,7 @@ def free_ports(count):
             continue
 
 
-def test_servers_of_several_depths(run_depths, serve_depths, tmp_path, monkeypatch, capsys):
+def test_several_depths_are_a_server_and_a_route_each(run_depths, serve_depths, tmp_path, monkeypatch, capsys):
     """What is started, and where LiteLLM is told to look."""
     path, port = str(save_tiny(tmp_path / "final", tiny_sorted())), free_ports(4)
     flags = ["--max-model-len", "512", "--enforce-eager"]
