@@ -1,13 +1,16 @@
-"""What the benchmarks share: the model, and fair timing."""
+"""What the benchmarks share: the model, fair timing, and a table that grows row by row."""
 
+import contextlib
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.utils import disable_progress_bars
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.masking_utils import create_causal_mask
+from transformers.utils import logging
 
 from sorted_llama import SortedLlamaForCausalLM
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
@@ -27,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from smollm2 import SMOLLM2, fetch_model  # noqa: E402
 
 
+logging.disable_progress_bar()
+disable_progress_bars()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {
     "vocab_size": 512,
@@ -85,18 +91,50 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def in_turns(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    """Seconds of each call in each run: all take turns, there and back, so that a drifting machine hits them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+def in_turns(calls: dict[Any, Callable[[], object]], runs: int, progress: bool = True) -> dict[Any, list[float]]:
+    """
+    Seconds of each call in each run: all take turns, there and back, so that a drifting machine hits them alike. With
+    `progress`, they are written to the standard error stream as they are measured.
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    report = partial(print, file=sys.stderr, flush=True) if progress else lambda *_, **__: None
     for run in range(runs + 1):
+        report(f"run {run} of {runs}:" if run > 0 else "warm-up:", end="")
         for name in list(calls) if run % 2 else reversed(calls):
             synchronize()
             start = time.perf_counter()
             calls[name]()
             synchronize()
-            if run > 0:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            report(f" {name if isinstance(name, str) else ' '.join(map(str, name))} {taken:.3f} s", end=";")
+            if run > 0:
+                seconds[name].append(taken)
+        report()
     return seconds
+
+
+def print_head(*columns: object) -> None:
+    """The first two lines of a Markdown table."""
+    print_row(*columns)
+    print("|---" * len(columns) + "|", flush=True)
+
+
+def print_row(*cells: object) -> None:
+    """A row of a Markdown table, at once: the next one may take minutes."""
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+@contextlib.contextmanager
+def endless(*models):
+    """The models decode as many tokens as they are asked for, whatever these are."""
+    ends = [model.generation_config.eos_token_id for model in models]
+    for model in models:
+        model.generation_config.eos_token_id = None
+    try:
+        yield
+    finally:
+        for model, end in zip(models, ends, strict=True):
+            model.generation_config.eos_token_id = end
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:
@@ -193,4 +231,5 @@ class Bare:
 
     def seconds(self, first: int, last: int, tokens: int, head_tokens: int, runs: int) -> float:
         """Median time of `forward`."""
-        return statistics.median(in_turns({"": lambda: self.forward(first, last, tokens, head_tokens)}, runs)[""])
+        call = partial(self.forward, first, last, tokens, head_tokens)
+        return statistics.median(in_turns({"": call}, runs, progress=False)[""])

@@ -15,10 +15,13 @@ python benchmarks/confidence_exit.py --model out/demo/final --plot docs/confiden
 
 import argparse
 import statistics
+from collections.abc import Iterator
 from functools import partial
+from operator import eq
+from typing import NamedTuple
 
 import torch
-from _common import DEVICE, Bare, in_turns, load_sorted, step_parts, where
+from _common import DEVICE, Bare, endless, in_turns, load_sorted, print_head, print_row, step_parts, where
 from facts import build_facts
 
 from sorted_llama.hub_card.measure import answers
@@ -26,8 +29,8 @@ from sorted_llama.hub_card.tasks import as_text, first_line
 
 
 def points(exits: list[int], small: bool) -> dict[str, dict]:
-    """What is compared: name and keyword arguments of `generate`."""
-    compared: dict[str, dict] = {f"exit {k}": {"exit_layer": k} for k in exits}
+    """What is compared: name and keyword arguments of `generate`; full depth, the measure of the others, is first."""
+    compared: dict[str, dict] = {f"exit {k}": {"exit_layer": k} for k in reversed(exits)}
     for threshold in (0.9,) if small else (0.5, 0.8, 0.9, 0.97):
         compared[f"all exits, {threshold}"] = {"exit_threshold": threshold}
     for k in sorted({exits[0], exits[-2]}):
@@ -36,6 +39,100 @@ def points(exits: list[int], small: bool) -> dict[str, dict]:
             thresholds[exits.index(k)] = threshold
             compared[f"exit {k} only, {threshold}"] = {"exit_threshold": thresholds}
     return compared
+
+
+OPTIONS = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+COLUMNS = [
+    "",
+    "mean depth",
+    "exact match",
+    "as full depth",
+    "answers/s",
+    "x full depth",
+    "step / its parts",
+    "beaten by",
+]
+
+
+class Point(NamedTuple):
+    """A row of the table."""
+
+    depth: float
+    answers_per_second: float
+    speed: float  # x full depth
+    exact: float
+    agreement: float
+    step_cost: float | None
+
+
+def print_point(name: str, done: dict[str, Point]) -> None:
+    point = done[name]
+    beaten = []
+    if not name.startswith("exit ") or "only" in name:
+        fixed = {other: p for other, p in done.items() if other.startswith("exit ") and "only" not in other}
+        beaten = [other for other, p in fixed.items() if p.speed > point.speed and p.exact > point.exact]
+    depth = point.depth if isinstance(point.depth, int) else f"{point.depth:.1f}"
+    shares = [f"{100 * share:.1f} %" for share in (point.exact, point.agreement)]
+    speeds = [f"{value:.2f}" for value in (point.answers_per_second, point.speed)]
+    cost = "" if point.step_cost is None else f"{point.step_cost:.2f}"
+    print_row(name, depth, *shares, *speeds, cost, ", ".join(beaten))
+
+
+def load(args) -> tuple:
+    """The model, its tokenizer, what is answered and wanted for the quality, and the inputs that are timed."""
+    model, tokenizer = load_sorted(args.small, getattr(torch, args.dtype), args.model)
+    if args.small:
+        prompts = [torch.randint(3, 500, (1, 8), device=DEVICE) for _ in range(args.questions)]
+        return model, None, [], [], [{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in prompts]
+    rows = as_text(build_facts()[1], tokenizer)
+    rows = rows[:: max(1, len(rows) // args.questions)]
+    texts, wanted = [row["prompt"] for row in rows], [row["answer"] for row in rows]
+    timed = texts[:: max(1, len(texts) // args.timed)][: args.timed]
+    return model, tokenizer, texts, wanted, [dict(tokenizer(t, return_tensors="pt").to(DEVICE)) for t in timed]
+
+
+def generate(model, inputs: list[dict], mode: dict, **extra) -> list:
+    return [model.generate(**one, **{**OPTIONS, **mode, **extra}) for one in inputs]
+
+
+def mean_depth(model, inputs: list[dict], mode: dict) -> float:
+    """Layers that a new token takes on average."""
+    outputs = generate(model, inputs, mode, return_dict_in_generate=True)
+    used = torch.cat([output.exit_layers_used.flatten() for output in outputs]).float()
+    return used[used > 0].mean().item()
+
+
+def measure_quality(model, tokenizer, texts: list[str], wanted: list[str], compared: dict[str, dict]) -> Iterator:
+    """Name, exact match and agreement with the first of `compared`, as they are measured; 0 without questions."""
+    full: list[str] = []
+    for name, mode in compared.items():
+        if not texts:
+            yield name, 0.0, 0.0
+            continue
+        found = [first_line(text) for text in answers(model, tokenizer, texts, **mode)]
+        full = full or found
+        yield name, *(statistics.mean(map(eq, found, expected)) for expected in (wanted, full))
+
+
+def measure_steps(model, inputs: list[dict], modes: dict[str, dict], steps: int, runs: int) -> dict[str, float]:
+    """What a step costs: `steps` tokens less one, over the same parts bare, in turns."""
+    bare = Bare(model, 1, 32 + steps // 2)
+    calls = {}
+    with endless(model):
+        for name, mode in modes.items():
+            for length, tokens in (("long", steps), ("short", 1)):
+                calls[name, length] = partial(generate, model, inputs, mode, max_new_tokens=tokens)
+            parts = []
+            for one in inputs:
+                call = {**one, **OPTIONS, **mode, "max_new_tokens": steps}
+                parts += step_parts(model, 1, partial(model.generate, **call))
+            calls[name, "parts"] = partial(bare.replay, parts)
+        taken = in_turns(calls, runs)
+    costs = {}
+    for name in modes:
+        of_runs = zip(*(taken[name, kind] for kind in ("long", "short", "parts")), strict=True)
+        costs[name] = statistics.median((long - short) / parts for long, short, parts in of_runs)
+    return costs
 
 
 def main() -> None:
@@ -49,81 +146,25 @@ def main() -> None:
     parser.add_argument("--plot", help="file for a picture of quality against speed")
     parser.add_argument("--small", action="store_true", help="a tiny random model: only checks that it runs")
     args = parser.parse_args()
-    model, tokenizer = load_sorted(args.small, getattr(torch, args.dtype), args.model)
     if args.small:
         args.questions, args.timed, args.runs, args.steps = 2, 2, 1, 3
-        prompts = [torch.randint(3, 500, (1, 8), device=DEVICE) for _ in range(args.questions)]
-        inputs = [{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in prompts]
-    else:
-        rows = as_text(build_facts()[1], tokenizer)
-        rows = rows[:: max(1, len(rows) // args.questions)]
-        texts, wanted = [row["prompt"] for row in rows], [row["answer"] for row in rows]
-        timed = texts[:: max(1, len(texts) // args.timed)][: args.timed]
-        inputs = [dict(tokenizer(text, return_tensors="pt").to(DEVICE)) for text in timed]
-    exits = model.config.exit_layers
-    compared = points(exits, args.small)
-    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+    model, tokenizer, texts, wanted, inputs = load(args)
+    compared = points(model.config.exit_layers, args.small)
 
-    def generate(name: str, questions=inputs, **extra):
-        return [model.generate(**one, **{**options, **compared[name], **extra}) for one in questions]
-
-    seconds = in_turns({name: lambda name=name: generate(name) for name in compared}, args.runs)
-    quality, agreement = {}, {}
-    if not args.small:
-        found = {
-            name: [first_line(text) for text in answers(model, tokenizer, texts, **mode)]
-            for name, mode in compared.items()
-        }
-        full = found[f"exit {exits[-1]}"]
-        for name, given in found.items():
-            quality[name] = statistics.mean(a == b for a, b in zip(given, wanted, strict=True))
-            agreement[name] = statistics.mean(a == b for a, b in zip(given, full, strict=True))
-    mean_depth = {}
-    for name in compared:
-        if "exit_layer" not in compared[name]:
-            outputs = generate(name, return_dict_in_generate=True)
-            used = torch.cat([output.exit_layers_used.flatten() for output in outputs]).float()
-            mean_depth[name] = used[used > 0].mean().item()
-
-    # The cost of a step: `--steps` tokens less one, against the same parts bare, in turns
-    model.generation_config.eos_token_id = None
-    bare = Bare(model, 1, 32 + args.steps // 2)
-    stepped = [name for name in mean_depth if name.endswith("0.9") or name.endswith("0.8")]
-    calls = {}
-    for name in stepped:
-        for length, tokens in (("long", args.steps), ("short", 1)):
-            calls[name, length] = partial(generate, name, inputs[:2], max_new_tokens=tokens)
-        parts = []
-        for one in inputs[:2]:
-            call = {**one, **options, **compared[name], "max_new_tokens": args.steps}
-            parts += step_parts(model, 1, partial(model.generate, **call))
-        calls[name, "parts"] = partial(bare.replay, parts)
-    taken = in_turns(calls, args.runs)
-    step_cost = {}
-    for name in stepped:
-        runs = zip(*(taken[name, kind] for kind in ("long", "short", "parts")), strict=True)
-        step_cost[name] = statistics.median((long - short) / parts for long, short, parts in runs)
-
-    fixed = {f"exit {k}": statistics.median(seconds[f"exit {k}"]) for k in exits}
-    slowest = fixed[f"exit {exits[-1]}"]
-    speed = {name: slowest / statistics.median(seconds[name]) for name in compared}
     print(f"{args.model}, {args.dtype}, {where()}; {len(inputs)} timed questions, {args.questions} for the quality")
-    print("| | mean depth | exact match | as full depth | answers/s | x full depth | step / its parts | beaten by |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in compared:
-        depth, parts_of_step, beaten = name.removeprefix("exit "), "", []
-        if name not in fixed:
-            depth = f"{mean_depth[name]:.1f}"
-            parts_of_step = f"{step_cost[name]:.2f}" if name in step_cost else ""
-            beaten = [o for o in fixed if quality and speed[o] > speed[name] and quality[o] > quality[name]]
-        shown = [f"{100 * q[name]:.1f} %" if q else "" for q in (quality, agreement)]
-        answered = len(inputs) / statistics.median(seconds[name])
-        print(
-            f"| {name} | {depth} | {' | '.join(shown)} | {answered:.2f} | {speed[name]:.2f} | {parts_of_step} "
-            f"| {', '.join(beaten)} |"
-        )
+    taken = in_turns({name: partial(generate, model, inputs, mode) for name, mode in compared.items()}, args.runs)
+    seconds = {name: statistics.median(runs) for name, runs in taken.items()}
+    stepped = {name: mode for name, mode in compared.items() if name.endswith(("0.8", "0.9"))}
+    step_cost = measure_steps(model, inputs[:2], stepped, args.steps, args.runs)
+    print_head(*COLUMNS)
+    done: dict[str, Point] = {}
+    for name, exact, agreement in measure_quality(model, tokenizer, texts, wanted, compared):
+        depth = compared[name].get("exit_layer") or mean_depth(model, inputs, compared[name])
+        speed = seconds[next(iter(compared))] / seconds[name]
+        done[name] = Point(depth, len(inputs) / seconds[name], speed, exact, agreement, step_cost.get(name))
+        print_point(name, done)
     if args.plot:
-        plot(args.plot, {name: (speed[name], 100 * quality[name]) for name in compared} if quality else {})
+        plot(args.plot, {name: (point.speed, 100 * point.exact) for name, point in done.items() if texts})
 
 
 def plot(path: str, points: dict[str, tuple[float, float]]) -> None:

@@ -17,9 +17,60 @@ import statistics
 from functools import partial
 
 import torch
-from _common import DEVICE, SMOLLM2, in_turns, load_llama, ratio, where
+from _common import DEVICE, SMOLLM2, in_turns, load_llama, print_head, print_row, ratio, where
 
 from sorted_llama import SortedLlamaForCausalLM
+
+
+COLUMNS = [
+    "dtype",
+    "layers",
+    "plain Llama, tokens/s",
+    "exit, tokens/s",
+    "ratio",
+    "speed-up",
+    "predicted",
+    "of predicted",
+]
+
+
+def weights_read(llama) -> int:
+    """Weights that a token of one row reads: layers, final norm and head."""
+    layers = sum(p.numel() for p in llama.model.layers.parameters())
+    return layers + llama.lm_head.weight.numel() + llama.model.norm.weight.numel()
+
+
+def measure(args, dtype: torch.dtype) -> tuple[dict[tuple[str, int], list[float]], dict[int, int]]:
+    """Seconds of the plain Llama and of the exit, by kind and depth; and the weights that a token reads, by depth."""
+    llama = load_llama(args.small, dtype, args.model, random_weights=args.random_weights)
+    model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=args.exit_layers)
+    torch.manual_seed(0)
+    prompt = torch.randint(3, llama.config.vocab_size, (1, args.prompt_tokens), device=DEVICE)
+    options = {
+        "attention_mask": torch.ones_like(prompt),
+        "do_sample": False,
+        "min_new_tokens": args.new_tokens,
+        "max_new_tokens": args.new_tokens,
+        "pad_token_id": 0,
+    }
+    calls, read = {}, {}
+    for k in args.exit_layers:
+        peer = model.extract_submodel(k)
+        calls["plain", k] = partial(peer.generate, prompt, **options)
+        calls["exit", k] = partial(model.generate, prompt, exit_layer=k, **options)
+        read[k] = weights_read(peer)
+    return in_turns(calls, args.runs), read
+
+
+def print_rows(dtype: torch.dtype, new_tokens: int, seconds: dict, read: dict[int, int]) -> None:
+    full = max(read)
+    for k in read:
+        speed_up = ratio(seconds["exit", full], seconds["exit", k])
+        predicted = read[full] / read[k]
+        plain, at_exit = (f"{new_tokens / statistics.median(seconds[kind, k]):.1f}" for kind in ("plain", "exit"))
+        to_peer = f"{ratio(seconds['plain', k], seconds['exit', k]):.3f}"
+        speed_ups = [f"{value:.2f}" for value in (speed_up, predicted, speed_up / predicted)]
+        print_row(str(dtype).removeprefix("torch."), k, plain, at_exit, to_peer, *speed_ups)
 
 
 def main() -> None:
@@ -32,42 +83,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=12)
     parser.add_argument("--small", action="store_true", help="a tiny random model: only checks that it runs")
     args = parser.parse_args()
-    exits = [2, 6] if args.small else args.exit_layers
-    new_tokens, runs = (4, 1) if args.small else (args.new_tokens, args.runs)
+    if args.small:
+        args.exit_layers, args.new_tokens, args.runs = [2, 6], 4, 1
 
-    print(f"{where()}; {args.prompt_tokens} prompt tokens, {new_tokens} new tokens, 1 row, {runs} runs")
-    print("| dtype | layers | plain Llama, tokens/s | exit, tokens/s | ratio | speed-up | predicted | of predicted |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"{where()}; {args.prompt_tokens} prompt tokens, {args.new_tokens} new tokens, 1 row, {args.runs} runs")
+    print_head(*COLUMNS)
     for dtype in (torch.bfloat16, torch.float32):
-        llama = load_llama(args.small, dtype, args.model, random_weights=args.random_weights)
-        model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=exits)
-        torch.manual_seed(0)
-        prompt = torch.randint(3, llama.config.vocab_size, (1, args.prompt_tokens), device=DEVICE)
-        options = {
-            "attention_mask": torch.ones_like(prompt),
-            "do_sample": False,
-            "min_new_tokens": new_tokens,
-            "max_new_tokens": new_tokens,
-            "pad_token_id": 0,
-        }
-        calls, read = {}, {}
-        for k in exits:
-            peer = model.extract_submodel(k)
-            calls[f"plain {k}"] = partial(peer.generate, prompt, **options)
-            calls[f"exit {k}"] = partial(model.generate, prompt, exit_layer=k, **options)
-            layers = sum(p.numel() for p in peer.model.layers.parameters())
-            read[k] = layers + peer.lm_head.weight.numel() + peer.model.norm.weight.numel()
-        seconds = in_turns(calls, runs)
-        full = exits[-1]
-        for k in exits:
-            speed_up = ratio(seconds[f"exit {full}"], seconds[f"exit {k}"])
-            predicted = read[full] / read[k]
-            plain, exit_ = (new_tokens / statistics.median(seconds[f"{name} {k}"]) for name in ("plain", "exit"))
-            print(
-                f"| {str(dtype).removeprefix('torch.')} | {k} | {plain:.1f} | {exit_:.1f} "
-                f"| {ratio(seconds[f'plain {k}'], seconds[f'exit {k}']):.3f} | {speed_up:.2f} | {predicted:.2f} "
-                f"| {speed_up / predicted:.2f} |"
-            )
+        print_rows(dtype, args.new_tokens, *measure(args, dtype))
 
 
 if __name__ == "__main__":

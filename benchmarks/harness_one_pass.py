@@ -14,12 +14,45 @@ import random
 import statistics
 
 import torch
-from _common import DEVICE, in_turns, load_sorted, ratio, tokenizer_without_words, where
+from _common import DEVICE, in_turns, load_sorted, print_head, print_row, ratio, tokenizer_without_words, where
 from facts import build_facts
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from sorted_llama.hub_card.harness import SortedLlamaLM
+
+
+def make_requests(questions: int) -> list[Instance]:
+    """Four answers to each question: its own, and three of others."""
+    rows = build_facts()[1][:questions]
+    draw = random.Random(0)
+    requests: list[Instance] = []
+    for row in rows:
+        others = sorted({other["completion"] for other in rows} - {row["completion"]})
+        for choice in [row["completion"], *draw.sample(others, 3)]:
+            arguments = (row["prompt"], choice)
+            requests.append(Instance("loglikelihood", doc={}, arguments=arguments, idx=len(requests)))
+    return requests
+
+
+def measure(model, tokenizer, requests: list[Instance], batch_size: int, runs: int) -> dict[str, list[float]]:
+    exits = model.config.exit_layers
+    # `hf` with no device of its own would move the model
+    options = {"tokenizer": tokenizer, "batch_size": batch_size}
+    plain = HFLM(model, **options)
+
+    def scores(exit_layers: list[int]):
+        lm = SortedLlamaLM(model, exit_layers=exit_layers, **options)  # a new one remembers nothing
+        return lm.loglikelihood(requests, disable_tqdm=True)
+
+    calls = {
+        "hf, full depth": lambda: plain.loglikelihood(requests, disable_tqdm=True),
+        "sorted-llama, full depth": lambda: scores(exits[-1:]),
+        f"sorted-llama, exits {exits}": lambda: scores(exits),
+    }
+    for ours, theirs in zip(scores(exits), calls["hf, full depth"](), strict=True):
+        assert abs(ours[0] - theirs[0]) < 0.05 * abs(theirs[0]) + 0.5, (ours, theirs)  # bfloat16
+    return in_turns(calls, runs)
 
 
 def main() -> None:
@@ -35,39 +68,14 @@ def main() -> None:
         args.questions, args.runs = 4, 1
 
     model, tokenizer = load_sorted(args.small, getattr(torch, args.dtype), args.model)
-    tokenizer = tokenizer or tokenizer_without_words()
-    exits = model.config.exit_layers
-    rows = build_facts()[1][: args.questions]
-    draw = random.Random(0)
-    requests = []
-    for row in rows:
-        others = sorted({other["completion"] for other in rows} - {row["completion"]})
-        for choice in [row["completion"], *draw.sample(others, 3)]:
-            arguments = (row["prompt"], choice)
-            requests.append(Instance("loglikelihood", doc={}, arguments=arguments, idx=len(requests)))
-
-    # `hf` with no device of its own would move the model
-    options = {"tokenizer": tokenizer, "batch_size": args.batch_size}
-    plain = HFLM(model, **options)
-
-    def scores(exit_layers: list[int]):
-        lm = SortedLlamaLM(model, exit_layers=exit_layers, **options)  # a new one remembers nothing
-        return lm.loglikelihood(requests, disable_tqdm=True)
-
-    calls = {
-        "hf, full depth": lambda: plain.loglikelihood(requests, disable_tqdm=True),
-        "sorted-llama, full depth": lambda: scores(exits[-1:]),
-        f"sorted-llama, exits {exits}": lambda: scores(exits),
-    }
-    for ours, theirs in zip(scores(exits), calls["hf, full depth"](), strict=True):
-        assert abs(ours[0] - theirs[0]) < 0.05 * abs(theirs[0]) + 0.5, (ours, theirs)  # bfloat16
-    seconds = in_turns(calls, args.runs)
+    requests = make_requests(args.questions)
     print(f"{args.model}, {args.dtype}, {where()} ({DEVICE}); {len(requests)} requests, batches of {args.batch_size}")
-    print("| | seconds | x hf, full depth | x sorted-llama, full depth |")
-    print("|---|---|---|---|")
+    seconds = measure(model, tokenizer or tokenizer_without_words(), requests, args.batch_size, args.runs)
+    hf, full_depth, _ = seconds
+    print_head("", "seconds", f"x {hf}", f"x {full_depth}")
     for name, taken in seconds.items():
-        ratios = [ratio(taken, seconds[other]) for other in list(seconds)[:2]]
-        print(f"| {name} | {statistics.median(taken):.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+        ratios = [f"{ratio(taken, seconds[other]):.2f}" for other in (hf, full_depth)]
+        print_row(name, f"{statistics.median(taken):.2f}", *ratios)
 
 
 if __name__ == "__main__":

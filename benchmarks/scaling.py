@@ -19,7 +19,7 @@ import statistics
 from functools import partial
 
 import torch
-from _common import DEVICE, SMALL, Bare, in_turns, ratio, where
+from _common import DEVICE, SMALL, Bare, endless, in_turns, print_head, print_row, ratio, where
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sorted_llama import SortedLlamaForCausalLM
@@ -63,8 +63,57 @@ def weights(fields: dict) -> tuple[float, float]:
     return attention + 3 * hidden * fields["intermediate_size"], hidden * fields["vocab_size"]
 
 
-def row(*cells) -> None:
-    print("| " + " | ".join(map(str, cells)) + " |")
+def made_for_drafts(fields: dict, k: int) -> LlamaForCausalLM:
+    """A random Llama whose layers above the first `k` add nothing: whatever these draft is accepted."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        llama = LlamaForCausalLM(LlamaConfig(**fields)).to(torch.bfloat16).eval()
+    for layer in llama.model.layers[k:]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return llama
+
+
+def measure(fields: dict, n: int, new_tokens: int, runs: int) -> tuple[float, float, list[tuple[float, int]]]:
+    """Gain of `n` drafts a cycle, its ideal, and the best gains by acceptance."""
+    layers, k = fields["num_hidden_layers"], max(1, fields["num_hidden_layers"] // 3)
+    llama = made_for_drafts(fields, k)
+    model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=[k, layers])
+    prompt = torch.randint(3, fields["vocab_size"], (1, 32), device=DEVICE)
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0}
+    calls = {
+        "plain": partial(llama.generate, prompt, **options),
+        "draft": partial(model.generate, prompt, assistant_early_exit=k, num_assistant_tokens=n, **options),
+        "first": partial(llama.generate, prompt, **{**options, "max_new_tokens": 1}),
+    }
+    with endless(llama, model):
+        cycles = calls["draft"](return_dict_in_generate=True).draft_statistics.cycles - 1
+        seconds = in_turns(calls, runs)
+    cost = partial(Bare(llama, 1, 32 + new_tokens // 2).seconds, runs=3 * runs)
+    plain, draft, lower = cost(0, layers, 1, 1), cost(0, k, 1, 1), cost(0, k, 1, 0)
+    verify = {m: lower + cost(k, layers, m + 1, m + 1) for m in LENGTHS}
+    first = statistics.median(seconds["first"])
+    ideal = (first + (new_tokens - 1) * plain) / (first + cycles * (n * draft + verify[n]))
+    gains = [best_gain(a, plain, draft, verify) for a in ACCEPTANCES]
+    return ratio(seconds["plain"], seconds["draft"]), ideal, gains
+
+
+def compute(fields: dict, n: int) -> tuple[float, list[tuple[float, int]]]:
+    """The ideal and the best gains by acceptance, from the weights that a token reads."""
+    layer, head = weights(fields)
+    layers, k = fields["num_hidden_layers"], fields["num_hidden_layers"] // 3
+    plain, draft = layers * layer + head, k * layer + head
+    gains = [best_gain(a, plain, draft, dict.fromkeys(LENGTHS, plain)) for a in ACCEPTANCES]
+    return (n + 1) * plain / (n * draft + plain), gains
+
+
+def print_shape(name: str, fields: dict, measured: float | None, ideal: float, gains: list[tuple[float, int]]) -> None:
+    layer, head = weights(fields)
+    share = f"{head / (fields['num_hidden_layers'] * layer + head):.0%}"
+    of_ideal = ["", f"{ideal:.2f}", ""]
+    if measured is not None:
+        of_ideal = [f"{measured:.2f}", f"{ideal:.2f}", f"{measured / ideal:.2f}"]
+    print_row(name, share, *of_ideal, *(f"{gain:.2f} / {length}" for gain, length in gains))
 
 
 def main() -> None:
@@ -74,56 +123,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="a tiny model: only checks that it runs")
     args = parser.parse_args()
-    n, shapes = args.draft_tokens, {"tiny": SMALL} if args.small else MEASURED
-    new_tokens, runs = (10, 1) if args.small else (args.new_tokens, args.runs)
+    n, measured_shapes, on_paper = args.draft_tokens, MEASURED, {**MEASURED, **ON_PAPER}
+    if args.small:
+        args.new_tokens, args.runs, measured_shapes, on_paper = 10, 1, {"tiny": SMALL}, {}
 
     print(
-        f"{where()}, bfloat16, one row, {n} draft tokens at a third of the depth, {runs} runs; then the ideal with the"
+        f"{where()}, bfloat16, one row, {n} draft tokens at a third of the depth, {args.runs} runs; then the ideal "
+        "with the\nbest length (behind the slash) by acceptance"
     )
-    print("best length (behind the slash) by acceptance")
-    row("shape", "head / weights read", "all accepted: measured", "ideal", "of ideal", *ACCEPTANCES)
-    print("|---" * (5 + len(ACCEPTANCES)) + "|")
-    for name, fields in shapes.items():
-        torch.manual_seed(0)
-        with torch.device(DEVICE):
-            llama = LlamaForCausalLM(LlamaConfig(**fields)).to(torch.bfloat16).eval()
-        layers, k = fields["num_hidden_layers"], max(1, fields["num_hidden_layers"] // 3)
-        for layer in llama.model.layers[k:]:
-            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-        model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=[k, layers])
-        prompt = torch.randint(3, fields["vocab_size"], (1, 32), device=DEVICE)
-        options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0}
-        for decoder in (llama, model):
-            decoder.generation_config.eos_token_id = None
-        calls = {
-            "plain": partial(llama.generate, prompt, **options),
-            "draft": partial(model.generate, prompt, assistant_early_exit=k, num_assistant_tokens=n, **options),
-            "first": partial(llama.generate, prompt, **{**options, "max_new_tokens": 1}),
-        }
-        cycles = calls["draft"](return_dict_in_generate=True).draft_statistics.cycles - 1
-        seconds = in_turns(calls, runs)
-        cost = partial(Bare(llama, 1, 32 + new_tokens // 2).seconds, runs=3 * runs)
-        plain, draft, lower = cost(0, layers, 1, 1), cost(0, k, 1, 1), cost(0, k, 1, 0)
-        verify = {m: lower + cost(k, layers, m + 1, m + 1) for m in LENGTHS}
-        first = statistics.median(seconds["first"])
-        ideal = (first + (new_tokens - 1) * plain) / (first + cycles * (n * draft + verify[n]))
-        measured = ratio(seconds["plain"], seconds["draft"])
-        gains = [best_gain(a, plain, draft, verify) for a in ACCEPTANCES]
-        layer, head = weights(fields)
-        of_ideal = measured / ideal
-        shown = [f"{gain:.2f} / {length}" for gain, length in gains]
-        share = f"{head / (layers * layer + head):.0%}"
-        row(name, share, f"{measured:.2f}", f"{ideal:.2f}", f"{of_ideal:.2f}", *shown)
-        del llama, model, calls, cost
-    for name, fields in ({} if args.small else {**MEASURED, **ON_PAPER}).items():
-        layer, head = weights(fields)
-        layers, k = fields["num_hidden_layers"], fields["num_hidden_layers"] // 3
-        plain, draft = layers * layer + head, k * layer + head
-        gains = [best_gain(a, plain, draft, dict.fromkeys(LENGTHS, plain)) for a in ACCEPTANCES]
-        shown = [f"{gain:.2f} / {length}" for gain, length in gains]
-        ideal = (n + 1) * plain / (n * draft + plain)
-        row(f"{name}, on paper", f"{head / plain:.0%}", "", f"{ideal:.2f}", "", *shown)
+    print_head("shape", "head / weights read", "all accepted: measured", "ideal", "of ideal", *ACCEPTANCES)
+    for name, fields in measured_shapes.items():
+        print_shape(name, fields, *measure(fields, n, args.new_tokens, args.runs))
+    for name, fields in on_paper.items():
+        print_shape(f"{name}, on paper", fields, None, *compute(fields, n))
 
 
 if __name__ == "__main__":

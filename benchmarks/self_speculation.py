@@ -22,7 +22,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _common import DEVICE, SMALL, Bare, in_turns, load_sorted, ratio, step_parts, where
+from _common import (
+    DEVICE,
+    SMALL,
+    Bare,
+    endless,
+    in_turns,
+    load_sorted,
+    print_head,
+    print_row,
+    ratio,
+    step_parts,
+    trace,
+    where,
+)
 from facts import build_facts
 
 
@@ -36,22 +49,9 @@ def batches(tokenizer, prompts: list[str], rows: int, number: int) -> list[dict[
     return [dict(tokenizer(chunk, return_tensors="pt", padding=True).to(DEVICE)) for chunk in chunks]
 
 
-def layer_token_passes(model, generate) -> int:
-    """How many times `generate()` runs a layer for a token, counted by hooks."""
-    passes = 0
-
-    def count(_, inputs, kwargs):
-        nonlocal passes
-        states = inputs[0] if inputs else kwargs["hidden_states"]
-        passes += states.shape[0] * states.shape[1]
-
-    hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in model.model.layers]
-    try:
-        generate()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return passes
+def layer_token_passes(model, rows: int, generate) -> int:
+    """How many times `generate()` runs a layer for a token."""
+    return sum(rows * tokens * (last - first) for first, last, tokens, _ in trace(model, generate, rows))
 
 
 def main() -> None:
@@ -83,93 +83,109 @@ def main() -> None:
             measure(args, model, dtype, rows, batches(tokenizer, prompts, rows, args.batches))
 
 
-def measure(args, model, dtype: str, rows: int, inputs: list[dict[str, torch.Tensor]]) -> None:
-    layers = model.config.num_hidden_layers
-    plain = model.extract_submodel(layers)
-    for decoded in (model, plain):  # everyone decodes the same number of tokens
-        decoded.generation_config.eos_token_id = None
-    options = {"do_sample": False, "max_new_tokens": args.new_tokens, "pad_token_id": 0}
+COLUMNS = ["exit", "draft tokens", "accepted", "tokens a cycle", "passes a token", "tokens/s", "x plain", "x ideal"]
+COLUMNS += ["transformers' loop: passes, x plain", "its assisted generation, x plain"]
 
-    def generate(model, setup=None, **arguments):
+
+class Decoding:
+    """The calls that one table compares, by kind (`this`, `ideal`, `loop`, `assistant`), exit and draft length."""
+
+    def __init__(self, args, model, rows: int, inputs: list[dict[str, torch.Tensor]]):
+        self.args, self.model, self.rows, self.inputs = args, model, rows, inputs
+        self.layers = model.config.num_hidden_layers
+        self.plain = model.extract_submodel(self.layers)
+        self.options = {"do_sample": False, "max_new_tokens": args.new_tokens, "pad_token_id": 0}
+        context = max(batch["input_ids"].shape[1] for batch in inputs) + args.new_tokens // 2
+        self.bare = Bare(self.plain, rows, context)
+
+    def generate(self, model, setup=None, **arguments) -> list:
         """Every batch once; `setup` is where transformers reads the draft length."""
         if setup is not None:
             config, length = setup
             config.num_assistant_tokens, config.num_assistant_tokens_schedule = length, "constant"
             config.assistant_confidence_threshold = 0.0
-        return [model.generate(**batch, **{**options, **arguments}) for batch in inputs]
+        return [model.generate(**batch, **{**self.options, **arguments}) for batch in self.inputs]
 
-    context = max(batch["input_ids"].shape[1] for batch in inputs) + args.new_tokens // 2
-    bare = Bare(plain, rows, context)
-    step = [(0, layers, 1, 0), (0, 0, 1, 1)]
-    calls = {
-        "plain": partial(generate, plain),
-        "first": partial(generate, plain, max_new_tokens=1),
-        "ideal plain": partial(bare.replay, step * ((args.new_tokens - 1) * len(inputs))),
-    }
-    for k in args.exits:
-        for n in args.lengths:
-            calls[f"this {k} {n}"] = partial(generate, model, assistant_early_exit=k, num_assistant_tokens=n)
-            if rows == 1 and not args.no_peers:
-                setup = plain.generation_config, n
-                calls[f"loop {k} {n}"] = partial(generate, plain, setup, assistant_early_exit=k)
-                draft = model.extract_submodel(k)
-                draft.generation_config.eos_token_id = None
-                calls[f"assistant {k} {n}"] = partial(
-                    generate, plain, (draft.generation_config, n), assistant_model=draft
-                )
-            parts = []
-            for batch in inputs:
-                drafting = {**batch, **options, "assistant_early_exit": k, "num_assistant_tokens": n}
-                parts += step_parts(model, rows, partial(model.generate, **drafting))
-            calls[f"ideal {k} {n}"] = partial(bare.replay, parts)
-        calls[f"this {k} auto"] = partial(generate, model, assistant_early_exit=k)
-    calls["this auto auto"] = partial(generate, model, assistant_early_exit="auto")
+    def calls(self) -> dict:
+        step = [(0, self.layers, 1, 0), (0, 0, 1, 1)]
+        calls = {
+            ("plain",): partial(self.generate, self.plain),
+            ("first",): partial(self.generate, self.plain, max_new_tokens=1),
+            ("ideal", "plain"): partial(self.bare.replay, step * ((self.args.new_tokens - 1) * len(self.inputs))),
+        }
+        for k in self.args.exits:
+            for n in self.args.lengths:
+                calls |= self.calls_of(k, n)
+            calls["this", k, "auto"] = partial(self.generate, self.model, assistant_early_exit=k)
+        calls["this", "auto", "auto"] = partial(self.generate, self.model, assistant_early_exit="auto")
+        return calls
 
-    statistics_of = {}
-    for name in calls:
-        if name.startswith("this"):
-            outputs = calls[name](return_dict_in_generate=True)
-            statistics_of[name] = [output.draft_statistics for output in outputs]
-    seconds = in_turns(calls, args.runs)
-    new_tokens = len(inputs) * rows * args.new_tokens
-    plain_seconds = statistics.median(seconds["plain"])
+    def calls_of(self, k: int, n: int) -> dict:
+        drafting = {"assistant_early_exit": k, "num_assistant_tokens": n}
+        calls = {("this", k, n): partial(self.generate, self.model, **drafting)}
+        if self.rows == 1 and not self.args.no_peers:
+            setup = self.plain.generation_config, n
+            calls["loop", k, n] = partial(self.generate, self.plain, setup, assistant_early_exit=k)
+            draft = self.model.extract_submodel(k)
+            draft.generation_config.eos_token_id = None
+            setup = draft.generation_config, n
+            calls["assistant", k, n] = partial(self.generate, self.plain, setup, assistant_model=draft)
+        parts = []
+        for batch in self.inputs:
+            call = partial(self.model.generate, **{**batch, **self.options, **drafting})
+            parts += step_parts(self.model, self.rows, call)
+        calls["ideal", k, n] = partial(self.bare.replay, parts)
+        return calls
 
-    def of_ideal(name: str) -> float:
+
+def measure(args, model, dtype: str, rows: int, inputs: list[dict[str, torch.Tensor]]) -> None:
+    decoding = Decoding(args, model, rows, inputs)
+    with endless(model, decoding.plain):  # everyone decodes the same number of tokens
+        calls = decoding.calls()
+        statistics_of = {}
+        for kind, *setting in calls:
+            if kind == "this":
+                outputs = calls[kind, *setting](return_dict_in_generate=True)
+                statistics_of[tuple(setting)] = [output.draft_statistics for output in outputs]
+        loops = {
+            tuple(setting): layer_token_passes(decoding.plain, rows, calls[kind, *setting])
+            for kind, *setting in calls
+            if kind == "loop"
+        }
+        seconds = in_turns(calls, args.runs)
+    print_table(decoding, dtype, seconds, statistics_of, loops)
+
+
+def print_table(decoding: Decoding, dtype: str, seconds: dict, statistics_of: dict, loops: dict) -> None:
+    layers, rows, inputs = decoding.layers, decoding.rows, decoding.inputs
+    new_tokens = len(inputs) * rows * decoding.args.new_tokens
+    of_prompt = sum(batch["input_ids"].numel() for batch in inputs) * layers
+    plain = seconds["plain",]
+
+    def of_ideal(taken: list[float], ideal: list[float]) -> str:
         """The prompt, and the parts that ran after it, over what the call took."""
-        ideal = seconds["ideal " + name.removeprefix("this ")]
-        return statistics.median((f + i) / s for f, i, s in zip(seconds["first"], ideal, seconds[name], strict=True))
+        of_runs = zip(seconds["first",], ideal, taken, strict=True)
+        return f"{statistics.median((first + i) / s for first, i, s in of_runs):.2f}"
 
-    print(
-        f"\n{dtype}, {rows} row(s); plain: {new_tokens / plain_seconds:.1f} tokens/s, "
-        f"{of_ideal('plain'):.2f} of its bare forwards"
-    )
-    print(
-        "| exit | draft tokens | accepted | tokens a cycle | passes a token | tokens/s | x plain | x ideal "
-        "| transformers' loop: passes, x plain | its assisted generation, x plain |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    print(f"| plain | | | 1 | {layers} | {new_tokens / plain_seconds:.1f} | 1.00 | {of_ideal('plain'):.2f} | | |")
-    for name, all_statistics in statistics_of.items():
-        _, k, n = name.split()
-        drafted = sum(s.drafted for s in all_statistics)
-        accepted = sum(s.accepted for s in all_statistics) / drafted if drafted else 0.0
-        cycles = sum(s.cycles for s in all_statistics)
-        passes = sum(s.layer_token_passes for s in all_statistics)
-        prompt_tokens = sum(batch["input_ids"].numel() for batch in inputs)
-        mine = statistics.median(seconds[name])
-        ideal = "" if n == "auto" else f"{of_ideal(name):.2f}"
-        peers = ["", ""]
-        if f"loop {k} {n}" in calls:
-            loop_passes = layer_token_passes(plain, calls[f"loop {k} {n}"]) - prompt_tokens * layers
-            peers = [
-                f"{loop_passes / new_tokens:.0f}, {ratio(seconds['plain'], seconds[f'loop {k} {n}']):.2f}",
-                f"{ratio(seconds['plain'], seconds[f'assistant {k} {n}']):.2f}",
-            ]
-        print(
-            f"| {k} | {n} | {accepted:.2f} | {sum(s.new_tokens for s in all_statistics) / cycles / rows:.2f} "
-            f"| {(passes - prompt_tokens * layers) / new_tokens:.0f} | {new_tokens / mine:.1f} "
-            f"| {ratio(seconds['plain'], seconds[name]):.2f} | {ideal} | {peers[0]} | {peers[1]} |"
+    plain_speed, plain_of_ideal = new_tokens / statistics.median(plain), of_ideal(plain, seconds["ideal", "plain"])
+    print(f"\n{dtype}, {rows} row(s); plain: {plain_speed:.1f} tokens/s, {plain_of_ideal} of its bare forwards")
+    print_head(*COLUMNS)
+    print_row("plain", "", "", 1, layers, f"{plain_speed:.1f}", "1.00", plain_of_ideal, "", "")
+    for (k, n), all_statistics in statistics_of.items():
+        drafted, accepted, cycles, tokens, passes = (
+            sum(getattr(s, name) for s in all_statistics)
+            for name in ("drafted", "accepted", "cycles", "new_tokens", "layer_token_passes")
         )
+        taken = seconds["this", k, n]
+        counts = [f"{accepted / drafted if drafted else 0.0:.2f}", f"{tokens / cycles / rows:.2f}"]
+        passes = f"{(passes - of_prompt) / new_tokens:.0f}"
+        speeds = [f"{new_tokens / statistics.median(taken):.1f}", f"{ratio(plain, taken):.2f}"]
+        ideal, peers = "" if n == "auto" else of_ideal(taken, seconds["ideal", k, n]), ["", ""]
+        if (k, n) in loops:
+            loop_passes = (loops[k, n] - of_prompt) / new_tokens
+            peers = [f"{loop_passes:.0f}, {ratio(plain, seconds['loop', k, n]):.2f}"]
+            peers += [f"{ratio(plain, seconds['assistant', k, n]):.2f}"]
+        print_row(k, n, *counts, passes, *speeds, ideal, *peers)
 
 
 if __name__ == "__main__":

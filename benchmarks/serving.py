@@ -27,7 +27,7 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
-from _common import SMALL
+from _common import SMALL, print_head, print_row
 from facts import build_facts
 from openai import AsyncOpenAI
 from serve_depths import start_server, wait_until_up
@@ -118,6 +118,52 @@ def soak(server: Server, requests: int, clients: int) -> None:
     print(f"growth over the last half: {growth:+.2f} % (held to 2)")
 
 
+def measure(paths: dict[str, tuple[str, str]], args, arguments: tuple) -> tuple[dict[int, list], int]:
+    """The runs of either order, by number of clients; and the tokens that the server of the exit has room for."""
+    found: dict[int, list] = {clients: [] for clients in args.clients}
+    for order in (["sorted", "plain"], ["plain", "sorted"]):
+        with ExitStack() as stack:
+            servers = {}
+            for i, name in enumerate(order):
+                servers[name] = Server(*paths[name], args.port + i, *arguments)
+                stack.callback(servers[name].stop)
+            room = servers["sorted"].cached_tokens()
+            for clients in args.clients:
+                runs = []
+                for _ in range(args.runs + 1):
+                    runs.append({name: server.run(clients, args.requests) for name, server in servers.items()})
+                found[clients].append(runs[1:])  # the first is a warm-up
+    return found, room
+
+
+def print_exit(k: int, found: dict[int, list]) -> None:
+    """A row for each number of clients."""
+    for clients, orders in found.items():
+        every = [run for runs in orders for run in runs]
+        ours, plain = (statistics.median(run[name][0] for run in every) for name in ("sorted", "plain"))
+        ratio = statistics.geometric_mean(
+            statistics.median(run["sorted"][0] / run["plain"][0] for run in runs) for runs in orders
+        )
+        first = statistics.median(run["sorted"][1] for run in every)
+        errors = sum(of_server[2] for run in every for of_server in run.values())
+        print_row(k, clients, f"{ours:.0f}", f"{plain:.0f}", f"{ratio:.2f}", f"{first:.2f}", errors)
+
+
+def compare(args, folder: str, arguments: tuple) -> None:
+    print(f"{args.runs} runs in turns in either order, after a warm-up; medians; answers of {args.max_tokens} tokens")
+    print_head("exit", "clients", "tokens/s", "plain Llama's", "ratio", "first token, s", "errors")
+    rooms = {}
+    for k in args.exits:
+        extract(args.model, k, f"{folder}/plain{k}")
+        paths = {"sorted": (args.model, str(k)), "plain": (f"{folder}/plain{k}", "full")}
+        found, rooms[k] = measure(paths, args, arguments)
+        print_exit(k, found)
+    full = args.exits[-1]
+    print(f"\nTokens cached in {os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB, and x those of exit {full}:")
+    for k, room in rooms.items():
+        print(f"exit {k}: {room}, {room / rooms[full]:.2f} (layers: {full / k:.2f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="out/demo/final")
@@ -147,44 +193,7 @@ def main() -> None:
                 stack.callback(server.stop)
                 soak(server, args.soak, args.clients[-1])
             return
-        print(
-            f"{args.runs} runs in turns in either order, after a warm-up; medians; answers of {args.max_tokens} tokens"
-        )
-        print("| exit | clients | tokens/s | plain Llama's | ratio | first token, s | errors |")
-        print("|---|---|---|---|---|---|---|")
-        rooms = {}
-        for k in args.exits:
-            extract(args.model, k, f"{folder}/plain{k}")
-            paths = {"sorted": (args.model, str(k)), "plain": (f"{folder}/plain{k}", "full")}
-            found: dict[int, list] = {clients: [] for clients in args.clients}  # runs, for each order
-            for order in (["sorted", "plain"], ["plain", "sorted"]):
-                with ExitStack() as stack:
-                    servers = {}
-                    for i, name in enumerate(order):
-                        servers[name] = Server(*paths[name], args.port + i, *arguments)
-                        stack.callback(servers[name].stop)
-                    rooms[k] = servers["sorted"].cached_tokens()
-                    for clients in args.clients:
-                        runs = []
-                        for _ in range(args.runs + 1):
-                            runs.append({name: server.run(clients, args.requests) for name, server in servers.items()})
-                        found[clients].append(runs[1:])  # the first is a warm-up
-            for clients, orders in found.items():
-                every = [run for runs in orders for run in runs]
-                ours, plain = (statistics.median(run[name][0] for run in every) for name in ("sorted", "plain"))
-                ratio = statistics.geometric_mean(
-                    statistics.median(run["sorted"][0] / run["plain"][0] for run in runs) for runs in orders
-                )
-                first = statistics.median(run["sorted"][1] for run in every)
-                errors = sum(of_server[2] for run in every for of_server in run.values())
-                print(
-                    f"| {k} | {clients} | {ours:.0f} | {plain:.0f} | {ratio:.2f} | {first:.2f} | {errors} |",
-                    flush=True,
-                )
-        full = args.exits[-1]
-        print(f"\nTokens cached in {os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB, and x those of exit {full}:")
-        for k, room in rooms.items():
-            print(f"exit {k}: {room}, {room / rooms[full]:.2f} (layers: {full / k:.2f})")
+        compare(args, folder, arguments)
 
 
 if __name__ == "__main__":

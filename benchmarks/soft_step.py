@@ -30,8 +30,18 @@ import warnings
 from pathlib import Path
 
 import torch
-from _common import DEVICE, SMALL, SMOLLM2, in_turns, load_llama, ratio, tokenizer_without_words, where
-from datasets import Dataset
+from _common import (
+    DEVICE,
+    SMOLLM2,
+    in_turns,
+    load_llama,
+    print_head,
+    print_row,
+    ratio,
+    tokenizer_without_words,
+    where,
+)
+from datasets import Dataset, disable_progress_bars
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
@@ -43,6 +53,7 @@ from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
 
 warnings.filterwarnings("ignore")
 logging.set_verbosity_error()
+disable_progress_bars()
 
 
 class PeerTrainer(SortedSFTTrainer):
@@ -178,6 +189,35 @@ def make(args: argparse.Namespace) -> tuple[LlamaForCausalLM, torch.Tensor]:
     return llama, torch.randint(3, llama.config.vocab_size, (args.tokens // length, length))
 
 
+def rows_of(args: argparse.Namespace) -> list[str]:
+    if args.small:
+        return ["SFT", "SoFT 1", "SoFT 2", "naive 2", "TRL 2", *(f"{option} 2" for option in OPTIONS)]
+    options = [f"{option} {8 if option == '+random' else 4}" for option in OPTIONS]
+    return ["SFT", *(args.rows or ["SoFT 1", "SoFT 2", "SoFT 4", "SoFT 8", "naive 4", "TRL 4", *options])]
+
+
+def measure_time(
+    names: list[str], llama: LlamaForCausalLM, args: argparse.Namespace, tokens: torch.Tensor
+) -> dict[str, list[float]]:
+    """Seconds of a step of every row, in turns."""
+    calls = {}
+    with tempfile.TemporaryDirectory() as output_dir:
+        for name in names:
+            trainer = build(name, llama, args, tokens, output_dir)
+            trainer.create_optimizer_and_scheduler(num_training_steps=1)
+            model = trainer.accelerator.prepare(trainer.model)
+            if trainer.args.gradient_checkpointing:
+                trainer.model.gradient_checkpointing_enable()
+            batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
+
+            def step(trainer=trainer, model=model, batch=batch):
+                trainer.training_step(model, dict(batch), num_items_in_batch=tokens[:, 1:].numel())
+                model.zero_grad()
+
+            calls[name] = step
+        return in_turns(calls, args.runs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2)
@@ -199,43 +239,18 @@ def main() -> None:
         return
 
     llama, tokens = make(args)
-    if args.small:
-        names = ["SFT", "SoFT 1", "SoFT 2", "naive 2", "TRL 2", *(f"{option} 2" for option in OPTIONS)]
-        assert llama.config.num_hidden_layers == SMALL["num_hidden_layers"]
-    else:
-        options = [f"{option} {8 if option == '+random' else 4}" for option in OPTIONS]
-        names = ["SFT", *(args.rows or ["SoFT 1", "SoFT 2", "SoFT 4", "SoFT 8", "naive 4", "TRL 4", *options])]
+    names = rows_of(args)
     print(f"{where()}; {args.dtype}; {tokens.numel()} tokens, vocabulary {llama.config.vocab_size}, {args.runs} runs")
-
-    calls = {}
-    with tempfile.TemporaryDirectory() as output_dir:
-        for name in names:
-            trainer = build(name, llama, args, tokens, output_dir)
-            trainer.create_optimizer_and_scheduler(num_training_steps=1)
-            model = trainer.accelerator.prepare(trainer.model)
-            if trainer.args.gradient_checkpointing:
-                trainer.model.gradient_checkpointing_enable()
-            batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
-
-            def step(trainer=trainer, model=model, batch=batch):
-                trainer.training_step(model, dict(batch), num_items_in_batch=tokens[:, 1:].numel())
-                model.zero_grad()
-
-            calls[name] = step
-        seconds = in_turns(calls, args.runs)
-
-    base = operations(llama, 1, tokens)
-    memory = {name: peak_memory(name, args) for name in names}
-    print("| step | seconds | ratio to SFT | predicted | of predicted | peak memory, MB | ratio to SFT |")
-    print("|---|---|---|---|---|---|---|")
+    seconds = measure_time(names, llama, args, tokens)
+    base, memory = operations(llama, 1, tokens), {}
+    print_head("step", "seconds", "ratio to SFT", "predicted", "of predicted", "peak memory, MB", "ratio to SFT")
     for name in names:
-        num_exits = int(name.partition(" ")[2] or 1)
+        memory[name] = peak_memory(name, args)
         measured = ratio(seconds[name], seconds["SFT"])
-        predicted = operations(llama, num_exits, tokens) / base
-        print(
-            f"| {name} | {statistics.median(seconds[name]):.2f} | {measured:.2f} | {predicted:.2f} "
-            f"| {measured / predicted:.2f} | {memory[name]:.0f} | {memory[name] / memory['SFT']:.2f} |"
-        )
+        predicted = operations(llama, int(name.partition(" ")[2] or 1), tokens) / base
+        times = [f"{value:.2f}" for value in (measured, predicted, measured / predicted)]
+        of_sft = f"{memory[name] / memory['SFT']:.2f}"
+        print_row(name, f"{statistics.median(seconds[name]):.2f}", *times, f"{memory[name]:.0f}", of_sft)
 
 
 if __name__ == "__main__":
