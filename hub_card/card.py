@@ -33,6 +33,7 @@ def write_card(
     base_model: str | None = None,
     license: str | None = None,
     peers: Sequence[tuple[str, str | Path]] = (),
+    target: str | Path | None = None,
 ) -> ModelCard:
     """
     Write the page of a checkpoint, `README.md` in its folder, and the plot beside it. What the evaluation does not
@@ -52,6 +53,8 @@ def write_card(
         peers (`Sequence[tuple[str, str | Path]]`, *optional*):
             Names and evaluations (folder or JSON file) of other models to show beside this one, at their full depth:
             of the same rows, on the same machine. They are kept in `evaluation.json`, and shown again later on.
+        target (`str` or `Path`, *optional*):
+            Folder for what is made. Defaults to that of the checkpoint.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -60,63 +63,37 @@ def write_card(
         ValueError: If `path` is no folder of a sorted Llama, if its page or an evaluation cannot be read, if the
             evaluation is of another depth, or if a peer was not measured as the checkpoint was.
     """
-    with TemporaryDirectory() as made:
-        card = render_card(path, made, evaluation, name, base_model, license, peers)
-        install(made, path)
-    return card
-
-
-def install(made: str | Path, folder: str | Path) -> None:
-    """Put what [`render_card`] made into a folder, each file whole."""
-    for file in (PLOT_NAME, FILE_NAME, PAGE_NAME):
-        if (Path(made) / file).is_file():
-            temporary = Path(folder) / f"{file}.tmp"
-            shutil.copyfile(Path(made) / file, temporary)
-            temporary.replace(Path(folder) / file)
-
-
-def render_card(
-    path: str | Path,
-    target: str | Path,
-    evaluation: str | Path | None = None,
-    name: str | None = None,
-    base_model: str | None = None,
-    license: str | None = None,
-    peers: Sequence[tuple[str, str | Path]] = (),
-) -> ModelCard:
-    """
-    Make what [`write_card`] writes, from the same arguments, in the folder `target`: the page, its plot and, where it
-    changes, `evaluation.json`. Nothing in the checkpoint's folder is touched.
-    """
-    folder, target = Path(path), Path(target)
+    folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"`path` must be the folder of a checkpoint, with a config.json, got {str(path)!r}.")
     config = load_config(folder)
     exits = config.exit_layers or [config.num_hidden_layers]
     record = _evaluation_of(folder, config, evaluation, peers)
-    if record is not None and (peers or evaluation is not None):
-        write_json(target / FILE_NAME, record)
-    model_name = folder.resolve().name
-    try:
-        content = _open_page(folder / PAGE_NAME, model_name, base_model).content
-    except (OSError, ValueError, TypeError, YAMLError) as error:
-        raise ValueError(f"The page {str(folder / PAGE_NAME)!r} could not be read: {one_line(error)}") from error
+    content = _open_page(folder, base_model).content
     if name is not None or get_block(content, "use") == "":
         content = set_block(content, "use", use_block(name or str(folder), exits, chat=_has_chat_template(folder)))
     if get_block(content, "training") == "Not recorded.":
         content = set_block(content, "training", _training_from_config(config))
-    if record is not None:
-        compared = record.get("peers", {})
-        pictured = plot_quality_speed(record, target / PLOT_NAME, compared)
-        content = set_block(content, "exits", exits_block(record, exits, pictured, compared))
-    card = ModelCard(content)
-    data: Any = card.data
-    _set_metadata(data, base_model, license)
-    if record is not None:
-        data.model_name = getattr(data, "model_name", None) or model_name
-        data.eval_results = eval_results(record) or None
-    card.save(target / PAGE_NAME)
+    with TemporaryDirectory() as made:
+        if record is not None:
+            if peers or evaluation is not None:
+                write_json(Path(made, FILE_NAME), record)
+            pictured = plot_quality_speed(record, Path(made, PLOT_NAME))
+            content = set_block(content, "exits", exits_block(record, exits, pictured))
+        card = ModelCard(content)
+        _set_metadata(card.data, record, folder, base_model, license)
+        card.save(Path(made, PAGE_NAME))
+        install(made, folder if target is None else target)
     return card
+
+
+def install(made: str | Path, folder: str | Path) -> None:
+    """Put what [`write_card`] made into a folder, each file whole."""
+    for file in (PLOT_NAME, FILE_NAME, PAGE_NAME):
+        if Path(made, file).is_file():
+            temporary = Path(folder, f"{file}.tmp")
+            shutil.copyfile(Path(made, file), temporary)
+            temporary.replace(Path(folder, file))
 
 
 def _evaluation_of(
@@ -138,7 +115,19 @@ def _evaluation_of(
     return record and {**record, **({"peers": compared} if compared else {})}
 
 
-def _set_metadata(data: Any, base_model: str | None, license: str | None) -> None:
+def _open_page(folder: Path, base_model: str | None) -> ModelCard:
+    """The page that is there, with our blocks; or a new one."""
+    model_name = folder.resolve().name
+    data = ModelCardData(model_name=model_name, base_model=base_model, tags=TAGS)
+    try:
+        return open_page(folder / PAGE_NAME, new_page(data, model_name))
+    except (OSError, ValueError, TypeError, YAMLError) as error:
+        raise ValueError(f"The page {str(folder / PAGE_NAME)!r} could not be read: {one_line(error)}") from error
+
+
+def _set_metadata(
+    data: Any, record: dict[str, Any] | None, folder: Path, base_model: str | None, license: str | None
+) -> None:
     data.tags = list(dict.fromkeys([*(data.tags or []), *TAGS]))
     data.library_name = data.library_name or "transformers"
     data.pipeline_tag = data.pipeline_tag or "text-generation"
@@ -146,6 +135,9 @@ def _set_metadata(data: Any, base_model: str | None, license: str | None) -> Non
     data.license = license or data.license
     if getattr(data, "licence", None) == "license":  # TRL's place holder
         del data.licence
+    if record is not None:
+        data.model_name = getattr(data, "model_name", None) or folder.resolve().name
+        data.eval_results = eval_results(record) or None
 
 
 def _has_chat_template(folder: Path) -> bool:
@@ -183,12 +175,6 @@ def _check_peer(record: dict[str, Any] | None, name: str, peer: dict[str, Any]) 
             raise ValueError(f"`peers`: the evaluation of {name!r} lacks {results['metric']!r} of {task!r} at {full}.")
 
 
-def _open_page(page_file: Path, model_name: str, base_model: str | None) -> ModelCard:
-    """The page that is there, with our blocks; or a new one."""
-    data = ModelCardData(model_name=model_name, base_model=base_model, tags=TAGS)
-    return open_page(page_file, new_page(data, model_name))
-
-
 def _training_from_config(config: SortedLlamaConfig) -> str:
     exits = config.exit_layers or [config.num_hidden_layers]
     weights = config.exit_loss_weights or [1.0] * len(exits)
@@ -198,15 +184,13 @@ def _training_from_config(config: SortedLlamaConfig) -> str:
     )
 
 
-def exits_block(
-    record: dict[str, Any], exits: list[int], pictured: bool, peers: dict[str, dict[str, Any]] | None = None
-) -> str:
+def exits_block(record: dict[str, Any], exits: list[int], pictured: bool) -> str:
     """
     Tables of the calls and of the exits, the plot, and which exit to take, in Markdown. Of the checkpoint's exits,
     those that the evaluation lacks are said not to be evaluated; `pictured` says whether there is a plot.
     """
     request, made = record["request"], record["made_by"]
-    blocks = [_table_of_calls(record, exits, peers or {})]
+    blocks = [_table_of_calls(record, exits)]
     notes = f"Scores: greedy answers{_rows(request)}."
     if "speed" in record:
         timed, task = request["timed"], next(iter(record["tasks"]))
@@ -242,7 +226,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---:"] * len(header), *filled))
 
 
-def _table_of_calls(record: dict[str, Any], exits: list[int], peers: dict[str, dict[str, Any]]) -> str:
+def _table_of_calls(record: dict[str, Any], exits: list[int]) -> str:
     """What each way to call the model scores, and how fast it is; below, what other models do at full depth."""
     header = ["`generate(...)`"]
     header += [markdown(f"{name}: {task['metric'].replace('_', ' ')}") for name, task in record["tasks"].items()]
@@ -250,7 +234,7 @@ def _table_of_calls(record: dict[str, Any], exits: list[int], peers: dict[str, d
     header += ["tokens/s (best)", "speed-up"] if "speed" in record else []
     names = dict.fromkeys([*(f"exit {k}" for k in exits), *record["request"]["settings"]])
     rows = [_row_of_call(record, name) for name in names]
-    rows += [_row_of_peer(record, name, peer) for name, peer in peers.items()]
+    rows += [_row_of_peer(record, name, peer) for name, peer in record.get("peers", {}).items()]
     return _table(header, rows)
 
 

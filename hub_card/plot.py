@@ -24,13 +24,11 @@ class Point(NamedTuple):
     mode: Mode
 
 
-def plot_quality_speed(
-    record: dict[str, Any], path: str | Path, peers: dict[str, dict[str, Any]] | None = None
-) -> bool:
+def plot_quality_speed(record: dict[str, Any], path: str | Path) -> bool:
     """
     Draw each task's score against the speed-up over full depth, into a PNG with a transparent ground: the fixed exits,
-    the curve of thresholds, drafting, and other models, evaluations by their names. Returns whether there was
-    something to draw: no picture without scores and speeds.
+    the curve of thresholds, drafting, and other models. Returns whether there was something to draw: no picture
+    without scores and speeds.
     """
     tasks = record["tasks"]
     if not tasks or "speed" not in record:
@@ -43,7 +41,7 @@ def plot_quality_speed(
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.4), dpi=150, squeeze=False)
     points: list[Point] = []
     for panel, task in zip(panels[0], tasks, strict=True):
-        points += [*_draw_settings(panel, record, task), *_draw_peers(panel, record, task, peers or {})]
+        points += [*_draw_settings(panel, record, task), *_draw_peers(panel, record, task)]
         _dress(panel, task, tasks[task]["metric"])
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, fontsize=8, frameon=False, labelcolor=GREY, loc="lower center", ncols=len(names))
@@ -71,9 +69,9 @@ def _draw_settings(panel: Any, record: dict[str, Any], task: str) -> list[Point]
     return points
 
 
-def _draw_peers(panel: Any, record: dict[str, Any], task: str, peers: dict[str, dict[str, Any]]) -> list[Point]:
+def _draw_peers(panel: Any, record: dict[str, Any], task: str) -> list[Point]:
     points = []
-    for name, peer in peers.items():
+    for name, peer in record.get("peers", {}).items():
         theirs, ours = str(full_depth(peer)), str(full_depth(record))
         speed_up = peer["speed"][theirs]["median"] / record["speed"][ours]["median"]
         score = peer["tasks"][task]["settings"][theirs][record["tasks"][task]["metric"]]

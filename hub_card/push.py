@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 
 from sorted_llama.trainer.escaping import one_line
 
-from .card import install, render_card
+from .card import install, write_card
 
 
 # What transformers, tokenizers, PEFT and this project save in the folder of a model
@@ -70,7 +70,7 @@ def push(
         OSError: If the Hub refuses, or cannot be reached.
     """
     with TemporaryDirectory() as made:
-        render_card(path, made, name=name)
+        write_card(path, name=name, target=made)
         address = upload(path, name, "Sorted Llama with its page", private, revision, create_pr, include, made)
         install(made, path)
     return address

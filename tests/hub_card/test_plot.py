@@ -31,7 +31,8 @@ def test_labels_can_be_read(tmp_path, monkeypatch, tasks):
     }
     of_peer = {"settings": {"exit 12": {"exact_match": 0.02}}}
     peer = {"request": {"exit_layers": [12]}, "speed": {"exit 12": {"median": 20.5, "best": 20.5}}}
-    assert plot_quality_speed(record, tmp_path / "plot.png", {PEER: {**peer, "tasks": dict.fromkeys(tasks, of_peer)}})
+    record["peers"] = {PEER: {**peer, "tasks": dict.fromkeys(tasks, of_peer)}}
+    assert plot_quality_speed(record, tmp_path / "plot.png")
     (figure,) = figures
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     renderer = figure.canvas.get_renderer()
