@@ -1,10 +1,14 @@
-"""Evaluations made by hand, for what is made of them."""
+"""Evaluations for the tests: one made by hand, and what a quick one of a tiny model takes."""
 
+import json
 from typing import Any
 
+from tests.tiny import save_tiny, tiny_sorted
 
-EXITS = (1, 2, 4)
+
+EXITS = [1, 2, 4]
 TASK = "trivia"
+QUICK = {"exit_thresholds": [0.5], "num_timed": 1, "max_new_tokens": 2, "runs": 1, "dtype": "float32", "device": "cpu"}
 
 
 def make_record(task: str = TASK, score: float = 0.5, **made_by: Any) -> dict[str, Any]:
@@ -42,3 +46,23 @@ def make_record(task: str = TASK, score: float = 0.5, **made_by: Any) -> dict[st
         "speed": {name: {"median": 10.0 + i, "best": 11.0 + i} for i, name in enumerate(settings)},
         "harness": {},
     }
+
+
+def make_folder(folder):
+    """A tiny model and two tasks."""
+    save_tiny(folder / "model", tiny_sorted(initializer_range=0.2, exit_layers=EXITS))
+    rows = [{"question": f"what is {i}?", "answers": [f"{i}", "none"]} for i in range(5)]
+    (folder / "trivia.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"prompt": f"say {i}:", "completion": f" {i}"} for i in range(4)]
+    (folder / "held_out.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def data(folder):
+    return [("qa", str(folder / "trivia.jsonl")), ("completions", str(folder / "held_out.jsonl"))]
+
+
+def cells(page):
+    """Of the tables of a page, without the lines below headers."""
+    table = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]

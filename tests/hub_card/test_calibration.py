@@ -15,7 +15,7 @@ def test_calibrated_confidence_has_no_error():
     assert calibration_error(confidences, ~agrees, num_bins=4) == pytest.approx(0.5)
 
 
-def test_expected_calibration_error():
+def test_the_calibration_error_is_that_of_a_loop_over_bins():
     generator = torch.Generator().manual_seed(0)
     confidences = torch.rand(500, generator=generator)
     confidences[0] = 1.0
@@ -62,6 +62,6 @@ def test_suggested_thresholds_keep_the_agreement(seed):
     assert thresholds == sorted(thresholds)
 
 
-def test_full_depth_alone():
+def test_full_depth_alone_runs_all_layers():
     measured = TeacherForced(*(t[-1:] for t in (torch.zeros(3, 5), torch.rand(3, 5), torch.ones(3, 5).bool())))
     assert [s.mean_layers for s in suggest_thresholds(measured, [4])] == [4.0] * 3

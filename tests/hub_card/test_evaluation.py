@@ -1,46 +1,32 @@
-"""The evaluation's file and the page that is made of it, on a tiny model."""
+"""The evaluation of a tiny model, step by step, and what is told before it begins."""
 
 import json
-import re
-import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
-import sorted_llama.hub_card.record as record_module
 from sorted_llama import SortedLlamaForCausalLM
-from sorted_llama.hub_card import evaluate, evaluation, load_evaluation
+from sorted_llama.hub_card import evaluate, evaluation, harness, load_evaluation
 from sorted_llama.hub_card.card import write_card
 from sorted_llama.hub_card.commands import main
 from sorted_llama.hub_card.cost import cost_of_exit
 from sorted_llama.hub_card.measure import answers, teacher_forced
 from sorted_llama.hub_card.tasks import load_task
+from tests.hub_card.records import EXITS, QUICK, cells, data, make_folder
 from tests.tiny import save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
-
-
-EXITS = [1, 2, 4]
-QUICK = {"exit_thresholds": [0.5], "num_timed": 1, "max_new_tokens": 2, "runs": 1, "dtype": "float32", "device": "cpu"}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    save_tiny(tmp_path / "model", tiny_sorted(initializer_range=0.2, exit_layers=EXITS))
-    rows = [{"question": f"what is {i}?", "answers": [f"{i}", "none"]} for i in range(5)]
-    (tmp_path / "trivia.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    rows = [{"prompt": f"say {i}:", "completion": f" {i}"} for i in range(4)]
-    (tmp_path / "held_out.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
+    return make_folder(tmp_path)
 
 
-def data(folder):
-    return [("qa", str(folder / "trivia.jsonl")), ("completions", str(folder / "held_out.jsonl"))]
-
-
-def test_every_exit_and_mode(folder, monkeypatch):
+def test_every_exit_and_mode_is_scored_and_timed(folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/hub_card/__main__.py", "evaluate", "a model"])
     record = evaluate(str(folder / "model"), data(folder), **QUICK)
     assert record == load_evaluation(folder / "model") == load_evaluation(folder / "model" / "evaluation.json")
@@ -67,7 +53,7 @@ def test_every_exit_and_mode(folder, monkeypatch):
     assert record["made_by"]["command"] == "sorted-llama evaluate 'a model'"
 
 
-def test_stopped_run_goes_on(folder, monkeypatch):
+def test_a_stopped_evaluation_goes_on(folder, monkeypatch):
     asked, real = [], evaluation.answers
 
     def stopping(model, tokenizer, prompts, max_new_tokens, batch_size, progress, **decoding):
@@ -87,50 +73,6 @@ def test_stopped_run_goes_on(folder, monkeypatch):
     assert asked == ["trivia, threshold 0.5"] + [f"held_out, {name}" for name in record["tasks"]["trivia"]["settings"]]
     assert record["tasks"]["trivia"]["exits"] == before["tasks"]["trivia"]["exits"]
     assert record["made_by"] == before["made_by"]
-
-
-@pytest.mark.slow
-def test_tasks_of_the_harness(folder, monkeypatch):
-    rows = [{"question": f"what is {i}?", "choices": [f" {i}", " none"]} for i in range(6)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = {
-        "task": "numbers",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": 0,
-        "doc_to_choice": "{{choices}}",
-        "metric_list": [{"metric": "acc"}],
-    }
-    yaml_file = str(folder / "numbers.yaml")
-    (folder / "numbers.yaml").write_text(yaml.safe_dump(task))
-    record = evaluate(str(folder / "model"), harness_tasks=[yaml_file], **QUICK)
-    by_exit = record["harness"][yaml_file]["numbers"]
-    assert list(by_exit) == [str(k) for k in EXITS] and record == load_evaluation(folder / "model")
-    monkeypatch.setattr("sorted_llama.hub_card.harness.evaluate_harness", None)  # what is there is not run again
-    assert evaluate(str(folder / "model"), harness_tasks=[yaml_file], **QUICK) == record
-    write_card(folder / "model")
-    page = (folder / "model" / "README.md").read_text()
-    header, *shown = cells(page)[:4]
-    assert header[1] == "numbers: acc,none"
-    assert [row[1] for row in shown] == [f"{by_exit[str(k)]['acc,none']:.4g}" for k in EXITS]
-    assert "acc, 1 of 4 layers" in page
-
-
-def test_results_of_other_settings_are_kept(folder):
-    evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
-    (folder / "trivia.jsonl").write_text('{"question": "another?", "answer": "no"}')
-    with pytest.raises(ValueError, match="`output=.*holds results of another tasks.*`overwrite`"):
-        evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
-    record = evaluate(str(folder / "model"), data(folder)[:1], overwrite=True, **QUICK)
-    assert record["request"]["tasks"]["trivia"]["rows"] == 1
-    model = SortedLlamaForCausalLM.from_pretrained(folder / "model")
-    model.model.layers[0].mlp.down_proj.weight.data *= 1.5  # trained on
-    model.save_pretrained(folder / "model")
-    with pytest.raises(ValueError, match="holds results of another weights"):
-        evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
 
 
 def test_a_file_of_an_earlier_version_is_read_and_gone_on_with(folder):
@@ -154,7 +96,53 @@ def test_a_file_of_an_earlier_version_is_read_and_gone_on_with(folder):
     write_card(path)
 
 
-def test_other_exits_than_the_config_names(folder):
+def test_a_task_of_the_harness_is_run_at_every_exit_and_shown(folder, monkeypatch):
+    rows = [{"question": f"what is {i}?", "choices": [f" {i}", " none"]} for i in range(6)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "numbers",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": 0,
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    monkeypatch.setattr(
+        harness, "TaskManager", partial(TaskManager, include_defaults=False)
+    )  # else thousands of files
+    yaml_file = str(folder / "numbers.yaml")
+    (folder / "numbers.yaml").write_text(yaml.safe_dump(task))
+    record = evaluate(str(folder / "model"), harness_tasks=[yaml_file], **QUICK)
+    by_exit = record["harness"][yaml_file]["numbers"]
+    assert list(by_exit) == [str(k) for k in EXITS] and record == load_evaluation(folder / "model")
+    monkeypatch.setattr(harness, "evaluate_harness", None)  # what is there is not run again
+    assert evaluate(str(folder / "model"), harness_tasks=[yaml_file], **QUICK) == record
+    write_card(folder / "model")
+    page = (folder / "model" / "README.md").read_text()
+    header, *shown = cells(page)[:4]
+    assert header[1] == "numbers: acc,none"
+    assert [row[1] for row in shown] == [f"{by_exit[str(k)]['acc,none']:.4g}" for k in EXITS]
+    assert "acc, 1 of 4 layers" in page
+
+
+def test_results_of_other_settings_are_kept(folder):
+    evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
+    (folder / "trivia.jsonl").write_text('{"question": "another?", "answer": "no"}')
+    with pytest.raises(ValueError, match="`output=.*holds results of another tasks.*`overwrite`"):
+        evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
+    record = evaluate(str(folder / "model"), data(folder)[:1], overwrite=True, **QUICK)
+    assert record["request"]["tasks"]["trivia"]["rows"] == 1
+    model = SortedLlamaForCausalLM.from_pretrained(folder / "model")
+    model.model.layers[0].mlp.down_proj.weight.data *= 1.5  # trained on
+    model.save_pretrained(folder / "model")
+    with pytest.raises(ValueError, match="holds results of another weights"):
+        evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
+
+
+def test_thresholds_leave_at_the_exits_that_are_evaluated(folder):
     """What is evaluated at a threshold leaves at the exits that are evaluated."""
     save_tiny(folder / "plain", tiny_llama(initializer_range=0.2))
     record = evaluate(str(folder / "plain"), data(folder)[:1], exit_layers=[2, 4], **QUICK)
@@ -165,6 +153,20 @@ def test_other_exits_than_the_config_names(folder):
     save_tiny(folder / "lens", tiny_sorted(exit_layers=EXITS, exit_heads="lens"))
     with pytest.raises(ValueError, match=r"those that the checkpoint has weights for, \[1, 2, 4\], got \[2, 4\]"):
         evaluate(str(folder / "lens"), data(folder)[:1], exit_layers=[2, 4], **QUICK)
+
+
+def test_exits_may_be_every_nth_layer(folder, capsys):
+    record = evaluate(str(folder / "model"), data(folder)[:1], exit_layers="every:2", **QUICK)
+    assert record["request"]["exit_layers"] == [2, 4]
+    quick = ["--exit_thresholds", "--num_timed", "1", "--max_new_tokens", "2", "--runs", "1", "--dtype", "float32"]
+    output = ["--output", str(folder / "out.json")]
+    for given, exits in (["every:3"], [3, 4]), (["1", "4"], [1, 4]):
+        asked = ["--data", f"qa={folder / 'trivia.jsonl'}", *quick, *output, "--overwrite", "--exit_layers", *given]
+        main(["evaluate", str(folder / "model"), *asked])
+        assert load_evaluation(folder / "out.json")["request"]["exit_layers"] == exits
+    for given, message in (["1", "x"], "got 'x' in"), (["1,4"], r"pass \[1,4\]"), (["every:0"], "got 'every:0'"):
+        with pytest.raises(SystemExit, match=message):
+            main(["evaluate", str(folder / "model"), "--data", "qa=x.jsonl", "--exit_layers", *given])
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_wrong_arguments_are_told_before_weights_are_loaded(folder, monkeypatch,
     assert not (folder / "model" / "evaluation.json").exists()
 
 
-def test_two_files_of_one_name(folder):
+def test_two_files_of_one_name_are_refused(folder):
     (folder / "other").mkdir()
     (folder / "other" / "trivia.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     with pytest.raises(ValueError, match="`data` has two tasks named 'trivia'"):
@@ -208,112 +210,7 @@ def test_two_files_of_one_name(folder):
         )
 
 
-def test_later_schema(folder):
-    (folder / "evaluation.json").write_text('{"schema_version": 2}')
-    with pytest.raises(ValueError, match="schema version 2, this version reads 1"):
-        load_evaluation(folder)
-
-
-# The page
-
-
-def cells(page):
-    table = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-
-
-def test_page(folder, capsys):
-    path = str(folder / "model")
-    files = [f"{kind}={source}" for kind, source in data(folder)]
-    flags = [
-        "--exit_thresholds",
-        "0.5",
-        "--num_timed",
-        "1",
-        "--max_new_tokens",
-        "2",
-        "--runs",
-        "1",
-        "--dtype",
-        "float32",
-    ]
-    main(["evaluate", path, "--data", *files, *flags])
-    printed = capsys.readouterr().out
-    main(["card", path, "--name", "user/name", "--base_model", "base/llama", "--license", "apache-2.0"])
-    assert "README.md" in capsys.readouterr().out
-    record, page = load_evaluation(path), (folder / "model" / "README.md").read_text()
-
-    assert cells(printed) == [row for row in cells(page) if row[0]][: len(cells(printed))]
-    results, full = record["tasks"]["trivia"], record["speed"]["exit 4"]["median"]
-    calls, exits_of_page = cells(page)[:7], cells(page)[7:11]
-    names = [f"exit {k}" for k in EXITS] + ["threshold 0.5", "draft 1", "draft 2"]
-    shown_calls = ["exit_layer=1", "exit_layer=2", "exit_layer=4", "exit_threshold=0.5"]
-    shown_calls += ["assistant_early_exit=1", "assistant_early_exit=2"]
-    for row, name, call in zip(calls[1:], names, shown_calls, strict=True):
-        shown = dict(zip(calls[0], row, strict=True))
-        assert row[0] == f"`{call}`" + (" (full)" if name == "exit 4" else "")
-        score = results["settings"]["exit 4" if "draft" in name else name]["exact_match"]
-        assert shown["trivia: exact match"] == f"{100 * score:.1f} %"
-        assert shown["speed-up"] == f"{record['speed'][name]['median'] / full:.2f}x"
-    for row, k in zip(exits_of_page[1:], map(str, EXITS), strict=True):
-        shown = dict(zip(exits_of_page[0], row, strict=True))
-        assert shown["exit"] == k and shown["KV bytes a token"] == f"{record['exits'][k]['kv_bytes']:,}"
-        assert shown["trivia: loss"] == f"{results['exits'][k]['loss']:.3f}"
-        assert f"{100 * results['exits'][k]['agreement']:.1f} %" in row
-    assert (folder / "model" / "quality_speed.png").read_bytes().startswith(b"\x89PNG")
-    assert "(quality_speed.png)" in page
-    assert "not evaluated" not in page.lower()
-
-    metadata = yaml.safe_load(page.split("---")[1])
-    assert metadata["base_model"] == "base/llama" and metadata["license"] == "apache-2.0"
-    assert {"sorted-llama", "soft", "early-exit", "self-speculation"} <= set(metadata["tags"])
-    (index,) = metadata["model-index"]
-    values = {
-        (result["dataset"]["name"], metric["name"]): metric["value"]
-        for result in index["results"]
-        for metric in result["metrics"]
-    }
-    for k in EXITS:
-        score = record["tasks"]["trivia"]["settings"][f"exit {k}"]["f1"]
-        assert values["trivia", f"f1, {k} of 4 layers"] == pytest.approx(score, abs=1e-6)
-    assert len(values) == 3 * (2 + 1)
-
-
-def test_calls_on_the_page_are_those_of_the_exits_and_of_the_tokenizer(folder):
-    """That they run: tests/trainer/test_model_card.py."""
-    path = folder / "model"
-    write_card(path, name=str(path))
-    (code,) = re.findall(r"```python\n(.*?)```", (path / "README.md").read_text(), re.DOTALL)
-    asked = re.findall(r"generate\(\*\*inputs, (.*?), max_new_tokens", code)
-    assert asked == ["exit_layer=1", "exit_threshold=0.9", "assistant_early_exit=1"]
-    assert "apply_chat_template" in code
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
-    (path / "chat_template.jinja").unlink()
-    tokenizer.save_pretrained(path)
-    write_card(path, name=str(path))
-    assert "apply_chat_template" not in (path / "README.md").read_text()
-    config = json.loads((path / "tokenizer_config.json").read_text())
-    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "x"}))  # as older versions do
-    write_card(path, name=str(path))
-    assert "apply_chat_template" in (path / "README.md").read_text()
-
-
-def test_every_n_wherever_exits_are_asked_for(folder, capsys):
-    record = evaluate(str(folder / "model"), data(folder)[:1], exit_layers="every:2", **QUICK)
-    assert record["request"]["exit_layers"] == [2, 4]
-    quick = ["--exit_thresholds", "--num_timed", "1", "--max_new_tokens", "2", "--runs", "1", "--dtype", "float32"]
-    output = ["--output", str(folder / "out.json")]
-    for given, exits in (["every:3"], [3, 4]), (["1", "4"], [1, 4]):
-        asked = ["--data", f"qa={folder / 'trivia.jsonl'}", *quick, *output, "--overwrite", "--exit_layers", *given]
-        main(["evaluate", str(folder / "model"), *asked])
-        assert load_evaluation(folder / "out.json")["request"]["exit_layers"] == exits
-    for given, message in (["1", "x"], "got 'x' in"), (["1,4"], r"pass \[1,4\]"), (["every:0"], "got 'every:0'"):
-        with pytest.raises(SystemExit, match=message):
-            main(["evaluate", str(folder / "model"), "--data", "qa=x.jsonl", "--exit_layers", *given])
-
-
-def test_a_model_that_gives_no_numbers(folder):
+def test_an_evaluation_with_what_is_no_number_is_not_written(folder):
     model = tiny_sorted(exit_layers=EXITS)
     model.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
     model.save_pretrained(folder / "model")
@@ -333,114 +230,6 @@ def test_weights_that_are_missing_are_not_made_up(folder):
         evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
 
 
-def test_the_revision_is_of_the_repository_that_holds_the_package(tmp_path, monkeypatch):
-    """Not of the one in whose environment it was installed, nor of one that a hook of git names."""
-
-    def git(*arguments):
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    git("init", "-q")
-    package = tmp_path / ".venv" / "hub_card"
-    package.mkdir(parents=True)
-    (package / "record.py").write_text("")
-    monkeypatch.setattr(record_module, "__file__", str(package / "record.py"))
-    git("commit", "-q", "--allow-empty", "-m", "theirs")
-    assert record_module._git_revision() is None
-    git("add", "-f", ".venv")
-    git("commit", "-q", "-m", "ours")
-    assert record_module._git_revision() == git("rev-parse", "HEAD")
-    (tmp_path / "other").mkdir()
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other"))
-    revision = record_module._git_revision()
-    monkeypatch.delenv("GIT_DIR")
-    assert revision == git("rev-parse", "HEAD")
-
-
-def test_nothing_unmeasured_is_shown(folder):
-    path = folder / "model"
-    write_card(path)
-    page = (path / "README.md").read_text()
-    assert "Not evaluated yet" in page and "model-index" not in page
-    assert "Exits 1, 2, 4 with weights 1, 1, 1" in page
-    evaluate(str(path), data(folder)[:1], exit_layers=[2, 4], **QUICK)
-    write_card(path)
-    rows = cells((path / "README.md").read_text())
-    (missing,) = [row for row in rows if row[0] == "`exit_layer=1`"]
-    assert missing[1] == "not evaluated" and not any(missing[2:])
-
-
-def test_edits_of_the_owner_survive(folder):
-    path = folder / "model"
-    write_card(path)
-    file = path / "README.md"
-    mine = file.read_text().replace("# model\n", "# My model\n\nMy words.\n").replace("license", "licence")
-    mine = mine.replace("tags:\n", "language: nl\ntags:\n- mine\n") + "\n## More of mine\n\nThe end.\n"
-    # The block of limits is taken out, with its marks
-    mine = re.sub(r"<!-- sorted-llama: limits -->.*<!-- /sorted-llama: limits -->", "Mine.", mine, flags=re.DOTALL)
-    file.write_text(mine)
-    evaluate(str(path), data(folder)[:1], **QUICK)
-    for _ in range(2):
-        write_card(path)
-        page = file.read_text()
-        for words in ("# My model\n\nMy words.\n", "## More of mine\n\nThe end.", "language: nl", "- mine", "Mine."):
-            assert page.count(words) == 1, words
-        assert "Not evaluated yet" not in page and "trivia: loss" in page and "cache that was filled" not in page
-    assert ModelCard.load(file).data.language == "nl"
-
-
-def test_page_of_somebody_else_stays(folder):
-    file = folder / "model" / "README.md"
-    file.write_text("---\nlicense: mit\ndatasets:\n- some/data\n---\n# Theirs\n\nText.\n")
-    write_card(folder / "model")
-    page = file.read_text()
-    assert "# Theirs\n\nText." in page and page.index("## The exits") < page.index("# Theirs")
-    card = ModelCard.load(file)
-    assert card.data.license == "mit" and card.data.datasets == ["some/data"] and "early-exit" in card.data.tags
-
-
-def test_peers_are_shown_where_they_were_measured_alike(folder, capsys):
-    path = folder / "model"
-    save_tiny(folder / "small", tiny_sorted(num_hidden_layers=2, initializer_range=0.2, exit_layers=None))
-    with pytest.raises(ValueError, match="the checkpoint has none"):
-        write_card(path, peers=[("small", write_results(folder, "small"))])
-    record, peer = (load_evaluation(write_results(folder, name)) for name in ("model", "small"))
-    write_card(path)
-    alone = (path / "quality_speed.png").read_bytes()
-    main(["card", str(path), "--peers", f"a small Llama={folder / 'small'}"])
-    (row,) = [row for row in cells((path / "README.md").read_text()) if row[0] == "a small Llama"]
-    score, speed = peer["tasks"]["trivia"]["settings"]["exit 2"]["exact_match"], peer["speed"]["exit 2"]["median"]
-    assert row[1] == f"{100 * score:.1f} %"
-    assert row[3] == f"{speed / record['speed']['exit 4']['median']:.2f}x"
-    assert (path / "quality_speed.png").read_bytes() != alone
-    write_card(path, name="user/name")  # as pushing does: what was shown stays
-    assert row in cells((path / "README.md").read_text())
-
-    (folder / "trivia.jsonl").write_text('{"question": "another?", "answer": "no"}')
-    write_results(folder, "small", overwrite=True, **QUICK | {"max_new_tokens": 3})
-    with pytest.raises(ValueError, match="`peers`: 'small' was measured with other rows .*; timed .*'max_new_tokens'"):
-        write_card(path, peers=[("small", folder / "small")])
-    with pytest.raises(SystemExit, match="`--peers` takes NAME=PATH"):
-        main(["card", str(path), "--peers", str(folder / "small")])
-
-
-def write_results(folder, name, **options):
-    evaluate(str(folder / name), data(folder)[:1], **QUICK | options)
-    return folder / name
-
-
-@pytest.mark.parametrize("make", ["no folder", "other model"])
-def test_wrong_page(folder, make):
-    if make == "no folder":
-        with pytest.raises(ValueError, match="`path` must be the folder of a checkpoint"):
-            write_card(folder)
-        return
-    evaluate(str(folder / "model"), data(folder)[:1], output=folder / "results.json", **QUICK)
-    save_tiny(folder / "shallow", tiny_sorted(num_hidden_layers=3, exit_layers=[1, 3]))
-    with pytest.raises(ValueError, match="`evaluation` is of a model of 4 layers"):
-        write_card(folder / "shallow", evaluation=folder / "results.json")
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -450,7 +239,7 @@ def test_wrong_page(folder, make):
     ],
     ids=str,
 )
-def test_wrong_command(folder, monkeypatch, arguments, message):
+def test_a_wrong_command_of_an_evaluation_is_told(folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit, match=message):
         main(["evaluate", "model", *arguments])

@@ -33,11 +33,10 @@ def make(folder, shards=False, **fields):
     return model
 
 
-@pytest.mark.parametrize("exit_layer", EXITS)
+@pytest.mark.parametrize("exit_layer, shards", [(1, False), (2, False), (4, False), (2, True)])
 @pytest.mark.parametrize("exit_heads", ["shared", "separate", "lens"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("shards", [True, False])
-def test_is_the_exit_bit_by_bit(tmp_path, exit_layer, exit_heads, tied, shards):
+def test_the_extracted_model_is_the_exit_bit_by_bit(tmp_path, exit_layer, exit_heads, tied, shards):
     fields = {"exit_heads": exit_heads, "tie_word_embeddings": tied, "dtype": torch.float32}
     model = make(tmp_path / "model", shards, **fields)
     out = extract(tmp_path / "model", exit_layer, tmp_path / "out", max_shard_size="20KB" if shards else "5GB")
@@ -62,7 +61,7 @@ def test_is_the_exit_bit_by_bit(tmp_path, exit_layer, exit_heads, tied, shards):
     assert tokenizer.chat_template == CHAT_TEMPLATE and tokenizer("a b")["input_ids"]
 
 
-def test_reads_only_what_it_needs(tmp_path):
+def test_an_extraction_reads_only_what_it_needs(tmp_path):
     """Files that hold nothing but deeper layers may be missing, or unreadable."""
     model = make(tmp_path / "model", shards=True)
     weight_map = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())["weight_map"]
@@ -77,7 +76,7 @@ def test_reads_only_what_it_needs(tmp_path):
     torch.testing.assert_close(llama(**prompts()).logits, expected)
 
 
-def test_keeps_the_dtype(tmp_path):
+def test_an_extraction_keeps_the_dtype(tmp_path):
     make(tmp_path / "model").to(torch.bfloat16).save_pretrained(tmp_path / "model")
     out = extract(tmp_path / "model", 2, tmp_path / "out")
     with safe_open(out / "model.safetensors", "pt") as file:
@@ -85,7 +84,7 @@ def test_keeps_the_dtype(tmp_path):
     assert LlamaForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
-def test_page(tmp_path):
+def test_the_page_of_an_extracted_model_shows_its_scores(tmp_path):
     make(tmp_path / "model")
     (tmp_path / "model/README.md").write_text("---\nlicense: mit\nbase_model: base/llama\n---\n# Mine\n")
     page = extract(tmp_path / "model", 1, tmp_path / "one") / "README.md"
@@ -100,8 +99,8 @@ def test_page(tmp_path):
     assert "The first 2 of 4 layers of model" in page and "base_model: base/llama" in page
 
 
-def test_the_hub_out_of_reach(monkeypatch):
-    """What could not be looked up is not taken for missing: a folder would lack its tokenizer, say."""
+def test_a_file_that_could_not_be_looked_up_is_not_taken_for_missing(monkeypatch):
+    """A folder would lack its tokenizer, say."""
 
     def download(path, name, revision=None):
         raise LocalEntryNotFoundError("offline")
@@ -113,7 +112,7 @@ def test_the_hub_out_of_reach(monkeypatch):
         extract_module._Source("user/name", None).file("tokenizer_config.json")
 
 
-def test_wrong_arguments(tmp_path):
+def test_wrong_arguments_of_an_extraction_leave_nothing_behind(tmp_path):
     make(tmp_path / "model")
     for exit_layer in (0, 5):
         with pytest.raises(ValueError, match=f"`exit_layer` must be an integer from 1 to 4, got {exit_layer}"):
@@ -126,7 +125,7 @@ def test_wrong_arguments(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command(tmp_path, capsys):
+def test_the_command_extracts(tmp_path, capsys):
     make(tmp_path / "model")
     main(["extract", str(tmp_path / "model"), "--exit", "2", str(tmp_path / "out")])
     assert f"The plain Llama of 2 layers is in {tmp_path / 'out'}." in capsys.readouterr().out
@@ -136,7 +135,7 @@ def test_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("exit_heads", ["shared", "lens"])
-def test_round_trip_through_gguf(tmp_path, exit_heads):
+def test_an_extracted_model_survives_gguf(tmp_path, exit_heads):
     model = make(tmp_path / "model", exit_heads=exit_heads)
     llama = LlamaForCausalLM.from_pretrained(extract(tmp_path / "model", 2, tmp_path / "out"))
     save_gguf(llama, tmp_path / "two.gguf")

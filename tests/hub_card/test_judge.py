@@ -142,7 +142,7 @@ def healthy():
 # Verdicts
 
 
-def test_result(healthy):
+def test_the_longer_answer_wins_where_the_judge_prefers_it(healthy):
     result = run(healthy)
     assert result.verdicts == [("b", "b"), ("a", "a"), ("tie", "tie")]
     assert counts(result) == (1, 1, 1, 0)
@@ -170,7 +170,7 @@ def test_both_orders_have_to_agree():
     assert result.score == 0
 
 
-def test_one_sided():
+def test_a_win_in_both_orders_is_a_win():
     with endpoint() as server:
         result = run(server, ["?"] * 4, ["long one", "long two", "long three", "x"], ["", "a", "b", "yy"])
     assert counts(result) == (3, 0, 1, 0)
@@ -185,7 +185,7 @@ def test_position_bias_is_all_ties():
 
 
 @pytest.mark.parametrize("content", ["I would rather not say.", "", None])
-def test_nothing_judged(content, tmp_path):
+def test_replies_without_a_verdict_are_malformed_and_not_asked_again(content, tmp_path):
     with endpoint(lambda *args: content) as server:
         result = run(server, cache=tmp_path / "cache.jsonl")
         assert counts(result) == (0, 0, 0, 3)
@@ -198,9 +198,9 @@ def test_nothing_judged(content, tmp_path):
 PAIRS = st.lists(st.tuples(st.text(), st.text(), st.text()), min_size=1, max_size=6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(pairs=PAIRS)
-def test_any_text_and_swapping(healthy, pairs):
+def test_any_text_reaches_the_judge_and_swapping_negates_the_score(healthy, pairs):
     """Every text reaches the judge as it is, the score is the naive one, and swapping A and B negates it."""
     instructions, a, b = (list(texts) for texts in zip(*pairs, strict=True))
     result, swapped = run(healthy, instructions, a, b), run(healthy, instructions, b, a)
@@ -307,7 +307,7 @@ def test_no_text_contains_the_code(monkeypatch):
     ],
     ids=ascii,
 )
-def test_parse_verdict(reply, verdict):
+def test_only_an_exact_last_line_is_a_verdict(reply, verdict):
     assert parse_verdict(reply, "c0de") == verdict
 
 
@@ -342,20 +342,20 @@ def test_a_judge_that_dies_is_resumed(concurrency, tmp_path, healthy):
     assert result == run(healthy)
 
 
-def test_a_refusal_ends_it_soon():
+def test_a_refusal_ends_the_judging_soon():
     with endpoint(fault=lambda body: 401) as server:
         with pytest.raises(RuntimeError, match="AuthenticationError.* 0 of 200 .*pass `cache`"):
             run(server, [str(i) for i in range(100)], ["x"] * 100, ["y"] * 100, concurrency=1)
         assert len(server.requests) < 200
 
 
-def test_what_is_no_completion():
+def test_a_reply_that_is_no_completion_is_told():
     with endpoint(fault=lambda body: {"error": "no such model"}) as server:
         with pytest.raises(RuntimeError, match="no chat completion.*no such model"):
             run(server)
 
 
-def test_concurrency():
+def test_requests_are_under_way_at_a_time():
     """Four requests are under way at a time: each waits for three others."""
     barrier = threading.Barrier(4)
     under_way, most = 0, 0
@@ -378,7 +378,7 @@ def test_concurrency():
 # The cache, and what is sent
 
 
-def test_cache(tmp_path):
+def test_a_complete_cache_needs_no_judge(tmp_path):
     cache = tmp_path / "cache.jsonl"
     with endpoint() as server:
         result = run(server, cache=cache)
@@ -394,7 +394,7 @@ def test_cache(tmp_path):
     assert run(server, INSTRUCTIONS[:1], ANSWERS_B[:1], ANSWERS_A[:1], cache=cache).verdicts == [("a", "a")]
 
 
-def test_cache_is_written_at_once(tmp_path):
+def test_the_cache_is_written_at_once(tmp_path):
     """When a request arrives, the replies to those before it are in the file."""
     cache, lines = tmp_path / "cache.jsonl", []
     with endpoint(fault=lambda body: lines.append(len(cache.read_text().splitlines()))) as server:
@@ -413,7 +413,7 @@ def test_cache_is_written_at_once(tmp_path):
     ],
     ids=lambda other: next(iter(other)),
 )
-def test_cache_of_other_requests(other, tmp_path, healthy):
+def test_a_cache_of_other_requests_is_of_no_use(other, tmp_path, healthy):
     run(healthy, cache=tmp_path / "cache.jsonl")
     start = len(healthy.requests)
     run(healthy, cache=tmp_path / "cache.jsonl", **other)
@@ -421,7 +421,7 @@ def test_cache_of_other_requests(other, tmp_path, healthy):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 20, -1])
-def test_cache_with_half_a_line(cut, tmp_path, healthy):
+def test_a_cache_with_half_a_line_is_gone_on_with(cut, tmp_path, healthy):
     """What `kill -9` leaves: the last line lacks its last `cut` characters, or all but its first."""
     cache = tmp_path / "cache.jsonl"
     result = run(healthy, cache=cache)
@@ -433,13 +433,13 @@ def test_cache_with_half_a_line(cut, tmp_path, healthy):
         assert len(healthy.requests) == start + missing
 
 
-def test_same_request_is_sent_once(healthy):
+def test_the_same_request_is_sent_once(healthy):
     start = len(healthy.requests)
     assert counts(run(healthy, ["?"] * 5, ["longer"] * 5, ["x"] * 5)) == (5, 0, 0, 0)
     assert len(healthy.requests) == start + 2
 
 
-def test_parameters_that_are_sent(healthy):
+def test_the_sampling_of_the_judge_is_sent(healthy):
     run(healthy)
     assert {k: v for k, v in healthy.requests[-1].items() if k != "messages"} == {
         "model": "m",
@@ -468,14 +468,14 @@ def test_parameters_that_are_sent(healthy):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_arguments(wrong, error, match, healthy):
+def test_wrong_arguments_of_a_judging_ask_nobody(wrong, error, match, healthy):
     start = len(healthy.requests)
     with pytest.raises(error, match=match):
         run(healthy, **wrong)
     assert len(healthy.requests) == start
 
 
-def test_a_file_that_is_no_cache(tmp_path, healthy):
+def test_a_file_of_something_else_is_no_cache(tmp_path, healthy):
     file = tmp_path / "other.jsonl"
     file.write_text('{"key": "1", "reply": ""}\n{"prompt": "p", "completion": "c"}\n')
     start, content = len(healthy.requests), file.read_text()
@@ -485,12 +485,12 @@ def test_a_file_that_is_no_cache(tmp_path, healthy):
     assert file.read_text() == content
 
 
-def test_progress_bar(healthy, capsys):
+def test_judging_shows_a_bar(healthy, capsys):
     run(healthy)
     assert "6/6" in capsys.readouterr().err
 
 
-def test_import_needs_no_client(monkeypatch):
+def test_the_import_of_the_judge_needs_no_client(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)  # an import of it fails
     with pytest.raises(ImportError):
         import openai  # noqa: F401
@@ -502,7 +502,7 @@ def test_import_needs_no_client(monkeypatch):
 
 @given(outcomes=st.tuples(*[st.integers(0, 200)] * 3).filter(any))
 @settings(deadline=None, max_examples=50)
-def test_interval_contains_the_score(outcomes):
+def test_the_interval_contains_the_score(outcomes):
     wins, _, losses = outcomes
     lower, upper = bootstrap_interval(*outcomes, resamples=2000)
     assert -1 <= lower <= (wins - losses) / sum(outcomes) <= upper <= 1
@@ -544,7 +544,7 @@ def command(tmp_path, monkeypatch):
     return run
 
 
-def test_command(command, capsys):
+def test_the_command_judges_the_answers_of_two_exits(command, capsys):
     """Exit against exit: their own answers reach the judge, and the result is written."""
     with endpoint() as server:
         command(server)
@@ -648,7 +648,7 @@ def test_a_complete_run_is_read_again_without_a_judge(command):
     ],
     ids=str,
 )
-def test_wrong_commands_ask_nobody(command, options, message):
+def test_wrong_commands_of_a_judging_ask_nobody(command, options, message):
     with endpoint() as server:
         with pytest.raises(SystemExit, match=message) as raised:
             command(server, *options)

@@ -25,7 +25,7 @@ ROWS = {
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("tile", [5, 2**26])
-def test_reading_and_answering(kind, tile, monkeypatch):
+def test_exits_read_and_answer_as_llamas_of_their_depth(kind, tile, monkeypatch):
     monkeypatch.setattr(measure, "_LOGITS", tile * 259)
     model, tokenizer = tiny_sorted(initializer_range=0.1), tiny_tokenizer()
     rows = as_text(ROWS[kind], tokenizer)
@@ -55,7 +55,7 @@ def test_reading_and_answering(kind, tile, monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cost(tied, dtype):
+def test_the_cost_of_an_exit_is_that_of_its_sub_model(tied, dtype):
     model = tiny_sorted(tie_word_embeddings=tied).to(dtype)
     for k in EXITS:
         llama = model.extract_submodel(k)
@@ -68,7 +68,7 @@ def test_cost(tied, dtype):
 
 
 @pytest.mark.parametrize("k", EXITS)
-def test_flops_are_those_that_torch_counts(k):
+def test_the_flops_of_a_token_are_those_that_torch_counts(k):
     """One token after 63: matrix products, and attention's, of the extracted sub-model."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -84,7 +84,7 @@ def test_flops_are_those_that_torch_counts(k):
     assert counted == pytest.approx(cost_of_exit(model, k, context=64).flops, abs=rotary)
 
 
-def test_speeds_are_of_all_settings():
+def test_all_settings_are_timed():
     model, tokenizer = tiny_sorted(), tiny_tokenizer()
     settings = {"low": {"exit_layer": 1}, "sure": {"exit_threshold": 0.5}}
     speeds = measure.decoding_speeds(model, tokenizer, ["one", "two"], settings, max_new_tokens=3, runs=2)

@@ -18,7 +18,7 @@ PEER = "a small $Llama_3$\nmodel"
 
 
 @pytest.mark.parametrize("tasks", [list(TASKS), *([task] for task in TASKS)], ids=str)
-def test_labels_can_be_read(tmp_path, monkeypatch, tasks):
+def test_the_labels_of_the_plot_can_be_read(tmp_path, monkeypatch, tasks):
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
     record = {

@@ -70,7 +70,7 @@ def test_a_checkpoint_is_pushed_and_nothing_else(folder):
 
 
 @pytest.mark.parametrize("kind", ["shards", "adapter", "adapters in folders", "old tokenizer", "templates", "trained"])
-def test_whatever_is_saved_is_pushed(folder, kind, tmp_path):
+def test_whatever_the_libraries_save_is_pushed(folder, kind, tmp_path):
     """What the libraries write into an empty folder is on the list."""
     out = tmp_path / "out"
     include = []
@@ -99,7 +99,7 @@ def test_whatever_is_saved_is_pushed(folder, kind, tmp_path):
     assert saved and set(files_to_push(out, include)) == saved
 
 
-def test_other_files_are_asked_for(folder, capsys):
+def test_other_files_are_pushed_if_they_are_asked_for(folder, capsys):
     write(folder, "notes.txt", "images/a.png", "images/b.png", "data.csv", *STATES, *SECRETS)
     main(["push", str(folder), "user/name", "--include", "images/*", "--include", "notes.txt"])
     assert {"notes.txt", "images/a.png", "images/b.png"} < set(Api.sent) and "data.csv" not in Api.sent
@@ -153,7 +153,7 @@ def test_a_push_that_fails_is_one_line_and_changes_nothing(folder, monkeypatch, 
     assert {path for path, state in state_of(folder).items() if before.get(path) != state} == {folder / "README.md"}
 
 
-def test_wrong_pushes(folder, tmp_path):
+def test_a_push_of_something_else_is_refused(folder, tmp_path):
     for path, name, message in (
         (tmp_path, "user/name", "`path` must be the folder of a checkpoint"),
         ("user/other", "user/name", "`path` must be the folder of a checkpoint"),

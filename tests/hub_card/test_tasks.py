@@ -39,12 +39,12 @@ from tests.tiny import tiny_tokenizer
         (final_answer, "####", ["####"], {"final_answer": 0.0}),
     ],
 )
-def test_scores(score, text, answers, expected):
+def test_answers_are_scored(score, text, answers, expected):
     assert score(text, answers) == pytest.approx(expected)
 
 
 @given(st.text(), st.text())
-def test_properties_of_the_normalisation(text, other):
+def test_the_normalisation_is_idempotent_and_f1_symmetric(text, other):
     once = normalize_answer(text)
     assert normalize_answer(once) == once == once.strip()
     assert token_f1(once, normalize_answer(other)) == token_f1(normalize_answer(other), once)
@@ -57,7 +57,7 @@ def write(path, rows):
     return str(path)
 
 
-def test_questions_and_their_aliases(tmp_path):
+def test_questions_are_asked_and_any_alias_counts(tmp_path):
     rows = [{"question": "Capital?", "answers": ["Paris", "City of Paris"]}, {"question": "Two?", "answer": "2"}]
     task = load_task("qa", write(tmp_path / "trivia.jsonl", rows), tiny_tokenizer())
     assert (task.name, task.metric) == ("trivia", "exact_match")
@@ -80,7 +80,7 @@ def test_questions_and_their_aliases(tmp_path):
     ],
     ids=str,
 )
-def test_forms_of_answers(tmp_path, row, answers):
+def test_all_forms_of_answers_are_read(tmp_path, row, answers):
     (tmp_path / "rows.json").write_text(json.dumps(row | {"question": "a"}))
     if answers == ["4", "four"]:  # of two types, which no table of a file has
         assert KINDS["qa"].read(row | {"question": "a"})["answers"] == answers
@@ -89,14 +89,14 @@ def test_forms_of_answers(tmp_path, row, answers):
     assert task.rows[0]["answers"] == answers and task.rows[0]["completion"] == f" {answers[0]}</s>"
 
 
-def test_a_completion_of_several_lines(tmp_path):
+def test_a_completion_of_several_lines_is_scored_by_its_first(tmp_path):
     rows = [{"prompt": "Sing:", "completion": "\n La la\nla"}]
     task = load_task("completions", write(tmp_path / "songs.jsonl", rows), tiny_tokenizer())
     assert task.score(["\n La la\nla"]) == task.score(["La la"]) == {"exact_match": 1.0}
     assert task.score(["la"]) == {"exact_match": 0.0}
 
 
-def test_problems(tmp_path):
+def test_problems_are_scored_by_their_number(tmp_path):
     rows = [{"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}]
     task = load_task("gsm8k", write(tmp_path / "test.jsonl", rows), tiny_tokenizer())
     assert task.score(["It is\n#### 2"]) == {"final_answer": 1.0}
@@ -113,12 +113,12 @@ def test_problems(tmp_path):
     ],
     ids=str,
 )
-def test_wrong_data(tmp_path, kind, rows, message):
+def test_wrong_rows_are_told(tmp_path, kind, rows, message):
     with pytest.raises(ValueError, match=message):
         load_task(kind, write(tmp_path / "rows.jsonl", rows), tiny_tokenizer())
 
 
-def test_no_rows(tmp_path):
+def test_a_file_without_rows_is_told(tmp_path):
     (tmp_path / "rows.csv").write_text("question,answer\n")
     with pytest.raises(ValueError, match="rows.csv' could not be read: .*no data"):
         load_task("qa", str(tmp_path / "rows.csv"), tiny_tokenizer())
