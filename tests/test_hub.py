@@ -28,7 +28,7 @@ CALLS = {
     "exit": {"exit_layer": 1},
     "confidence": {"exit_threshold": 0.5},
     "draft": {"assistant_early_exit": 1},
-    "auto": {"exit_layer": "auto"},
+    "rows": {"exit_layer": [1, 2, 4]},
 }
 STRATEGIES = ["end", "every_save", "checkpoint", "all_checkpoints"]
 ENVIRONMENT = {
