@@ -117,6 +117,22 @@ def naive_means(llama, batches, **kwargs):
     return [(total / count).tolist() for total in sums]
 
 
+def naive_step(llama, batch, exits, weights=None):
+    """The objective of a batch, and each exit's mean loss."""
+    sums, *_, count = naive_sums(llama, batch, exits)
+    return (sums * torch.tensor(weights or [1.0] * len(exits))).sum() / count, sums / count
+
+
+SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.05, "max_grad_norm": 0}
+
+OWNED = {"lens": "model.exit_norms.{}.matrix", "separate": "exit_lm_heads.{}.weight"}
+
+
+def owned(exit_heads):
+    """Names of the weights that the exits below full depth own."""
+    return {name.format(k) for name in ("model.exit_norms.{}.weight", OWNED[exit_heads]) for k in EXITS[:-1]}
+
+
 # Evaluated and saved after each step, on data that it is the less like the longer it trains: the best is not the last
 BEST_IS_NOT_LAST = {
     "eval_dataset": Dataset.from_list([{"text": "0123456789"}]),

@@ -95,30 +95,28 @@ def assert_as_undisturbed(folder, undisturbed):
     assert not (folder / "_unfinished").exists()
 
 
-@pytest.mark.slow
-def test_killed_at_any_file(tmp_path, undisturbed):
-    """Ten times, before a file of the output folder changes, so also within saves and deletions."""
+def test_a_run_killed_at_any_file_is_resumed_to_the_same_weights(tmp_path, undisturbed):
+    """Eight times, before a file of the output folder changes, so also within saves and deletions."""
     draw = random.Random(0)
     folder, kills = tmp_path / "run", 0
-    for i in range(10):
+    for i in range(8):
         by = (signal.SIGKILL, signal.SIGTERM)[i % 2]
         ended, _ = run(folder, OPTIONS, kill_at=draw.randint(1, undisturbed[1] // 4), by=by)
         kills += not ended
         check(folder, OPTIONS)
     assert run(folder, OPTIONS)[0]
-    assert kills >= 5
+    assert kills >= 4
     assert_as_undisturbed(folder, undisturbed)
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path, undisturbed):
+def test_a_run_killed_at_random_moments_is_resumed_to_the_same_weights(tmp_path, undisturbed):
     draw = random.Random(0)
     folder, kills = tmp_path / "run", 0
-    for _ in range(10):
+    for _ in range(7):
         kills += not run(folder, OPTIONS, seconds=draw.uniform(0, undisturbed[2]))[0]
         check(folder, OPTIONS)
     run(folder, OPTIONS)
-    assert kills >= 3
+    assert kills >= 2
     assert_as_undisturbed(folder, undisturbed)
 
 
@@ -142,8 +140,7 @@ def written(folder, name):
     return {"./": f"./{folder.name}", "/": f"{folder}/", "..": f"{folder}/../{folder.name}", "link": str(link)}[name]
 
 
-@pytest.mark.parametrize("name", ["./", "/", "..", "link"])
-@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("name, limit", [("./", 1), ("/", 2), ("..", 1), ("link", 1), ("link", 2)])
 def test_best_checkpoint_survives_however_its_folder_is_written(tmp_path, monkeypatch, name, limit):
     folder = tmp_path / "out"
     folder.mkdir()
@@ -229,7 +226,7 @@ def test_folder_that_vanishes_is_made_again(tmp_path):
 
 def test_runs_in_one_folder_take_turns(tmp_path):
     """Neither deletes what the other is writing, and both come to their ends."""
-    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     tmp_path = tmp_path / "run"
     tmp_path.mkdir()
     context = multiprocessing.get_context("fork")

@@ -52,7 +52,7 @@ TINY_RUN = {
 
 
 @pytest.mark.parametrize("exit_layer", [2, 4])
-def test_dpo_at_an_exit(tmp_path, exit_layer):
+def test_dpo_trains_an_exit_as_a_plain_llama(tmp_path, exit_layer):
     """DPO trains the depth that the config names, as it trains a plain Llama of as many layers."""
     model = tiny_sorted()
     plain = save_tiny(tmp_path / "plain", reference_llama(model, exit_layer))
@@ -72,7 +72,7 @@ def test_dpo_at_an_exit(tmp_path, exit_layer):
 
 
 @pytest.mark.parametrize("exit_layer", [2, 4])
-def test_grpo_at_an_exit(tmp_path, exit_layer):
+def test_grpo_trains_the_layers_of_an_exit_alone(tmp_path, exit_layer):
     """GRPO generates and trains at the depth that the config names."""
     model = tiny_sorted()
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
@@ -127,7 +127,7 @@ def test_dpo_starts_from_a_reference_of_the_policys_depth(tmp_path, load):
     assert logged(trainer, "loss") == pytest.approx([math.log(2)], rel=1e-6)
 
 
-def test_reference_depths_of_other_trainers(tmp_path):
+def test_references_of_other_trainers_have_the_policys_depth(tmp_path):
     folder = save_tiny(tmp_path / "model", tiny_sorted())
     judged = [{"prompt": text(i, 2), "completion": text(i + 2, 3), "label": i % 2 == 0} for i in range(6)]
     grpo = {"beta": 0.1, "num_generations": 2, "per_device_train_batch_size": 2}
@@ -236,7 +236,7 @@ def test_adapter_of_an_exit_is_loaded_by_its_path(tmp_path, auto_class):
 # Quantized and sharded weights
 
 
-def test_qlora(tmp_path):
+def test_qlora_trains_adapters_alone_with_the_losses_of_a_plain_llama(tmp_path):
     """Adapters on 4-bit weights: the losses of a plain Llama in 4 bits, and only the adapters are trained."""
     pytest.importorskip("bitsandbytes")
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
@@ -261,7 +261,7 @@ def test_qlora(tmp_path):
     assert trained and all("lora_" in name for name in trained)
 
 
-def test_tensor_parallel_plan():
+def test_a_sorted_model_has_a_llamas_tensor_parallel_plan():
     """Loading with `tp_plan="auto"` shards a sorted model as it does a Llama."""
     assert tiny_sorted().tp_plan == tiny_llama().tp_plan != {}
     assert tiny_sorted().config.base_model_tp_plan == tiny_llama().config.base_model_tp_plan
@@ -325,7 +325,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats(tmp_path, name, streamed):
+def test_dataset_formats_have_naive_losses_at_every_exit(tmp_path, name, streamed):
     rows, options = FORMATS[name]
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TOOLS_TEMPLATE
@@ -341,7 +341,7 @@ def test_formats(tmp_path, name, streamed):
     assert [logged(trainer, f"exit_{k}_loss")[0] for k in EXITS] == pytest.approx(losses, rel=1e-4)
 
 
-def test_processes_that_prepare_the_data(tmp_path):
+def test_processes_that_prepare_the_data_change_nothing(tmp_path):
     """`dataset_num_proc` changes nothing in what is trained."""
     runs = [make_trainer(tmp_path, data=make_data("messages"), dataset_num_proc=n) for n in (None, 2)]
     for trainer in runs:

@@ -89,5 +89,5 @@ def test_no_mark_is_left_in_content(before, mark, after):
         ([], ""),
     ],
 )
-def test_links(ids, links):
+def test_links_show_their_ids(ids, links):
     assert hub_links(ids) == links

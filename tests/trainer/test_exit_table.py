@@ -5,6 +5,7 @@ from datasets import Dataset
 from transformers import TrainerState, TrainingArguments
 
 from sorted_llama import ExitTableCallback
+from tests.tiny import tiny_sorted
 from tests.trainer.runs import EXITS, logged, make_data, make_trainer
 
 
@@ -48,8 +49,25 @@ def test_nothing_of_exits_is_no_table(capsys, metrics):
     assert printed(capsys, metrics) == ""
 
 
-def test_one_set_alone(tmp_path, capsys):
+def test_one_evaluation_set_has_a_table(tmp_path, capsys):
     trainer = make_trainer(tmp_path, eval_dataset=make_data(), disable_tqdm=False)
     trainer.evaluate()
     out = capsys.readouterr().out
     assert "eval, step 0" in out and all(word in out for word in ("exit", "loss", "mean token accuracy", "agreement"))
+
+
+def test_the_trainer_prints_a_table_a_set_until_the_callback_is_removed(tmp_path, capsys):
+    trainer = make_trainer(
+        tmp_path, tiny_sorted(), eval_dataset={"a": make_data(), "b": make_data()}, disable_tqdm=False,
+        eval_strategy="steps", eval_steps=1, max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    printed = capsys.readouterr().out
+    for dataset in ("a", "b"):
+        assert f"eval_{dataset}, step 1" in printed
+        for k in EXITS:
+            (loss,) = logged(trainer, f"eval_{dataset}_exit_{k}_loss")
+            assert any(f" {k} " in line and f"{loss:.4g}" in line for line in printed.splitlines())
+    trainer.remove_callback(ExitTableCallback)
+    trainer.evaluate()
+    assert "step 1" not in capsys.readouterr().out

@@ -57,7 +57,7 @@ def page_of(trainer, tmp_path):
     return (tmp_path / "README.md").read_text()
 
 
-def test_recipe_and_evaluation(tmp_path):
+def test_the_page_has_the_recipe_and_the_evaluation(tmp_path):
     options = {"exit_loss_weights": "linear", "exit_schedule": "random", "eval_strategy": "steps", "eval_steps": 2}
     trainer = make_trainer(tmp_path, eval_dataset=make_data(), exit_heads="lens", **options)
     trainer.train()
@@ -112,7 +112,7 @@ def test_what_others_wrote_stays_at_every_save(tmp_path, lora):
     assert same == then
 
 
-def test_page_of_somebody_else_stays_below(tmp_path):
+def test_the_page_of_somebody_else_stays_below(tmp_path):
     theirs = "---\nlicense: mit\ntags: [theirs]\n---\n# Mine\n\nAll about it.\n"
     (tmp_path / "README.md").write_text(theirs)
     trainer = make_trainer(tmp_path)
@@ -123,7 +123,7 @@ def test_page_of_somebody_else_stays_below(tmp_path):
     assert has_blocks(page) and page.endswith("# Mine\n\nAll about it.\n")
 
 
-def test_empty_form_of_peft_is_no_page(tmp_path):
+def test_the_empty_form_of_peft_is_no_page(tmp_path):
     trainer = make_trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
     trainer.save_model()
     assert "More Information Needed" in (tmp_path / "README.md").read_text()
@@ -131,7 +131,7 @@ def test_empty_form_of_peft_is_no_page(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"caf\xe9", b"---\na: [\n---\nx", b"---\n- a\n---\nx"], ids=str)
-def test_page_that_cannot_be_read_stays_and_is_told(tmp_path, monkeypatch, content):
+def test_a_page_that_cannot_be_read_stays_and_is_told(tmp_path, monkeypatch, content):
     said = []
     monkeypatch.setattr("sorted_llama.trainer.model_card.logger.warning", said.append)
     (tmp_path / "README.md").write_bytes(content)
@@ -140,7 +140,7 @@ def test_page_that_cannot_be_read_stays_and_is_told(tmp_path, monkeypatch, conte
     assert len(said) == 1 and "README.md" in said[0] and "stays as it is" in said[0]
 
 
-def test_evaluation_in_the_metadata_stays(tmp_path):
+def test_an_evaluation_in_the_metadata_stays(tmp_path):
     trainer = make_trainer(tmp_path)
     card = ModelCard(page_of(trainer, tmp_path))
     card.data.eval_results = [EvalResult("text-generation", "qa", "qa", "f1", 0.5)]
@@ -161,10 +161,8 @@ def printed_by(code, tmp_path, installed):
     return run.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lora, chat", [(False, False), (False, True), (True, True)])
-def test_the_code_on_the_page_runs_as_it_stands(tmp_path, lora, chat):
-    """Every call prints its answer, of the chat template where there is one; without a GPU."""
+def page_and_answers(tmp_path, lora, chat):
+    """The code on the page of a training, and what it is to print."""
     base = save_tiny(tmp_path / "base", tiny_sorted(exit_layers=EXITS))
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = tokenizer.chat_template if chat else None
@@ -173,14 +171,12 @@ def test_the_code_on_the_page_runs_as_it_stands(tmp_path, lora, chat):
         saved = [f"exit_norms.{k}" for k in EXITS[:-1]]
         options |= {"peft_config": LoraConfig(r=2, modules_to_save=saved), "exit_heads": "lens", "detach_exits": True}
         options["exit_learning_rate"] = 0.1
-    out = tmp_path / 'an "odd" $name'
+    out = tmp_path / f'an "odd" $name {chat}'
     trainer = make_trainer(out, base, **options)
     trainer.train()
     trainer.save_model()
     (code,) = re.findall(r"```python\n(.*?)```", page_of(trainer, out), re.DOTALL)
     assert ("PeftModel" in code) == lora and ("apply_chat_template" in code) == chat and "auto" not in code
-    printed = printed_by(code, tmp_path, installed=lora)
-
     if chat:
         asked = [{"role": "user", "content": "What is the capital of France?"}]
         text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
@@ -192,9 +188,17 @@ def test_the_code_on_the_page_runs_as_it_stands(tmp_path, lora, chat):
     decoding = [(model.extract_submodel(1), {}), (model, {"exit_threshold": 0.9}), (full, {})]
     tokens = [llama.eval().generate(**inputs, max_new_tokens=32, **mode)[0] for llama, mode in decoding]
     expected = "".join(tokenizer.decode(row, skip_special_tokens=True) + "\n" for row in tokens)
-    assert printed == expected.replace("\r\n", "\n").replace("\r", "\n")
+    return code, expected.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def test_an_adapter_whose_base_has_no_name(tmp_path):
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_code_on_the_page_runs_as_it_stands(tmp_path, lora):
+    """Every call prints its answer, of the chat template where there is one; without a GPU."""
+    pages = [page_and_answers(tmp_path, lora, chat) for chat in ([True] if lora else [False, True])]
+    code, expected = ("".join(parts) for parts in zip(*pages, strict=True))
+    assert printed_by(code, tmp_path, installed=lora) == expected
+
+
+def test_an_adapter_whose_base_has_no_name_gets_no_code(tmp_path):
     trainer = make_trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules="all-linear"))
     assert "```python" not in page_of(trainer, tmp_path)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from tests.tiny import tiny_llama
-from tests.trainer.runs import EXITS, assert_equal_weights, make_trainer
+from tests.tiny import tiny_llama, tiny_sorted
+from tests.trainer.runs import EXITS, assert_equal_weights, logged, make_trainer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -27,14 +28,13 @@ def weights_of(trainer):
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("save_only_model", [False, True])
 @pytest.mark.parametrize(
     "then, now, different",
     [
         (LENSES, {**LENSES, "exit_layers": [2, 4]}, ["exit_layers=[1, 4]", "exit_layers=[2, 4]"]),
         (LENSES, {"exit_layers": [4]}, ["exit_layers=[1, 4]", "exit_layers=[4]", "exit_heads='lens'"]),
         ({"exit_layers": [4]}, LENSES, ["exit_layers=[4]", "exit_heads='shared'"]),
-        ({"exit_layers": [1, 4]}, {"exit_layers": [2, 4]}, ["exit_layers=[1, 4]"]),
+        ({"exit_layers": [1, 4], "save_only_model": True}, {"exit_layers": [2, 4]}, ["exit_layers=[1, 4]"]),
         ({}, {"trainable": "exits"}, ["trainable='all'", "trainable='exits'"]),
         (LENSES, {**LENSES, "exit_learning_rate": 0.1}, ["exit_learning_rate=None", "exit_learning_rate=0.1"]),
         (
@@ -45,9 +45,9 @@ def weights_of(trainer):
     ],
     ids=str,
 )
-def test_other_exits_are_refused_before_anything_is_changed(tmp_path, then, now, different, save_only_model):
+def test_other_exits_are_refused_before_anything_is_changed(tmp_path, then, now, different):
     then, now = ({**o, "peft_config": lora()} if "peft_config" in o else o for o in (then, now))
-    make_trainer(tmp_path, **SAVES, save_only_model=save_only_model, **then).train()
+    make_trainer(tmp_path, **SAVES, **then).train()
     trainer = make_trainer(tmp_path, max_steps=3, **now)
     before = weights_of(trainer)
     for checkpoint in (True, str(tmp_path / "checkpoint-2"), tmp_path / "checkpoint-2"):
@@ -130,3 +130,53 @@ def test_no_checkpoint_is_said_by_transformers(tmp_path):
     with pytest.raises(ValueError, match="No valid checkpoint found"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
     assert make_trainer(tmp_path, tiny_llama()).train(resume_from_checkpoint=False).global_step == 2
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_resumed_run_is_as_one_without_the_stop(tmp_path, lora):
+    """Stopped after three of six steps and resumed: losses and weights as without the stop."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+
+    def run(folder, callbacks=(), resume=None):
+        peft_config = {"peft_config": LoraConfig(r=2)} if lora else {}
+        trainer = make_trainer(folder, tiny_sorted(), callbacks=list(callbacks), **options, **peft_config)
+        assert trainer.args.gradient_checkpointing
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "stopped", [_StopAt(3)])
+    resumed = run(tmp_path / "stopped", resume=True)
+    for key in ("loss", *(f"exit_{k}_loss" for k in EXITS), "exit_1_mean_token_accuracy"):
+        assert len(logged(resumed, key)) == 6
+        assert logged(resumed, key) == pytest.approx(logged(whole, key), rel=1e-6), key
+    assert_equal_weights(resumed.model, whole.model, 1e-6)
+
+
+def test_a_resumed_random_schedule_goes_on(tmp_path):
+    """Stopped after three of six steps and resumed: the exits that were to come, and the same weights."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "exit_schedule": "random"}
+    whole = make_trainer(tmp_path / "whole", tiny_sorted(), **options)
+    whole.train()
+    resumed = make_trainer(tmp_path / "whole", tiny_sorted(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_equal_weights(resumed.model, whole.model, 1e-6)
+
+
+def test_a_resumed_run_keeps_the_learning_rate_of_the_exits(tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "exit_heads": "lens", "detach_exits": True}
+    options |= {"exit_learning_rate": 0.02, "exit_schedule": "random"}
+    whole = make_trainer(tmp_path, tiny_llama(), **options)
+    whole.train()
+    resumed = make_trainer(tmp_path, tiny_llama(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_equal_weights(resumed.model, whole.model, 1e-6)
+    assert resumed.optimizer.param_groups[-1]["initial_lr"] == 0.02
