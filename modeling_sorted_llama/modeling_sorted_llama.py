@@ -1,5 +1,12 @@
 """Sorted LLaMA (arXiv 2309.08968): one Llama checkpoint whose first `k` layers are a model for several `k`."""
 
+if not __package__:
+    raise ImportError(
+        f"`import modeling_sorted_llama` found {__file__}, the code in a checkpoint's folder, not the package of that "
+        "name: Python looks into the working directory (or the script's folder) first. Work in another folder, or "
+        "start Python with `-P`."
+    )
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +22,6 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
-
-
-if not __package__:
-    raise ImportError(
-        f"`import modeling_sorted_llama` found {__file__}, the code in a checkpoint's folder, not the package of that "
-        "name: Python looks into the working directory (or the script's folder) first. Work in another folder, or "
-        "start Python with `-P`."
-    )
 
 from .cache_sorted_llama import check_cache_depth, is_sorted_cache
 from .compat_sorted_llama import (

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import (
@@ -18,13 +17,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
 )
 
 import sorted_llama
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
+from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS
 from tests.tiny import reference_llama, run_as_stranger, save_gguf, save_tiny, tiny_llama, tiny_sorted
 
 
@@ -83,7 +82,7 @@ def test_plain_llama_loads_as_sorted(tmp_path, form, tied, caplog):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float16, "auto"], ids=str)
-def test_dtype(tmp_path, dtype):
+def test_the_dtype_of_loading_is_llamas(tmp_path, dtype):
     plain = tiny_llama().to(torch.bfloat16)
     plain.save_pretrained(tmp_path)
     model = SortedLlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
@@ -94,7 +93,7 @@ def test_dtype(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention_implementation(tmp_path, attention):
+def test_the_attention_implementation_is_taken_at_loading(tmp_path, attention):
     tiny_llama().save_pretrained(tmp_path)
     model = SortedLlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
     assert model.config._attn_implementation == attention
@@ -102,7 +101,7 @@ def test_attention_implementation(tmp_path, attention):
 
 
 @pytest.mark.parametrize("place", ["auto", "disk"])
-def test_device_map(tmp_path, place):
+def test_a_device_map_with_offloading_changes_nothing(tmp_path, place):
     """`device_map`, also with layers and head offloaded: accelerate's hooks bring in the layers that run."""
     pytest.importorskip("accelerate")
     plain = tiny_llama(tie_word_embeddings=False)
@@ -129,7 +128,7 @@ def test_device_map(tmp_path, place):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes(tmp_path, bits):
+def test_a_model_quantized_by_bitsandbytes_equals_the_quantized_llama(tmp_path, bits):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
@@ -146,7 +145,7 @@ def test_bitsandbytes(tmp_path, bits):
     assert torch.equal(logits(model.extract_submodel(2)), logits(model, exit_layer=2))
 
 
-def test_gguf(tmp_path):
+def test_a_gguf_file_loads_as_a_sorted_model(tmp_path):
     """A GGUF file of a Llama, which transformers reads itself, becomes a sorted model."""
     plain = tiny_llama(num_key_value_heads=4, tie_word_embeddings=False)
     save_gguf(plain, tmp_path / "tiny.gguf")
@@ -196,7 +195,7 @@ def test_depth_fields_survive_a_round_trip(tmp_path):
     assert_same_weights(loaded, model)
 
 
-def test_old_checkpoint_without_the_fields(tmp_path):
+def test_an_old_checkpoint_without_the_fields_loads(tmp_path):
     model = tiny_sorted()
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -207,7 +206,7 @@ def test_old_checkpoint_without_the_fields(tmp_path):
     assert_is_whole(loaded)
 
 
-def test_auto_classes_know_it(tmp_path):
+def test_the_auto_classes_know_a_sorted_checkpoint(tmp_path):
     model = tiny_sorted()
     model.save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is SortedLlamaConfig
@@ -219,96 +218,10 @@ def test_auto_classes_know_it(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{"exit_layer": 5}, {"exit_layers": [1, 2]}, {"exit_layers": [2, 4, 4]}], ids=repr)
-def test_wrong_depth_in_from_pretrained(tmp_path, fields):
+def test_a_wrong_depth_in_from_pretrained_is_refused(tmp_path, fields):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"`{next(iter(fields))}`.*4"):
         SortedLlamaForCausalLM.from_pretrained(tmp_path, **fields)
-
-
-# Shared tensors
-
-
-def storages(model) -> dict[str, int]:
-    return {name: tensor.untyped_storage().data_ptr() for name, tensor in model.state_dict().items()}
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("depth", [1, 2, 4])
-def test_extract_submodel(tmp_path, depth, tied):
-    model = tiny_sorted(tie_word_embeddings=tied, attention_bias=True)
-    before = model.config.to_dict()
-    submodel = model.extract_submodel(depth)
-    assert type(submodel) is LlamaForCausalLM and type(submodel.config) is LlamaConfig
-    assert not submodel.training and model.config.to_dict() == before
-    assert storages(submodel) == {name: storages(model)[name] for name in submodel.state_dict()}
-    assert_same_weights(submodel, reference_llama(model, depth))
-    assert torch.equal(logits(submodel), logits(model, exit_layer=depth))
-    generated = submodel.generate(TOKENS, max_new_tokens=6)
-    assert torch.equal(generated, model.generate(TOKENS, max_new_tokens=6, exit_layer=depth))
-
-    assert all(module.config is submodel.config for module in submodel.modules() if hasattr(module, "config"))
-    submodel.set_attn_implementation("eager")
-    assert len(submodel(TOKENS, output_attentions=True).attentions) == depth
-    assert model.config._attn_implementation == "sdpa"
-    submodel.set_attn_implementation("sdpa")
-
-    submodel.save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("*.py"))
-    fields = json.loads((tmp_path / "config.json").read_text())
-    assert fields["model_type"] == "llama" and fields["architectures"] == ["LlamaForCausalLM"]
-    assert fields["num_hidden_layers"] == depth
-    assert not {"auto_map", "exit_layers", "exit_layer", "exit_loss_weights"} & set(fields)
-    names = set()
-    for file in tmp_path.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            names |= set(tensors.keys())
-    assert {int(name.split(".")[2]) for name in names if ".layers." in name} == set(range(depth))
-    vanilla = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(vanilla) is LlamaForCausalLM
-    assert torch.equal(logits(vanilla), logits(submodel))
-
-    # One set of weights: what trains the sub-model trains the model
-    with torch.no_grad():
-        submodel.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-        submodel.lm_head.weight.mul_(0.5)
-    assert torch.equal(logits(submodel), logits(model, exit_layer=depth))
-
-
-@pytest.mark.parametrize("depth", [0, -1, 5, True, 2.0, "2", None], ids=repr)
-def test_extract_submodel_refuses(depth):
-    with pytest.raises(ValueError, match=f"`exit_layer`.*1 to 4.*{depth!r}"):
-        tiny_sorted().extract_submodel(depth)
-
-
-def test_a_submodel_does_not_depend_on_the_models_depth_fields():
-    model = tiny_sorted(exit_layer=2)
-    model.generation_config.exit_layer = 1
-    submodel = model.extract_submodel(4)
-    assert torch.equal(logits(submodel), logits(model, exit_layer=4))
-    assert not hasattr(submodel.generation_config, "exit_layer")
-    submodel.generate(TOKENS, max_new_tokens=2)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_from_llama(tmp_path, tied):
-    plain = tiny_llama(tie_word_embeddings=tied)
-    before = plain.config.to_dict()
-    model = SortedLlamaForCausalLM.from_llama(plain, exit_layers=[1, 2, 4])
-    assert type(model) is SortedLlamaForCausalLM and not model.training
-    assert storages(model) == storages(plain)
-    assert [id(p) for p in model.parameters()] == [id(p) for p in plain.parameters()]
-    assert plain.config.to_dict() == before and plain.config.model_type == "llama"
-    assert_is_whole(model, [1, 2, 4])
-    model.save_pretrained(tmp_path)
-    assert_is_whole(SortedLlamaForCausalLM.from_pretrained(tmp_path), [1, 2, 4])
-    assert SortedLlamaForCausalLM.from_llama(plain.train()).training
-
-
-def test_from_llama_refuses():
-    with pytest.raises(ValueError, match="`exit_layers`"):
-        SortedLlamaForCausalLM.from_llama(tiny_llama(), exit_layers=[1, 2])
-    with pytest.raises(TypeError, match="LlamaModel"):
-        SortedLlamaForCausalLM.from_llama(tiny_llama().model)
 
 
 # The code in the folder
@@ -395,81 +308,98 @@ def test_layers_that_are_left_out_are_no_surprise(tmp_path, auto):
 
 LOAD_AND_SAVE = """
 import json
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-first, second, tokens, out = sys.argv[1:]
+out, tokens, *folders = sys.argv[1:]
 tokens = torch.tensor(json.loads(tokens))
 results = {}
-for number, folder in enumerate((first, second)):
+for folder in folders:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     inner = AutoModel.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     shallow = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, exit_layer=1)
-    cut = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, num_hidden_layers=2)
     assert all(type(m).__module__.startswith("transformers_modules") for m in (config, inner, model)), type(model)
-    assert inner.norm.weight.shape == model.model.norm.weight.shape
-    generated = model.generate(tokens, exit_layer=1, max_new_tokens=6)
-    assert torch.equal(generated, shallow.generate(tokens, max_new_tokens=6))
+    generated = {k: model.generate(tokens, do_sample=False, exit_layer=k, max_new_tokens=6) for k in (1, 2, 4)}
+    assert torch.equal(generated[1], shallow.generate(tokens, do_sample=False, max_new_tokens=6))
     pipe = pipeline("text-generation", model=folder, trust_remote_code=True)
-    results[number] = {
-        "model": type(model).__name__,
-        "inner": type(inner).__name__,
-        "config": type(config).__name__,
+    results[folder] = {
+        "names": [type(m).__name__ for m in (model, inner, config, model.extract_submodel(1))],
         "exit_layers": model.config.exit_layers,
-        "cut_exits": cut.config.exit_layers,
-        "generated": generated.tolist(),
+        "generated": [tokens.tolist() for tokens in generated.values()],
         "last_hidden_state": inner(tokens, exit_layer=2).last_hidden_state.tolist(),
         "loss": model(tokens, labels=tokens).exit_losses.tolist(),
         "text": tokenizer.decode(tokens[0]),
         "piped": pipe("hello", exit_layer=1, max_new_tokens=4, do_sample=False)[0]["generated_text"],
-        "submodel": type(model.extract_submodel(1)).__name__,
     }
-    if number == 0:
-        model.save_pretrained(second)
-        tokenizer.save_pretrained(second)
+    if model.config.exit_heads == "shared":
+        cut = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, num_hidden_layers=2)
+        assert cut.config.exit_layers == [1, 2]
+    if Path(folder).name == "shared":  # saved again, and loaded in turn
+        again = Path(folder).with_name("again")
+        model.save_pretrained(again)
+        tokenizer.save_pretrained(again)
+        folders.append(str(again))
+
+import peft
+
+adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
+assert sorted(adapted.peft_config["default"].target_modules) == ["q_proj", "v_proj"]
 with open(out, "w") as file:
     json.dump(results, file)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("vanilla", [False, True], ids=["built_sorted", "from_vanilla_folder"])
-def test_a_process_without_the_package(tmp_path, vanilla):
-    """The folder alone is enough: load, generate, save again, and load what was saved, in a stranger's process."""
-    model = tiny_sorted()
-    if vanilla:
-        plain = save_tiny(tmp_path / "vanilla")
-        model = SortedLlamaForCausalLM.from_pretrained(plain, exit_layers=[1, 2, 4])
-    first, second, out = save_tiny(tmp_path / "first", model), tmp_path / "second", tmp_path / "out.json"
-    run_as_stranger(LOAD_AND_SAVE, first, second, json.dumps(TOKENS.tolist()), out, folder=tmp_path)
-    results = json.loads(out.read_text())
-    tokenizer = AutoTokenizer.from_pretrained(first)
-    prompt = tokenizer("hello", return_tensors="pt")
-    reference = reference_llama(model, 1)
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory):
+    """What one process without the project finds in the folders of models with all kinds of exit heads."""
+    folder = tmp_path_factory.mktemp("strangers")
+    models = {
+        kind: SortedLlamaForCausalLM.from_llama(tiny_llama(), exit_layers=[1, 2, 4], exit_heads=kind)
+        for kind in EXIT_HEADS
+    }
+    generator = torch.Generator().manual_seed(1)
+    for kind, model in models.items():
+        for name, parameter in model.named_parameters():
+            if "exit_" in name:  # no longer what full depth has
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        save_tiny(folder / kind, model)
+    out = folder / "out.json"
+    run_as_stranger(
+        LOAD_AND_SAVE, out, json.dumps(TOKENS.tolist()), *(folder / kind for kind in models), folder=folder
+    )
+    return folder, models, json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("kind", [*EXIT_HEADS, "again"])
+def test_a_process_without_the_package_loads_generates_and_saves(strangers, kind):
+    """The folder alone is enough, also the one that such a process has saved."""
+    folder, models, results = strangers
+    model, result = models["shared" if kind == "again" else kind], results[str(folder / kind)]
+    tokenizer = AutoTokenizer.from_pretrained(folder / kind)
+    submodels = [model.extract_submodel(k) for k in (1, 2, 4)]
     with torch.no_grad():
-        inner = reference_llama(model, 2).model(TOKENS).last_hidden_state
-        losses = [reference_llama(model, depth)(TOKENS, labels=TOKENS).loss.item() for depth in (1, 2, 4)]
-        piped = reference.generate(**prompt, max_new_tokens=4, do_sample=False)
-    assert set(results) == {"0", "1"}
-    for result in results.values():
-        assert result["model"] == "SortedLlamaForCausalLM" and result["inner"] == "SortedLlamaModel"
-        assert result["config"] == "SortedLlamaConfig" and result["submodel"] == "LlamaForCausalLM"
-        assert result["exit_layers"] == [1, 2, 4] and result["cut_exits"] == [1, 2]
-        assert result["generated"] == reference.generate(TOKENS, max_new_tokens=6).tolist()
+        inner = submodels[1].model(TOKENS).last_hidden_state
+        losses = [submodel(TOKENS, labels=TOKENS).loss.item() for submodel in submodels]
+        generated = [submodel.generate(TOKENS, do_sample=False, max_new_tokens=6) for submodel in submodels]
+        piped = submodels[0].generate(**tokenizer("hello", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert result["names"] == ["SortedLlamaForCausalLM", "SortedLlamaModel", "SortedLlamaConfig", "LlamaForCausalLM"]
+    assert result["exit_layers"] == [1, 2, 4]
+    assert result["generated"] == [tokens.tolist() for tokens in generated]
+    if kind != "lens":  # whose sub-model has a plain norm, and the matrix in its head
         torch.testing.assert_close(torch.tensor(result["last_hidden_state"]), inner)
-        assert result["loss"] == pytest.approx(losses, rel=1e-5)
-        assert result["text"] == tokenizer.decode(TOKENS[0])
-        assert result["piped"] == tokenizer.decode(piped[0], skip_special_tokens=True)
+    assert result["loss"] == pytest.approx(losses, rel=1e-4)
+    assert result["text"] == tokenizer.decode(TOKENS[0])
+    assert result["piped"] == tokenizer.decode(piped[0], skip_special_tokens=True)
     for name in REMOTE_CODE:
-        assert (second / name).read_text() == (PACKAGE / name).read_text()
-    assert json.loads((second / "config.json").read_text())["auto_map"] == AUTO_MAP
-    assert_same_weights(SortedLlamaForCausalLM.from_pretrained(second), model)
+        assert (folder / kind / name).read_text() == (PACKAGE / name).read_text()
+    assert json.loads((folder / kind / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert_same_weights(SortedLlamaForCausalLM.from_pretrained(folder / kind), model)
 
 
-@pytest.mark.slow
 def test_remote_code_beside_the_installed_package(tmp_path):
     """`trust_remote_code=True` where the package is imported: the model works, saves its code again, and shares."""
     model = tiny_sorted()
@@ -482,7 +412,6 @@ def test_remote_code_beside_the_installed_package(tmp_path):
     assert_same_weights(SortedLlamaForCausalLM.from_pretrained(again), model)
 
 
-@pytest.mark.slow
 def test_a_checkpoints_folder_that_hides_the_package_says_so(tmp_path):
     """There `import modeling_sorted_llama` finds the checkpoint's file; with `-P`, as elsewhere, the package."""
     save_tiny(tmp_path, tiny_sorted())

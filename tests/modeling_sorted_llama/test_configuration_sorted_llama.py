@@ -84,14 +84,14 @@ def test_one_of_the_allowed_values_is_returned():
 
 
 @pytest.mark.parametrize("value", BAD_EXIT_LAYER, ids=repr)
-def test_bad_exit_layer(value):
+def test_a_bad_exit_layer_is_refused_by_name(value):
     with pytest.raises(ValueError) as error:
         sorted_config(exit_layer=value)
     assert_names(error, "exit_layer", value, 4)
 
 
 @pytest.mark.parametrize("value", BAD_EXIT_LAYERS, ids=repr)
-def test_bad_exit_layers(value):
+def test_bad_exit_layers_are_refused_by_name(value):
     with pytest.raises(ValueError) as error:
         sorted_config(exit_layers=value)
     assert_names(error, "exit_layers", value, 4)
@@ -165,13 +165,13 @@ def test_a_config_file_with_wrong_values_names_the_field(tmp_path, edited, overr
 
 
 @pytest.mark.parametrize("value", BAD_WEIGHTS, ids=repr)
-def test_bad_exit_loss_weights(value):
+def test_bad_exit_loss_weights_are_refused_by_name(value):
     with pytest.raises(ValueError) as error:
         sorted_config(exit_layers=[1, 2, 4], exit_loss_weights=value)
     assert_names(error, "exit_loss_weights", value, 3)
 
 
-def test_weights_without_exits():
+def test_loss_weights_without_exits_are_refused():
     with pytest.raises(ValueError, match="`exit_loss_weights`.*`exit_layers`"):
         sorted_config(exit_loss_weights=[1.0])
 
@@ -187,7 +187,7 @@ def test_weights_without_exits():
     ],
     ids=repr,
 )
-def test_round_trip(tmp_path, fields):
+def test_depth_fields_survive_saving_and_copying(tmp_path, fields):
     config = sorted_config(**fields)
     config.save_pretrained(tmp_path)
     for loaded in (
@@ -214,7 +214,7 @@ def test_any_valid_exits_are_kept(depth, data):
     assert (config.exit_layers, config.exit_loss_weights, config.exit_layer) == (exits, weights, exit_layer)
 
 
-def test_config_file_of_a_plain_llama(tmp_path):
+def test_the_config_file_of_a_plain_llama_loads_as_a_sorted_one(tmp_path):
     """A Llama's config, which has none of the fields, loads as a sorted one without exits; overrides are taken."""
     plain = LlamaConfig(**tiny_fields(rope_parameters={"rope_type": "linear", "rope_theta": 5e3, "factor": 2.0}))
     plain.save_pretrained(tmp_path)
@@ -229,7 +229,7 @@ def test_config_file_of_a_plain_llama(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
 
 
-def test_old_config_file_without_the_fields(tmp_path):
+def test_an_old_config_file_without_the_fields_loads(tmp_path):
     fields = sorted_config(exit_layers=[1, 4]).to_dict()
     for name in ("exit_layers", "exit_layer", "exit_loss_weights", "auto_map"):
         del fields[name]
@@ -250,7 +250,7 @@ def test_old_config_file_without_the_fields(tmp_path):
     ],
     ids=repr,
 )
-def test_overrides_are_checked(tmp_path, overrides, field):
+def test_overrides_of_from_pretrained_are_checked(tmp_path, overrides, field):
     sorted_config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"`{field}`"):
         SortedLlamaConfig.from_pretrained(tmp_path, **overrides)
@@ -272,7 +272,7 @@ def test_fewer_layers_cut_the_exits(tmp_path, depth, exits, weights, exit_layer)
     assert config.num_hidden_layers == depth
 
 
-def test_to_llama_and_from_llama():
+def test_a_config_becomes_a_plain_llamas_and_back():
     fields = tiny_fields(attention_bias=True, mlp_bias=True, num_key_value_heads=1, tie_word_embeddings=False)
     plain = LlamaConfig(**fields, attn_implementation="eager")
     before = plain.to_dict()
@@ -288,7 +288,7 @@ def test_to_llama_and_from_llama():
             config.to_llama(bad)
 
 
-def test_auto_map_is_complete():
+def test_the_auto_map_of_a_new_config_is_complete():
     """Also before anything is saved: TRL reads it from every config whose class it does not know."""
     auto_map = sorted_config().auto_map
     assert auto_map["AutoConfig"] == "configuration_sorted_llama.SortedLlamaConfig"
@@ -296,7 +296,7 @@ def test_auto_map_is_complete():
     assert auto_map["AutoModelForCausalLM"] == "modeling_sorted_llama.SortedLlamaForCausalLM"
 
 
-def test_update_is_checked():
+def test_an_update_of_the_config_is_checked():
     """vLLM's overrides come in through it."""
     config = SortedLlamaConfig(num_hidden_layers=4, exit_layers=[1, 2, 4], exit_loss_weights=[1.0, 2.0, 3.0])
     for fields, message in (

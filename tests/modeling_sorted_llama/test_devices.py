@@ -46,7 +46,7 @@ def test_an_offloaded_cache_is_refused_where_depth_moves(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_default_device(mode):
+def test_the_default_device_changes_no_token(mode):
     """With `torch.set_default_device`, a tensor that names no device would be somewhere else than the model's."""
     model, streamer = tiny_sorted(), Pieces()
     expected = generate(model, **MODES[mode])
@@ -114,7 +114,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
 '''
 
 
-def test_a_model_on_two_devices():
+def test_a_model_on_two_devices_mixes_none():
     """Layers on two devices, as `device_map` spreads them: devices that compute nothing, and refuse to be mixed."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", TWO_DEVICES], env=environment, capture_output=True, text=True)

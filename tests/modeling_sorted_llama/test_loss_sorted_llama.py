@@ -99,7 +99,7 @@ def small_tiles(monkeypatch):
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_equals_the_naive_sum(data):
+def test_the_fused_loss_equals_the_naive_sum(data):
     num_exits = data.draw(st.integers(1, 4))
     vocab_size = data.draw(st.integers(2, 40))
     states, head, labels = make_inputs(
@@ -162,7 +162,7 @@ def test_large_logits_do_not_overflow(small_tiles):
 
 
 @pytest.mark.parametrize("rows", [1, 4, 13, 1000])
-def test_tiles_do_not_matter(monkeypatch, rows):
+def test_the_size_of_tiles_does_not_matter(monkeypatch, rows):
     states, head, labels = make_inputs()
     tensors = (*states, head.weight)
     whole = multi_exit_loss(states, head, labels)
@@ -175,7 +175,7 @@ def test_tiles_do_not_matter(monkeypatch, rows):
 
 
 @pytest.mark.parametrize("scale", [3.0, -0.5])
-def test_gradient_from_above_scales(scale):
+def test_gradients_scale_with_the_gradient_from_above(scale):
     states, head, labels = make_inputs()
     tensors = (*states, head.weight)
     fused = gradients(scale * multi_exit_loss(states, head, labels).loss, tensors)
@@ -183,7 +183,7 @@ def test_gradient_from_above_scales(scale):
         assert_near(actual, expected)
 
 
-def test_weight_zero_still_reports():
+def test_an_exit_of_weight_zero_is_still_reported():
     states, head, labels = make_inputs()
     fused = multi_exit_loss(states, head, labels, [0.0, 1.0, 1.0])
     _, losses, accuracies, agreements, _ = naive_loss(states, head, labels)
@@ -193,7 +193,7 @@ def test_weight_zero_still_reports():
 
 
 @pytest.mark.parametrize("states_need_grad, head_needs_grad", [(True, False), (False, True), (False, False)], ids=str)
-def test_frozen_parts(small_tiles, states_need_grad, head_needs_grad):
+def test_frozen_states_or_head_get_no_gradient(small_tiles, states_need_grad, head_needs_grad):
     states, head, labels = make_inputs()
     for tensor, needed in [*((s, states_need_grad) for s in states), (head.weight, head_needs_grad)]:
         tensor.requires_grad_(needed)
@@ -206,7 +206,7 @@ def test_frozen_parts(small_tiles, states_need_grad, head_needs_grad):
             assert_near(actual, expected)
 
 
-def test_some_states_without_grad(small_tiles):
+def test_an_exit_whose_states_are_frozen_leaves_the_others(small_tiles):
     states, head, labels = make_inputs()
     states[1].requires_grad_(False)
     tensors = (states[0], states[2], head.weight)
@@ -216,7 +216,7 @@ def test_some_states_without_grad(small_tiles):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_grad(mode):
+def test_the_loss_without_gradients_is_the_same(mode):
     states, head, labels = make_inputs()
     expected = naive_loss(states, head, labels)
     with mode():
@@ -225,7 +225,7 @@ def test_without_grad(mode):
     assert_near(fused.loss, expected[0].detach())
 
 
-def test_no_labelled_token():
+def test_the_loss_of_no_labelled_token_is_zero():
     states, head, _ = make_inputs()
     states = [states_[:0] for states_ in states]
     fused = multi_exit_loss(states, head, torch.empty(0, dtype=torch.long))
@@ -249,7 +249,7 @@ def test_no_labelled_token():
         ({"self_distillation_weight": float("inf")}, "self_distillation_weight"),
     ],
 )
-def test_wrong_arguments(arguments, named):
+def test_wrong_options_of_the_loss_are_refused_by_name(arguments, named):
     with pytest.raises(ValueError, match=f"`{named}` must be"):
         multi_exit_loss(*make_inputs(), **arguments)
 
@@ -257,7 +257,7 @@ def test_wrong_arguments(arguments, named):
 # Accumulation
 
 
-def test_two_forwards_accumulate():
+def test_two_forwards_accumulate_their_gradients():
     """Two micro-batches divided by the same number of tokens are one large batch."""
     states, head, labels = make_inputs()
     loss, *_ = naive_loss(states, head, labels)
@@ -268,7 +268,7 @@ def test_two_forwards_accumulate():
         assert_near(actual.grad, reference)
 
 
-def test_two_forwards_before_two_backwards():
+def test_two_forwards_before_two_backwards_do_not_mix():
     """Each forward has gradients of its own."""
     states, head, labels = make_inputs()
     expected = gradients(naive_loss(states, head, labels)[0], (*states, head.weight))
@@ -281,7 +281,7 @@ def test_two_forwards_before_two_backwards():
         assert_near(tensor.grad, 2 * reference)
 
 
-def test_backward_twice_is_refused():
+def test_a_second_backward_of_a_loss_is_refused():
     states, head, labels = make_inputs()
     loss = multi_exit_loss(states, head, labels).loss
     loss.backward(retain_graph=True)
@@ -309,7 +309,7 @@ def biased_head(head):
 
 @pytest.mark.parametrize("make_head", [lora_head, biased_head], ids=["lora", "bias"])
 @pytest.mark.parametrize("options", [{}, {"loss_type": "dft"}, {"label_smoothing": 0.2}], ids=str)
-def test_other_heads(small_tiles, make_head, options):
+def test_heads_that_are_no_plain_product_give_the_naive_sum(small_tiles, make_head, options):
     torch.manual_seed(0)
     states, head, labels = make_inputs()
     head = make_head(head)
@@ -489,7 +489,7 @@ def test_hooks_see_every_row_of_every_exit(small_tiles):
         torch.testing.assert_close(output, states_ @ head.weight.T)
 
 
-def test_patched_linear_is_called(monkeypatch, small_tiles):
+def test_a_patched_linear_is_called(monkeypatch, small_tiles):
     """Where a library has put another forward into `nn.Linear`."""
     states, head, labels = make_inputs()
     monkeypatch.setattr(nn.Linear, "forward", lambda self, states: F.linear(states, self.weight).tanh())
@@ -506,7 +506,7 @@ def test_calling_a_plain_head_is_not_needed(monkeypatch):
 
 @pytest.mark.parametrize("make_head", [lambda head: head, lora_head], ids=["linear", "lora"])
 @pytest.mark.parametrize("wrong", [17, -1, -100])
-def test_labels_that_are_no_tokens(make_head, wrong):
+def test_labels_that_are_no_tokens_are_refused(make_head, wrong):
     states, head, labels = make_inputs()
     labels[3] = wrong
     with pytest.raises(ValueError, match=f"`labels` must be tokens from 0 to 16.*got {wrong}"):
@@ -522,7 +522,7 @@ def test_no_labelled_token_with_a_called_head():
         assert grad.eq(0).all()
 
 
-def test_offloaded_head_is_called(small_tiles):
+def test_an_offloaded_head_is_called(small_tiles):
     """A head whose weight some hook brings in (accelerate's offloading) is called, not read."""
     states, head, labels = make_inputs()
     expected = naive_loss(states, head, labels)[0]
@@ -541,7 +541,7 @@ def mesh(one_process):
     return init_device_mesh("cpu", (1,))
 
 
-def test_dtensor_head(mesh, small_tiles):
+def test_a_sharded_head_gives_the_naive_sum(mesh, small_tiles):
     states, head, labels = make_inputs()
     loss, *_ = naive_loss(states, head, labels)
     expected = gradients(loss, (*states, head.weight))
@@ -780,7 +780,7 @@ MODELS = [
     ],
     ids=str,
 )
-def test_model_gradients(monkeypatch, overrides, options):
+def test_gradients_of_the_model_are_the_naive_sums(monkeypatch, overrides, options):
     """Embeddings, layers, norm and head get the gradients of the naive sum."""
     monkeypatch.setattr(loss_sorted_llama, "_TILE_BYTES_CPU", 4 * 259 * 7)
     model = tiny_sorted(**overrides)
@@ -818,7 +818,7 @@ def test_model_loss_is_the_sum_of_the_exits_alone():
 
 @pytest.mark.parametrize("train_mode", [True, False])
 @pytest.mark.parametrize("skip_logits", [None, True, False])
-def test_logits_beside_the_loss(train_mode, skip_logits):
+def test_logits_are_left_out_beside_the_loss_while_training(train_mode, skip_logits):
     model = tiny_sorted().train(train_mode)
     input_ids, labels = make_batch()
     logits = model(input_ids=input_ids, labels=labels, skip_logits=skip_logits).logits
@@ -829,7 +829,7 @@ def test_logits_beside_the_loss(train_mode, skip_logits):
 
 
 @pytest.mark.parametrize("exit_layers", [[4], [1, 4], None])
-def test_exit_layers_of_the_call_and_none(exit_layers):
+def test_exit_layers_of_the_call_go_before_the_configs(exit_layers):
     """`exit_layers` of the call go before the config's; without any the loss is Llama's."""
     model = tiny_sorted(exit_layers=None if exit_layers is None else (1, 2, 4))
     input_ids, labels = make_batch()
@@ -842,7 +842,7 @@ def test_exit_layers_of_the_call_and_none(exit_layers):
         assert_near(outputs.loss, naive_model_loss(reference, input_ids, labels, exit_layers)[0])
 
 
-def test_accumulation_equals_one_large_batch():
+def test_accumulated_micro_batches_equal_one_large_batch():
     model = tiny_sorted()
     input_ids, labels = make_batch(batch_size=4)
     labels[2, 3:] = -100  # micro-batches with different numbers of labelled tokens
@@ -856,7 +856,7 @@ def test_accumulation_equals_one_large_batch():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_all_labels_masked(tied):
+def test_a_batch_without_labels_has_loss_and_gradients_zero(tied):
     model = tiny_sorted(tie_word_embeddings=tied).train()
     input_ids, labels = make_batch()
     outputs = model(input_ids=input_ids, labels=torch.full_like(labels, -100))
@@ -866,7 +866,7 @@ def test_all_labels_masked(tied):
     assert all(param.grad is None or param.grad.eq(0).all() for param in model.parameters())
 
 
-def test_shift_labels():
+def test_shifted_labels_stand_in_for_labels():
     model = tiny_sorted()
     input_ids, labels = make_batch()
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -876,7 +876,7 @@ def test_shift_labels():
 
 
 @pytest.mark.parametrize("frozen", ["lm_head", "model"])
-def test_model_partly_frozen(frozen):
+def test_a_partly_frozen_model_trains_the_rest(frozen):
     model = tiny_sorted(tie_word_embeddings=False)
     model.get_submodule(frozen).requires_grad_(False)
     reference = reference_llama(model, 4)

@@ -21,26 +21,32 @@ import json
 import torch
 from transformers import AutoModelForCausalLM
 
-folder, prompt, calls = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-tokens = [
-    model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, **call)[0, len(prompt) :].tolist()
-    for call in calls
-]
-print(json.dumps({"tokens": tokens, "code": sys.modules[type(model).__module__].__file__}))
+results = []
+for folder, prompt, calls in zip(sys.argv[1::3], map(json.loads, sys.argv[2::3]), map(json.loads, sys.argv[3::3])):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    tokens = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, **call)[0, len(prompt) :].tolist()
+        for call in calls
+    ]
+    results.append({"tokens": tokens, "code": sys.modules[type(model).__module__].__file__})
+print(json.dumps(results))
 """
 
 
-@pytest.fixture(scope="module", params=["checkpoint_v0", "checkpoint_v0_lens"])
-def saved(request, tmp_path_factory):
-    """The folder of a checkpoint, with the code of its time, which the archive holds once."""
+@pytest.fixture(scope="module")
+def saved_folders(tmp_path_factory):
+    """The folders of the checkpoints, each with the code of its time, which the archive holds once."""
     folder = tmp_path_factory.mktemp("saved")
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
     for path in (folder / "checkpoint_v0").glob("*.py"):
-        if not (folder / request.param / path.name).exists():
-            shutil.copy(path, folder / request.param)
-    return folder / request.param
+        shutil.copy(path, folder / "checkpoint_v0_lens")
+    return [folder / "checkpoint_v0", folder / "checkpoint_v0_lens"]
+
+
+@pytest.fixture(scope="module", params=["shared", "lens"])
+def saved(request, saved_folders):
+    return saved_folders[request.param == "lens"]
 
 
 def expected_tokens(saved):
@@ -74,10 +80,14 @@ def test_the_expected_tokens_are_those_of_plain_llamas(saved):
         assert tokens[0, len(prompt) :].tolist() == depths[depth]
 
 
-def test_an_older_checkpoint_loads_with_its_own_code_alone(saved, tmp_path):
-    prompt, expected = expected_tokens(saved)
-    calls = [call for call, _ in expected]
-    printed = run_as_stranger(LOAD_SAVED, saved, json.dumps(prompt), json.dumps(calls), folder=tmp_path)
-    result = json.loads(printed.splitlines()[-1])
-    assert result["tokens"] == [tokens for _, tokens in expected]
-    assert Path(result["code"]).read_bytes() == (saved / "modeling_sorted_llama.py").read_bytes()
+def test_older_checkpoints_load_with_their_own_code_alone(saved_folders, tmp_path):
+    arguments, expected = [], []
+    for saved in saved_folders:
+        prompt, calls = expected_tokens(saved)
+        arguments += [saved, json.dumps(prompt), json.dumps([call for call, _ in calls])]
+        expected.append([tokens for _, tokens in calls])
+    printed = run_as_stranger(LOAD_SAVED, *arguments, folder=tmp_path)
+    results = json.loads(printed.splitlines()[-1])
+    assert [result["tokens"] for result in results] == expected
+    for saved, result in zip(saved_folders, results, strict=True):
+        assert Path(result["code"]).read_bytes() == (saved / "modeling_sorted_llama.py").read_bytes()

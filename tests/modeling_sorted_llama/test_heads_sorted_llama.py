@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
-from tests.tiny import prompts, reference_llama, run_as_stranger, save_tiny, tiny_fields, tiny_llama, tiny_sorted
+from tests.tiny import prompts, reference_llama, save_tiny, tiny_fields, tiny_llama, tiny_sorted
 
 
 EXITS = [1, 2, 4]
@@ -72,7 +72,7 @@ def test_separate_exits_start_as_copies(tied):
 @BOTH
 @TIED
 @pytest.mark.parametrize("auto", [True, False])
-def test_loading_a_plain_llama(tmp_path, exit_heads, tied, auto):
+def test_exits_of_a_loaded_plain_llama_start_as_copies(tmp_path, exit_heads, tied, auto):
     """What its checkpoint does not have are copies, not random weights; and no warning tells to train them."""
     llama = tiny_llama(tie_word_embeddings=tied)
     llama.model.norm.weight.data.uniform_()
@@ -101,7 +101,7 @@ def close(exit_heads):
 @BOTH
 @TIED
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_logits_are_the_sub_models(exit_heads, tied, k):
+def test_logits_of_exits_that_own_heads_are_the_sub_models(exit_heads, tied, k):
     model, inputs = sorted_llama(exit_heads, tie_word_embeddings=tied), prompts()
     with torch.no_grad():
         expected = reference(model, k)(**inputs).logits
@@ -165,7 +165,7 @@ def test_what_exits_own_is_kept(exit_heads, other):
 @BOTH
 @pytest.mark.parametrize("call", [{"exit_layer": 1}, {"exit_layer": 2}, {"exit_layer": 4}], ids=str)
 @pytest.mark.parametrize("strategy", [{}, {"num_beams": 2}, {"do_sample": True}], ids=str)
-def test_generation_at_an_exit(exit_heads, call, strategy):
+def test_generation_at_an_exit_that_owns_its_head_is_the_sub_models(exit_heads, call, strategy):
     model, inputs = sorted_llama(exit_heads), prompts()
     outputs = []
     for decoded, options in ((model, call), (reference(model, call["exit_layer"]), {})):
@@ -209,7 +209,7 @@ def test_confidence_and_row_depths_read_as_the_exits_do(exit_heads):
 @BOTH
 @pytest.mark.parametrize("detached", [True, False])
 @pytest.mark.parametrize("weights", [None, [0.25, 0.5, 2.0]], ids=str)
-def test_loss_and_gradients(exit_heads, detached, weights):
+def test_loss_and_gradients_of_exits_that_own_heads_are_the_naive_sums(exit_heads, detached, weights):
     """Those of the naive sum; with detached exits, full depth's gradients are those of its loss alone."""
     model, inputs = sorted_llama(exit_heads, tie_word_embeddings=False), prompts((6, 6))
     labels = inputs["input_ids"]
@@ -228,7 +228,7 @@ def test_loss_and_gradients(exit_heads, detached, weights):
         torch.testing.assert_close(found[name], param.grad, rtol=1e-4, atol=5e-6)
 
 
-def test_resizing_the_vocabulary():
+def test_resizing_the_vocabulary_resizes_the_heads_of_exits():
     model, inputs = sorted_llama("separate"), prompts()
     before = {k: model(**inputs, exit_layer=k).logits for k in EXITS}
     model.resize_token_embeddings(300)
@@ -292,25 +292,11 @@ def test_lens_is_not_folded_into_a_head_that_does_more_than_multiply(change):
     model.extract_submodel(4)
 
 
-SCRIPT = """
-import torch
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-inputs = torch.arange(3, 11)[None]
-for k in (1, 2, 4):
-    print(model.generate(inputs, do_sample=False, max_new_tokens=8, exit_layer=k).tolist())
-"""
-
-
 @BOTH
-def test_saved_folder_without_this_project(tmp_path, exit_heads):
+def test_full_depth_and_the_inner_model_load_whatever_the_exits_own(tmp_path, exit_heads):
     model = sorted_llama(exit_heads)
-    path = save_tiny(tmp_path / "model", model)
-    inputs = torch.arange(3, 11)[None]
-    expected = [model.generate(inputs, do_sample=False, max_new_tokens=8, exit_layer=k).tolist() for k in EXITS]
-    assert run_as_stranger(SCRIPT, path, folder=tmp_path).split("\n")[:3] == list(map(str, expected))
-    plain = LlamaForCausalLM.from_pretrained(path)  # the full depth, whatever the exits have
+    path, inputs = save_tiny(tmp_path / "model", model), torch.arange(3, 11)[None]
+    plain = LlamaForCausalLM.from_pretrained(path)
     with torch.no_grad():
         assert torch.equal(plain(inputs).logits, model(inputs).logits)
     base = SortedLlamaModel.from_pretrained(path)
@@ -318,7 +304,7 @@ def test_saved_folder_without_this_project(tmp_path, exit_heads):
 
 
 @BOTH
-def test_config(exit_heads):
+def test_the_kind_of_exit_heads_is_kept_by_the_config_and_left_out_of_llamas(exit_heads):
     config = SortedLlamaConfig(**tiny_fields(exit_layers=EXITS, exit_heads=exit_heads))
     assert SortedLlamaConfig(**config.to_dict()).exit_heads == exit_heads
     assert SortedLlamaConfig(**tiny_fields()).exit_heads == "shared"
@@ -333,13 +319,13 @@ def test_config(exit_heads):
     + [{"exit_heads": "lens"}, {"exit_heads": "separate", "exit_layers": [4]}],
     ids=str,
 )
-def test_wrong_config(fields):
+def test_exit_heads_that_are_unknown_or_have_no_exits_are_refused(fields):
     with pytest.raises(ValueError, match="`exit_heads"):
         SortedLlamaConfig(**tiny_fields(**fields))
 
 
 @pytest.mark.parametrize("fields", [{"exit_layers": [2, 3, 4]}, {"exit_heads": "shared"}], ids=str)
-def test_detached_exits_that_own_nothing(fields):
+def test_detached_exits_that_own_nothing_are_refused(fields):
     model = sorted_llama("lens") if "exit_heads" not in fields else tiny_sorted(exit_layers=EXITS)
     ids = prompts()["input_ids"]
     with pytest.raises(ValueError, match="`detach_exits=True`.*`exit_heads` of 'separate' or 'lens'"):
@@ -347,7 +333,7 @@ def test_detached_exits_that_own_nothing(fields):
 
 
 @BOTH
-def test_layers_cannot_be_left_out(tmp_path, exit_heads):
+def test_layers_below_exits_that_own_heads_cannot_be_left_out(tmp_path, exit_heads):
     """The checkpoint's norm and head are full depth's: a shallower model of them would be wrong."""
     path = save_tiny(tmp_path, sorted_llama(exit_heads))
     for load in (SortedLlamaForCausalLM.from_pretrained, AutoConfig.from_pretrained):
