@@ -50,8 +50,15 @@ class Block:
     def store(
         self, storage: torch.Tensor | None, values: torch.Tensor, batch_size: int, step: int, at_least: int = 0
     ) -> torch.Tensor:
-        """[`write`] to `storage`, or to a larger one where it is `None` or ends before the block: see [`reserve`]."""
-        storage = reserve(storage, values, batch_size, self.end, step, at_least)
+        """[`write`] to `storage`, which grows by `step` slots where they end: zeros, as NaN would pass a mask."""
+        if storage is not None and storage.shape[-2] >= self.end:
+            storage = outside_inference(storage)
+        else:
+            slots = max(-(-self.end // step) * step, at_least)
+            grown = values.new_zeros(batch_size, *values.shape[1:-2], slots, values.shape[-1])
+            if storage is not None:
+                grown[..., : storage.shape[-2], :] = storage
+            storage = grown
         self.write(storage, values)
         return storage
 
@@ -87,16 +94,3 @@ def index_tensor(values: Iterable[int], device: torch.device) -> torch.Tensor:
 def outside_inference(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, or a copy: what `torch.inference_mode()` made can be neither written to nor trained through later."""
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
-
-
-def reserve(
-    storage: torch.Tensor | None, values: torch.Tensor, batch_size: int, slots: int, step: int, at_least: int = 0
-) -> torch.Tensor:
-    """`storage`, `(batch_size, ..., slots, dim)`, with room for `slots`. New ones are zeros: NaN would pass a mask."""
-    if storage is not None and storage.shape[-2] >= slots:
-        return outside_inference(storage)
-    slots = max(-(-slots // step) * step, at_least)
-    grown = values.new_zeros(batch_size, *values.shape[1:-2], slots, values.shape[-1])
-    if storage is not None:
-        grown[..., : storage.shape[-2], :] = storage
-    return grown

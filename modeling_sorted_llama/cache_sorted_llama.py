@@ -136,9 +136,6 @@ class SortedCache(Cache):
         """Number of tokens of the longest row; of layer `layer_idx`, those that passed it."""
         return max(self.lengths if layer_idx == 0 else self.lengths_in(layer_idx), default=0)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.get_seq_length(layer_idx) + query_length, 0
-
     @property
     def batch_size(self) -> int:
         return len(self.lengths) or -1
@@ -251,10 +248,9 @@ class SortedCache(Cache):
         return block
 
     def _check_mask(self, attention_mask: torch.Tensor | None, block: Block) -> None:
-        num_rows, widths = len(block.starts), {block.width, block.end if block.even else block.width}
-        if attention_mask is not None and (
-            attention_mask.dim() != 2 or len(attention_mask) != num_rows or attention_mask.shape[1] not in widths
-        ):
+        num_rows = len(block.starts)
+        shapes = [(num_rows, block.width), (num_rows, block.end if block.even else block.width)]
+        if attention_mask is not None and tuple(attention_mask.shape) not in shapes:
             raise ValueError(
                 f"`attention_mask` must be of shape ({num_rows}, {block.end}), the cached tokens and the new ones "
                 f"where rows are of one length, or ({num_rows}, {block.width}), got {tuple(attention_mask.shape)}."
@@ -400,29 +396,25 @@ class SortedCache(Cache):
         implementation, device = config._attn_implementation, hidden_states.device
         make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)  # a user's own may share sdpa's
         attended = None if self._mask is None else block.select(self._mask[:, : block.end, 0]).to(device)
-        if make_mask in (sdpa_mask, eager_mask):
-            if attended is None and block.even and block.width == 1:
-                return None  # the newest token attends to all
-        elif not block.even:
+        takes_slots = make_mask in (sdpa_mask, eager_mask)
+        if takes_slots and attended is None and block.even and block.width == 1:
+            return None  # the newest token attends to all
+        if not takes_slots and not block.even:
             raise ValueError(
                 f"`attn_implementation={implementation!r}` cannot attend to rows of different lengths: load the "
                 "model with `attn_implementation='sdpa'`, or generate one row at a time."
             )
-        elif make_mask is None:
-            if 1 < block.width < block.end:
-                raise ValueError(
-                    f"`attn_implementation={implementation!r}` has no mask for several tokens behind others: register "
-                    "one under its name with transformers' `AttentionMaskInterface`, `sdpa_mask` for example."
-                )
+        if make_mask is None and 1 < block.width < block.end:
+            raise ValueError(
+                f"`attn_implementation={implementation!r}` has no mask for several tokens behind others: register "
+                "one under its name with transformers' `AttentionMaskInterface`, `sdpa_mask` for example."
+            )
+        if make_mask is None:
             return None
-
         offset, mask_function = block.starts[0], causal_mask_function
         if len(set(block.starts)) > 1:
-            offset, slots = 0, block.index(device)[1]
-
-            def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-                return kv_idx <= slots[batch_idx, q_idx]
-
+            slots = block.index(device)[1]
+            offset, mask_function = 0, lambda row, head, query, key: key <= slots[row, query]
         return make_mask(
             batch_size=len(block.starts),
             q_length=block.width,
