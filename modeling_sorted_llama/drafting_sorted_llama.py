@@ -45,8 +45,7 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation) -> Sorte
     active = sequences.active_rows()
     while active:
         started = time.perf_counter()
-        token = newest if active == rows else newest[sequences.rows_index([rows.index(row) for row in active])]
-        rows = active
+        token, rows = sequences.select(newest, rows, active), active
         room = int(min(sequences.max_length - min(map(sequences.length, rows)) - 1, 2**31))
         drafts = _draft(*policy.next(room), token, rows, sequences, decoding.assistant_confidence_threshold)
         num_drafts = drafts.tokens.shape[1]

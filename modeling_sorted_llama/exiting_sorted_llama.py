@@ -39,7 +39,7 @@ def decode_with_exits(
                 states = sequences.forward(sequences.ids[: len(going), :0], going, depth)
             looking = [row for row in going if row_depths is None or row_depths[row] == depth]
             if looking:  # the head runs where a row may leave, and nowhere else
-                last_states = _of(looking, going, states[:, -1], sequences)
+                last_states = sequences.select(states[:, -1], going, looking)
                 choices |= _choose_at(depth, last_states, looking, sequences, decoding)
                 going = [row for row in going if row not in choices]
             if not going:
@@ -51,7 +51,7 @@ def decode_with_exits(
         active = sequences.active_rows()
         if not active:
             return sequences.finish()
-        states = sequences.forward(_of(active, rows, tokens, sequences), active, depths[0])
+        states = sequences.forward(sequences.select(tokens, rows, active), active, depths[0])
         rows = active
 
 
@@ -76,11 +76,6 @@ def _choose_at(
     if not leaving:
         return {}
     if tokens is None:
-        chosen = sequences.choose(_of(leaving, rows, scores, sequences), leaving)
+        chosen = sequences.choose(sequences.select(scores, rows, leaving), leaving)
         tokens = dict(zip(leaving, chosen.tolist(), strict=True))
     return {row: Choice(int(tokens[row]), depth, confidences.get(row)) for row in leaving}
-
-
-def _of(some: list[int], rows: list[int], values: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    """Of the `values` of `rows`, those of `some` of them."""
-    return values if some == rows else values[sequences.rows_index([rows.index(row) for row in some])]

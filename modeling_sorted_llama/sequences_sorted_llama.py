@@ -234,6 +234,13 @@ class Sequences:
     def rows_index(self, rows: Sequence[int]) -> torch.Tensor:
         return index_tensor(rows, self.device)
 
+    def select(self, values: torch.Tensor, rows: list[int], some: list[int]) -> torch.Tensor:
+        """Of the `values` of `rows`, those of `some` of them."""
+        if some == rows:
+            return values
+        place = {row: i for i, row in enumerate(rows)}
+        return values[self.rows_index([place[row] for row in some])]
+
     def prefixes(self, rows: Sequence[int], length: int) -> torch.Tensor:
         """The first `length` tokens of `rows`."""
         if len(rows) == self.batch_size:

@@ -1,77 +1,32 @@
 """`generate(assistant_early_exit=k)`: a shallow exit drafts, the layers above verify, and nobody can tell."""
 
-import contextlib
 import itertools
-import json
-import threading
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.testing import CompileCounter
 from transformers import (
-    BitsAndBytesConfig,
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextStreamer,
-    pipeline,
 )
 
-from sorted_llama.modeling_sorted_llama import SortedCache, SortedLlamaForCausalLM, drafting_sorted_llama
+from sorted_llama.modeling_sorted_llama import drafting_sorted_llama
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
 from sorted_llama.modeling_sorted_llama.drafting_sorted_llama import LearnedDrafts, accept_sampled
-from tests.tiny import Pieces, prompts, reference_llama, run_as_stranger, save_tiny, tiny_sorted, tiny_tokenizer
-
-
-RETURN = {"return_dict_in_generate": True}
-
-
-def quiet(model, layers: int, scale: float = 0.1):
-    """`model`, its layers above the first `layers` adding little: their drafts are often accepted."""
-    with torch.no_grad():
-        for layer in model.model.layers[layers:]:
-            layer.self_attn.o_proj.weight.mul_(scale)
-            layer.mlp.down_proj.weight.mul_(scale)
-    return model
-
-
-# Almost no draft accepted, about two of three, all
-MODELS = {
-    "rejecting": tiny_sorted,
-    "mixed": lambda seed=0, **fields: quiet(tiny_sorted(seed, **fields), 1),
-    "accepting": lambda seed=0, **fields: quiet(tiny_sorted(seed, **fields), 1, 0.0),
-}
-
-
-def ends(reference, inputs, steps=(4, 9, 15)) -> list[int]:
-    """Tokens that end each row at another step: those that the row would have there."""
-    tokens = reference.generate(**inputs, max_new_tokens=max(steps) + 1, eos_token_id=[])
-    width = inputs["input_ids"].shape[1]
-    return [int(row[width + step]) for row, step in zip(tokens, steps, strict=False)]
-
-
-def row_lengths(sequences, width: int, eos: list[int]) -> list[int]:
-    """Number of new tokens of each row, its end token included."""
-    is_end = torch.isin(sequences[:, width:], torch.tensor(eos))
-    first = torch.where(is_end.any(1), is_end.long().argmax(1) + 1, is_end.shape[1])
-    return first.tolist()
-
-
-def layer_calls(model) -> list[tuple[int, int]]:
-    """Layer (from 1) and number of tokens of every call of a layer from now on."""
-    calls = []
-    for number, layer in enumerate(model.model.layers, start=1):
-        layer.register_forward_pre_hook(
-            lambda _, args, number=number: calls.append((number, args[0].shape[0] * args[0].shape[1]))
-        )
-    return calls
+from tests.modeling_sorted_llama.decoding import (
+    MODELS,
+    RETURN,
+    ends,
+    layer_calls,
+    quiet,
+    row_lengths,
+)
+from tests.tiny import Pieces, prompts, reference_llama, tiny_sorted, tiny_tokenizer
 
 
 # Greedy decoding: token for token what full depth generates
@@ -97,7 +52,7 @@ def even_clock(monkeypatch):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_greedy_tokens(length, kind):
+def test_greedy_tokens_are_full_depths(length, kind):
     """Every draft exit; one row, a left-padded batch, and a batch whose rows end at different times."""
     model = MODELS[kind]()
     reference = reference_llama(model, 4)
@@ -140,7 +95,7 @@ def test_greedy_tokens_of_any_model(data):
 
 @pytest.mark.parametrize("source", ["argument", "generation_config", "given_generation_config", "config"])
 @pytest.mark.parametrize("draft", [1, 2, "auto"])
-def test_a_verifying_depth_below_full(draft, source):
+def test_drafts_are_verified_at_a_depth_below_full(draft, source):
     fields = {"exit_layer": 3} if source == "config" else {}
     model = quiet(tiny_sorted(exit_layers=[1, 2, 3, 4], **fields), 2)
     arguments = {**prompts(), "max_new_tokens": 20}
@@ -161,134 +116,12 @@ def test_a_verifying_depth_below_full(draft, source):
 
 
 @pytest.mark.parametrize("draft", [1, 2, 3, "auto"])
-def test_a_model_without_exits(even_clock, draft):
+def test_drafting_with_a_model_without_exits(even_clock, draft):
     model = quiet(tiny_sorted(exit_layers=None), 1, 0.0)
     arguments = {**prompts(), "max_new_tokens": 64}
     output = model.generate(**arguments, assistant_early_exit=draft, **RETURN)
     assert torch.equal(output.sequences, reference_llama(model, 4).generate(**arguments))
     assert output.draft_statistics.drafted > 0
-
-
-# What plain decoding returns and streams
-
-
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("depth", [3, 4])
-def test_everything_that_generate_returns(depth, kind):
-    """Scores and logits token by token: those of plain decoding, and zeros behind a row's end."""
-    model, inputs = MODELS[kind](), prompts()
-    reference = reference_llama(model, depth)
-    eos = ends(reference, inputs, (4, 9))
-    arguments = {**inputs, **RETURN, "max_new_tokens": 14, "eos_token_id": eos, "repetition_penalty": 1.0}
-    arguments |= {"output_scores": True, "output_logits": True, "suppress_tokens": [7]}
-    expected = reference.generate(**arguments)
-    output = model.generate(**arguments, exit_layer=depth, assistant_early_exit=1, num_assistant_tokens=4)
-    assert torch.equal(output.sequences, expected.sequences)
-    lengths = row_lengths(expected.sequences, 6, eos)
-    assert min(lengths) < max(lengths)
-
-    for name in ("scores", "logits"):
-        assert len(output[name]) == len(expected[name]) == max(lengths)
-        for step, (mine, theirs) in enumerate(zip(output[name], expected[name], strict=True)):
-            assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
-            for row, length in enumerate(lengths):
-                if step < length:
-                    torch.testing.assert_close(mine[row], theirs[row], atol=1e-4, rtol=1e-4)
-                else:
-                    assert not mine[row].any(), (name, step, row)
-
-
-def test_transition_scores():
-    model, arguments = MODELS["mixed"](), {**prompts(), **RETURN, "output_scores": True, "max_new_tokens": 12}
-    output = model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=3)
-    expected = reference_llama(model, 4).generate(**arguments)
-    mine = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
-    theirs = model.compute_transition_scores(expected.sequences, expected.scores, normalize_logits=True)
-    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("eos", [True, False])
-def test_returned_cache(eos, kind):
-    """All tokens but the newest are in it, and each mode goes on from there as if it had run all along."""
-    model, inputs = MODELS[kind](), prompts((5, 5))
-    reference = reference_llama(model, 4)
-    arguments = {"eos_token_id": ends(reference, inputs, (4, 9)) if eos else [], "max_new_tokens": 12, **RETURN}
-    arguments |= {"assistant_early_exit": 2, "num_assistant_tokens": 3}
-    turn = prompts((4, 4), seed=1)["input_ids"]
-    for mode in ({}, {"assistant_early_exit": 1}, {"exit_threshold": 2.0}, {"exit_layer": [4, 4]}):
-        first = model.generate(**inputs, **arguments)
-        cache = first[CACHE_NAME]
-        assert isinstance(cache, SortedCache)
-        assert cache.lengths == (first.sequences.shape[1] - 1,) * 2 and cache.get_seq_length() == cache.lengths[0]
-        both = torch.cat([first.sequences, turn], dim=1)
-        both_mask = torch.ones_like(both)
-        continued = model.generate(
-            both, attention_mask=both_mask, **{CACHE_NAME: cache}, **mode, max_new_tokens=8, eos_token_id=[]
-        )
-        afresh = reference.generate(both, attention_mask=both_mask, max_new_tokens=8, eos_token_id=[])
-        assert torch.equal(continued, afresh), mode
-
-
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("lengths", [(5,), (6, 4, 1)], ids=str)
-def test_streamed_pieces(lengths, kind, capsys):
-    """What is put, in what order, token by token; ended rows put padding."""
-    model, tokenizer, inputs = MODELS[kind](), tiny_tokenizer(), prompts(lengths)
-    reference = reference_llama(model, 4)
-    arguments = {**inputs, "max_new_tokens": 17, "eos_token_id": ends(reference, inputs, (4, 9, 13))}
-    drafting = {"assistant_early_exit": 1, "num_assistant_tokens": 3}
-    mine, theirs = Pieces(), Pieces()
-    model.generate(**arguments, **drafting, streamer=mine)
-    reference.generate(**arguments, streamer=theirs)
-    assert mine.pieces == theirs.pieces and mine.ended == theirs.ended == 1
-    if len(lengths) == 1:
-        arguments["eos_token_id"] = []
-        model.generate(**arguments, **drafting, streamer=TextStreamer(tokenizer, skip_prompt=True))
-        printed = capsys.readouterr().out
-        reference.generate(**arguments, streamer=TextStreamer(tokenizer, skip_prompt=True))
-        assert printed == capsys.readouterr().out and printed
-
-
-def test_streamer_that_sees_the_exits():
-    """`put_exits` comes before the token it tells of."""
-
-    class Exits(Pieces):
-        def put_exits(self, depths, confidences):
-            self.pieces.append(("exits", list(depths), confidences))
-
-    model, inputs = MODELS["mixed"](), prompts()
-    eos = ends(reference_llama(model, 4), inputs, (4, 9))
-    streamer = Exits()
-    output = model.generate(
-        **inputs,
-        **RETURN,
-        assistant_early_exit=1,
-        num_assistant_tokens=3,
-        eos_token_id=eos,
-        max_new_tokens=14,
-        streamer=streamer,
-    )
-    used = output.exit_layers_used
-    assert set(used.unique().tolist()) == {0, 1, 4}
-    assert (used > 0).sum(1).tolist() == row_lengths(output.sequences, 6, eos)
-    expected = [inputs["input_ids"].tolist()]
-    for step in range(used.shape[1]):
-        expected += [("exits", used[:, step].tolist(), None), output.sequences[:, 6 + step].tolist()]
-    assert streamer.pieces == expected
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_num_return_sequences(kind):
-    """Sampling from one token at most is greedy decoding, whatever is drawn; without that limit rows differ."""
-    model, arguments = MODELS[kind](), {**prompts(), "max_new_tokens": 9, "do_sample": True, "num_return_sequences": 3}
-    greedy = reference_llama(model, 4).generate(**prompts(), max_new_tokens=9)
-    torch.manual_seed(0)
-    tokens = model.generate(**arguments, top_k=1, assistant_early_exit=1, num_assistant_tokens=3)
-    assert torch.equal(tokens, greedy.repeat_interleave(3, dim=0))
-    tokens = model.generate(**arguments, temperature=2.0, assistant_early_exit=1, num_assistant_tokens=3)
-    assert tokens.shape == (9, 15) and len(set(map(tuple, tokens.tolist()))) == 9
-    assert torch.equal(tokens[:, :6], prompts()["input_ids"].repeat_interleave(3, dim=0))
 
 
 # Processors and criteria, a row each
@@ -334,7 +167,7 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_processors_and_criteria(name, kind):
+def test_drafting_with_processors_and_criteria(name, kind):
     """A batch whose rows accept unequally, a batch that repeats itself, one row."""
     model = MODELS[kind]()
     reference = reference_llama(model, 4)
@@ -352,7 +185,7 @@ def test_processors_and_criteria(name, kind):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_bad_words_and_min_new_tokens(kind):
+def test_drafting_with_bad_words_and_min_new_tokens(kind):
     """Where full depth would take the token: a word of one token, one of two, and an end that comes too early."""
     model, inputs = MODELS[kind](), prompts()
     reference = reference_llama(model, 4)
@@ -370,7 +203,7 @@ def test_bad_words_and_min_new_tokens(kind):
 
 
 @pytest.mark.parametrize("kind", ["mixed", "accepting"])
-def test_a_criterion_that_reads_the_scores(kind):
+def test_drafting_with_a_criterion_that_reads_the_scores(kind):
     """It is handed the scores up to its token, and no further."""
 
     class Scores(StoppingCriteria):
@@ -391,7 +224,7 @@ def test_a_criterion_that_reads_the_scores(kind):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("eos", [2, None])
-def test_stop_strings(eos, kind):
+def test_drafting_with_stop_strings(eos, kind):
     """Without an end token a finished row goes on until all are done, as in transformers."""
     model, tokenizer, inputs = MODELS[kind](eos_token_id=eos), tiny_tokenizer(), prompts()
     reference = reference_llama(model, 4)
@@ -414,14 +247,14 @@ def test_stop_strings(eos, kind):
 
 
 @pytest.mark.parametrize("length", [3, "auto"])
-def test_max_time_that_is_over(length):
+def test_drafting_with_a_max_time_that_is_over(length):
     model, arguments = tiny_sorted(), {**prompts(), "max_new_tokens": 30, "max_time": 0.0}
     tokens = model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=length)
     assert torch.equal(tokens, reference_llama(model, 4).generate(**arguments))
 
 
 @pytest.mark.parametrize("new_tokens", range(1, 9))
-def test_ends_inside_a_block(new_tokens):
+def test_rows_end_inside_a_block_of_drafts(new_tokens):
     """Every place in a block of accepted drafts: an end token there, and the last of the tokens that fit."""
     model, inputs = MODELS["accepting"](), prompts((6, 3))
     reference = reference_llama(model, 4)
@@ -497,7 +330,7 @@ WARPERS = {
 
 
 @pytest.mark.parametrize("name", WARPERS)
-def test_sampled_distribution(name):
+def test_sampled_tokens_have_the_distribution_of_full_depth(name):
     model, prompt = small_model(), torch.tensor([[3, 7, 5, 3, 7]])
     torch.manual_seed(11)
     counts, statistics = draws(model, prompt, 3, **WARPERS[name], assistant_early_exit=1, num_assistant_tokens=2)
@@ -512,7 +345,7 @@ DRAFTINGS = {
 
 
 @pytest.mark.parametrize("name", DRAFTINGS)
-def test_sampled_distribution_of_longer_drafts(name):
+def test_sampled_tokens_have_the_distribution_of_full_depth_with_longer_drafts(name):
     """Four tokens: the first, then up to two drafts, and those after them."""
     model, prompt = small_model(), torch.tensor([[6, 1, 9, 4, 11, 0, 2, 10, 8, 3, 7, 5, 3, 7]])
     torch.manual_seed(12)
@@ -530,7 +363,7 @@ def assert_drawn(tokens, probabilities):
     assert p_value(torch.bincount(tokens, minlength=len(probabilities)), probabilities.double()) > 1e-4
 
 
-def test_accept_disjoint():
+def test_disjoint_distributions_accept_nothing():
     """Nothing that the draft proposes is possible: all is rejected, and the next token is the target's."""
     torch.manual_seed(0)
     p = torch.tensor([[0.5, 0.3, 0.2, 0.0, 0.0], [0.0, 0.0, 0.2, 0.2, 0.6]])
@@ -540,7 +373,7 @@ def test_accept_disjoint():
     assert_drawn(new[:, 0], p[0])
 
 
-def test_accept_equal():
+def test_equal_distributions_accept_everything():
     """All is kept; the next token is that of the last position. Nothing is left of equal distributions: no NaN."""
     torch.manual_seed(0)
     p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.6, 0.2, 0.2]])
@@ -556,7 +389,7 @@ def test_accept_equal():
 
 
 @pytest.mark.parametrize("one_hot", [True, False])
-def test_accept_in_between(one_hot):
+def test_overlapping_distributions_accept_their_overlap(one_hot):
     """The tokens of two positions together are distributed as by the target, also of drafts that are certain."""
     torch.manual_seed(0)
     p = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.5, 0.3], [0.25, 0.25, 0.25, 0.25]])
@@ -581,7 +414,7 @@ def test_accept_in_between(one_hot):
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("draft", [1, 2, 3])
 @pytest.mark.parametrize("kind", MODELS)
-def test_no_layer_runs_twice(kind, draft, sample):
+def test_drafting_runs_no_layer_twice(kind, draft, sample):
     """
     A cycle of n drafts: n + 1 tokens through the draft's layers, one at a time, and the same n + 1 through the others,
     at once; the head n times for drafts and n + 1 times for what is verified.
@@ -653,7 +486,7 @@ def test_the_config_stays_as_it_is():
 # Batches
 
 
-def test_rows_advance_on_their_own():
+def test_rows_of_drafts_advance_on_their_own():
     """Row 0 has its drafts accepted early on, row 1 later: neither waits for the other."""
     model, new_tokens, width = tiny_sorted(), 24, 5
 
@@ -682,7 +515,7 @@ def test_rows_advance_on_their_own():
     assert together.draft_statistics.layer_token_passes <= sum(passes) + 2 * 4 * 4  # the last blocks are cut alone
 
 
-def test_an_ended_row_costs_nothing():
+def test_a_drafting_row_that_has_ended_costs_nothing():
     model, inputs = MODELS["rejecting"](), prompts((6, 6))
     eos = ends(reference_llama(model, 4), inputs, (2,))
     calls = layer_calls(model)
@@ -693,278 +526,6 @@ def test_an_ended_row_costs_nothing():
     assert lengths[0] == 3 and lengths[1] > 10
     verified = [tokens for layer, tokens in calls if layer == 4]
     assert verified[1] == 2 * 3 and verified[4:8] == [3] * 4
-
-
-# What it composes with
-
-
-@pytest.mark.parametrize("length", [3, "auto"])
-@pytest.mark.parametrize("kind", MODELS)
-def test_ways_to_pass_the_prompt(kind, length):
-    model, inputs = MODELS[kind](), prompts()
-    reference = reference_llama(model, 4)
-    drafting = {"assistant_early_exit": 2, "num_assistant_tokens": length, "max_new_tokens": 14}
-    expected = reference.generate(**inputs, max_new_tokens=14)
-    for chunk in (1, 2, 4, 100):
-        assert torch.equal(model.generate(**inputs, **drafting, prefill_chunk_size=chunk), expected)
-    embeds = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach()}
-    embeds["attention_mask"] = inputs["attention_mask"]
-    assert torch.equal(model.generate(**embeds, **drafting), expected[:, 6:])
-    output = model.generate(**embeds, **drafting, **RETURN, output_scores=True)
-    assert torch.equal(output.sequences, expected[:, 6:]) and len(output.scores) == 14
-    assert torch.equal(model.generate(**{**inputs, **embeds}, **drafting), expected)
-    static = model.generate(**inputs, **drafting, cache_implementation="static", **RETURN)
-    assert torch.equal(static.sequences, expected)
-    ample = model.generate(**inputs, **drafting, **{CACHE_NAME: SortedCache(max_cache_len=300)}, **RETURN)
-    assert torch.equal(ample.sequences, expected) and ample[CACHE_NAME].lengths == (expected.shape[1] - 1,) * 3
-
-
-@pytest.mark.parametrize("length", [3, "auto"])
-def test_lora(length):
-    """Through the wrapped model, the adapter at work in drafts and verification alike."""
-    model, arguments = MODELS["mixed"](), {**prompts(), "max_new_tokens": 16}
-    without = model.generate(**arguments)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    torch.manual_seed(5)
-    wrapped = peft.get_peft_model(model, config).eval()
-    calls = layer_calls(model)
-    output = wrapped.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=length, **RETURN)
-    assert len([layer for layer, _ in calls if layer == 1]) > len([layer for layer, _ in calls if layer == 4])
-    assert output.draft_statistics.drafted > 0
-    expected = reference_llama(wrapped.merge_and_unload(), 4).generate(**arguments)
-    assert torch.equal(output.sequences, expected) and not torch.equal(expected, without)
-
-
-def test_compiled_layers():
-    torch._dynamo.reset()
-    model, arguments = MODELS["accepting"](), {**prompts((5,)), "max_new_tokens": 6}
-    expected = reference_llama(model, 4).generate(**arguments)
-    counter = CompileCounter()
-    model.model.layers[0].compile(backend="eager")
-    model.model.layers[3].compile(backend=counter)
-    output = model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=3, **RETURN)
-    torch._dynamo.reset()
-    assert torch.equal(output.sequences, expected) and output.draft_statistics.accepted > 0
-    assert counter.frame_count > 0
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_bfloat16(kind):
-    """Rounding of blocks may part the tokens from plain decoding's; each is still full depth's choice, within it."""
-    model = MODELS[kind]().to(torch.bfloat16)
-    output = model.generate(
-        **prompts(), **RETURN, output_scores=True, max_new_tokens=16, assistant_early_exit=1, num_assistant_tokens=3
-    )
-    assert output.sequences.shape == (3, 22) and output.scores[0].dtype == torch.float32
-    mask = torch.nn.functional.pad(prompts()["attention_mask"], (0, 16), value=1)
-    with torch.no_grad():
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = reference_llama(model, 4)(output.sequences, attention_mask=mask, position_ids=positions).logits
-    logits = logits[:, 5:-1].float()
-    chosen = logits.gather(2, output.sequences[:, 6:, None]).squeeze(2)
-    assert (logits.amax(-1) - chosen).max() < 0.05 * logits.abs().max()
-    scores = torch.stack(output.scores, dim=1)
-    assert (scores - logits).abs().max() < 0.05 * logits.abs().max()
-
-
-def test_quantized_weights(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    model, arguments = MODELS["mixed"](), {**prompts(), "max_new_tokens": 16}
-    unquantized = model(**prompts()).logits
-    model.save_pretrained(tmp_path)
-    model = SortedLlamaForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float32
-    )
-    assert not torch.equal(model(**prompts()).logits, unquantized)
-    expected = model.generate(**arguments)
-    output = model.generate(**arguments, assistant_early_exit=1, num_assistant_tokens=3, **RETURN)
-    assert torch.equal(output.sequences, expected) and output.draft_statistics.accepted > 0
-
-
-@pytest.mark.parametrize("length", ["auto", 2])
-@pytest.mark.parametrize("edited", [True, False], ids=["models_own_edited", "replaced"])
-def test_generation_config_file(tmp_path, even_clock, edited, length):
-    """Saved and reloaded, a model drafts without being asked; a call may ask otherwise."""
-    model, inputs = MODELS["accepting"](), {**prompts(), "max_new_tokens": 64}
-    if not edited:
-        model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
-    model.generation_config.assistant_early_exit = 2
-    model.generation_config.num_assistant_tokens = length
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "generation_config.json").read_text())
-    assert saved["assistant_early_exit"] == 2 and saved["num_assistant_tokens"] == length
-    loaded = SortedLlamaForCausalLM.from_pretrained(tmp_path)
-    output = loaded.generate(**inputs, **RETURN)
-    assert torch.equal(output.sequences, reference_llama(model, 4).generate(**inputs_of(inputs)))
-    assert set(output.draft_statistics.exit_layers) == {2}
-    if length == 2:
-        assert output.draft_statistics.cycles == 1 + 63 // 3
-    assert set(loaded.generate(**inputs, **RETURN, assistant_early_exit=1).draft_statistics.exit_layers) == {1}
-    # the calls leave it as it was
-    assert loaded.generation_config.assistant_early_exit == 2
-    assert loaded.generation_config.num_assistant_tokens == length
-
-
-def inputs_of(arguments):
-    """For a reference that must not draft, whatever its generation config says."""
-    return {**arguments, "generation_config": GenerationConfig(eos_token_id=2, pad_token_id=0)}
-
-
-@pytest.mark.parametrize("length", [3, "auto"])
-@pytest.mark.parametrize("where", ["call", "constructor"])
-def test_pipeline(even_clock, where, length):
-    model, tokenizer = MODELS["accepting"](), tiny_tokenizer()
-    arguments = {"max_new_tokens": 64, "do_sample": False, "batch_size": 2}
-    texts = ["hello", "a longer prompt"]
-    expected = pipeline("text-generation", model=reference_llama(model, 4), tokenizer=tokenizer)(texts, **arguments)
-    drafting = {"assistant_early_exit": 2, "num_assistant_tokens": length}
-    in_constructor, in_call = (drafting, {}) if where == "constructor" else ({}, drafting)
-    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, **in_constructor)
-    calls = layer_calls(model)
-    assert pipe(texts, **arguments, **in_call) == expected
-    layers = [layer for layer, _ in calls]
-    assert layers.count(1) == layers.count(2) > layers.count(3) == layers.count(4)
-
-
-DRAFT = """
-import json
-import torch
-from transformers import AutoModelForCausalLM
-folder, tokens = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules"), type(model)
-assert "modeling_sorted_llama" not in sys.modules
-results = []
-for draft, length in ((1, 3), (2, "auto"), ("auto", None)):
-    output = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=10, return_dict_in_generate=True,
-        assistant_early_exit=draft, num_assistant_tokens=length,
-    )
-    again = model.generate(
-        output.sequences, attention_mask=torch.ones_like(output.sequences), max_new_tokens=4,
-        cache=output["cache" if "cache" in output else "past_key_values"], assistant_early_exit=1,
-    )
-    results.append([output.sequences.tolist(), again.tolist(), output.draft_statistics.drafted])
-print("results:" + json.dumps(results))
-"""
-
-
-def test_a_process_without_the_package(tmp_path):
-    model, tokens = MODELS["mixed"](), prompts((5, 5))["input_ids"]
-    folder = save_tiny(tmp_path / "model", model)
-    output = run_as_stranger(DRAFT, folder, json.dumps(tokens.tolist()), folder=tmp_path)
-    reference = reference_llama(model, 4)
-    results = json.loads(output.split("results:")[1])
-    first = reference.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=10)
-    second = reference.generate(first, attention_mask=torch.ones_like(first), max_new_tokens=4)
-    for sequences, again, _ in results:
-        assert sequences == first.tolist() and again == second.tolist()
-    assert results[0][2] > 0  # "auto" may find that nothing pays
-
-
-def test_threads_in_different_modes():
-    """Three calls that overlap do not disturb each other."""
-    model, inputs = MODELS["mixed"](), {**prompts(), "max_new_tokens": 14, "min_new_tokens": 14, **RETURN}
-    modes = {
-        "drafts": {"assistant_early_exit": 1, "num_assistant_tokens": 3},
-        "confidence": {"exit_threshold": 0.3},
-        "fixed": {"exit_layer": 2, "output_hidden_states": True},
-    }
-    expected = {name: model.generate(**inputs, **mode) for name, mode in modes.items()}
-    plain = reference_llama(model, 4).generate(**inputs).sequences
-    barrier, turn = threading.Barrier(3, timeout=60), threading.local()
-
-    def meet(*_):
-        turn.calls = getattr(turn, "calls", 0) + 1
-        if turn.calls <= 14:
-            with contextlib.suppress(threading.BrokenBarrierError):
-                barrier.wait()
-
-    hook = model.model.layers[0].register_forward_pre_hook(meet)
-    results = {}
-
-    def run(name):
-        results[name] = model.generate(**inputs, **modes[name])
-
-    threads = [threading.Thread(target=run, args=(name,)) for name in modes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    hook.remove()
-    assert not barrier.broken and set(results) == set(modes)
-    for name, output in results.items():
-        assert torch.equal(output.sequences, expected[name].sequences), name
-        for mine, theirs in zip(output.hidden_states or (), expected[name].hidden_states or (), strict=True):
-            for a, b in zip(mine, theirs, strict=True):
-                torch.testing.assert_close(a, b)
-    assert torch.equal(results["drafts"].sequences, plain)
-    assert results["drafts"].draft_statistics == expected["drafts"].draft_statistics
-
-
-# Errors, before any layer runs
-
-
-@pytest.mark.parametrize("source", ["argument", "generation_config"])
-@pytest.mark.parametrize("value", [0, -1, 4, 5, True, 2.0, "x"], ids=repr)
-def test_bad_draft_exit(value, source):
-    model, arguments = tiny_sorted(), {**prompts(), "max_new_tokens": 3}
-    if source == "argument":
-        arguments["assistant_early_exit"] = value
-    else:
-        model.generation_config.assistant_early_exit = value
-    assert_refused(model, arguments, "`assistant_early_exit`", repr(value), "from 1 to 3", '"auto"')
-
-
-def assert_refused(model, arguments, *words):
-    calls = layer_calls(model)
-    with pytest.raises(ValueError) as error:
-        model.generate(**arguments)
-    for word in words:
-        assert word in str(error.value)
-    assert calls == []
-
-
-@pytest.mark.parametrize("value", [2, 3, 4])
-def test_draft_exit_not_below_the_verifying_depth(value):
-    arguments = {**prompts(), "max_new_tokens": 3, "exit_layer": 2, "assistant_early_exit": value}
-    assert_refused(tiny_sorted(), arguments, "`assistant_early_exit`", repr(value), "from 1 to 1", "2 layers")
-
-
-REFUSED = {
-    "beams": ({"num_beams": 2}, ["num_beams=2", "greedy", "sampling"]),
-    "attentions": ({"output_attentions": True, **RETURN}, ["attentions", "output_attentions=False"]),
-    "no_cache": ({"use_cache": False}, ["use_cache=False"]),
-    "quantized": ({"cache_implementation": "quantized"}, ["cache_implementation", "'quantized'", "'dynamic'"]),
-    "no_tokens": ({"num_assistant_tokens": 0}, ["`num_assistant_tokens`", "0", "positive integer", '"auto"']),
-    "negative": ({"num_assistant_tokens": -2}, ["`num_assistant_tokens`", "-2", "positive integer", '"auto"']),
-    "tokens_bool": ({"num_assistant_tokens": True}, ["`num_assistant_tokens`", "True", "positive integer"]),
-    "tokens_float": ({"num_assistant_tokens": 2.5}, ["`num_assistant_tokens`", "2.5", "positive integer"]),
-    "tokens_text": ({"num_assistant_tokens": "x"}, ["`num_assistant_tokens`", "'x'", "positive integer", '"auto"']),
-    **{
-        schedule: ({"num_assistant_tokens_schedule": schedule}, ["num_assistant_tokens_schedule=", schedule, '"auto"'])
-        for schedule in ("linear", "heuristic", "heuristic_transient")
-    },
-    "hidden_states": ({"output_hidden_states": True, **RETURN}, ["hidden states", "output_hidden_states=False"]),
-    "offloaded": ({"cache_implementation": "offloaded"}, ["cache_implementation", "'offloaded'", "'dynamic'"]),
-    "lookup_size": ({"max_matching_ngram_size": 3}, ["max_matching_ngram_size=3", "exit alone"]),
-    "confidence": ({"assistant_confidence_threshold": "x"}, ["`assistant_confidence_threshold`", "'x'", "number"]),
-    "lookup": ({"prompt_lookup_num_tokens": 3}, ["prompt_lookup_num_tokens=3", "exit alone", "exit_layer=k"]),
-    "threshold": ({"exit_threshold": 0.9}, ["exit_threshold=0.9", "assistant_early_exit=1", "contradict"]),
-    "depths": ({"exit_layer": [1, 2, 4]}, ["exit_layer=[1, 2, 4]", "assistant_early_exit=1", "contradict"]),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name):
-    tools, words = REFUSED[name]
-    assert_refused(tiny_sorted(), {**prompts(), "max_new_tokens": 3, "assistant_early_exit": 1, **tools}, *words)
-
-
-def test_a_cache_of_another_kind():
-    model = tiny_sorted()
-    arguments = {**prompts(), "max_new_tokens": 3, "assistant_early_exit": 1}
-    assert_refused(model, {**arguments, CACHE_NAME: DynamicCache()}, "DynamicCache", "SortedCache()")
 
 
 # The length that is learned
