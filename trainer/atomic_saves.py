@@ -28,13 +28,14 @@ STATE = "trainer_state.json"  # the last file that is written into a checkpoint
 
 class AtomicSaves(Trainer):
     """
-    A [`~transformers.Trainer`] writes a checkpoint straight into the folder that the next run resumes from. This one
-    writes it into a folder beside, renamed once it is whole, and renames a checkpoint that is to be deleted before. So
-    every `checkpoint-*` is complete, also after a `kill -9`, and `resume_from_checkpoint=True` works. What cannot be
-    deleted at once is told and left for the next save. Runs in one folder save one after the other. A base class of
-    other trainers: `class MyTrainer(AtomicSaves, SFTTrainer)`.
+    A base class for trainers, `class MyTrainer(AtomicSaves, SFTTrainer)`, whose every `checkpoint-*` is complete, also
+    after a `kill -9`: a checkpoint is written into a folder beside, renamed once it is whole, and renamed before it is
+    deleted. What cannot be deleted at once is told and left for the next save. Runs in one folder save one after the
+    other.
     """
 
+    # `Trainer` has no public hook for the folder of a checkpoint, for what is deleted when, or for a push from a
+    # checkpoint: its private methods for these are overridden here, and nowhere else in this project
     _unfinished: str | None = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -40,14 +40,18 @@ def batch_outputs(**means):
 def test_sums_and_counts_are_those_of_the_steps_that_trained_an_exit():
     """A loss is divided by the items of the whole accumulated batch, the others by the batch's labelled tokens."""
     metrics = ExitMetrics(EXITS, training=True)
-    batches = [([1, 4], 2, [1.0, 2.0], [0.5, 1.0]), ([2, 4], 6, [3.0, 4.0], [0.25, 0.5])]
-    for exits, labelled, losses, accuracies in batches:
-        outputs = batch_outputs(exit_losses=losses, exit_token_accuracies=accuracies, exit_agreements=[0.0, 1.0])
+    batches = [
+        ([1, 4], 2, {"exit_losses": [1.0, 2.0], "exit_token_accuracies": [0.5, 1.0], "exit_divergences": [0.5, 0.0]}),
+        ([2, 4], 6, {"exit_losses": [3.0, 4.0], "exit_token_accuracies": [0.25, 0.5], "exit_divergences": [0.25, 0]}),
+    ]
+    for exits, labelled, means in batches:
+        outputs = batch_outputs(**means, exit_agreements=[0.0, 1.0])
         metrics.add(exits, outputs, torch.tensor(labelled), num_items=8, num_present=torch.tensor(10))
     pairs, num_present = metrics.take(Accelerator(cpu=True))
     assert pairs == {
         "loss": {1: (8.0, 2.0), 2: (24.0, 6.0), 4: (16.0 + 32.0, 8.0)},
         "mean_token_accuracy": {1: (1.0, 2.0), 2: (1.5, 6.0), 4: (2.0 + 3.0, 8.0)},
+        "divergence": {1: (4.0, 2.0), 2: (2.0, 6.0), 4: (0.0, 8.0)},
     }
     assert num_present == 20
     assert not metrics.pairs
