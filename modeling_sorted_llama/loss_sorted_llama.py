@@ -116,9 +116,9 @@ class MultiExitLossOutput:
             Share of the labelled tokens for which an exit's greedy token is the label.
         exit_agreements (`torch.Tensor` of shape `(num_exits,)`, float32):
             Share of the labelled tokens for which an exit's greedy token is that of the last exit.
-        exit_divergences (`torch.Tensor` of shape `(num_exits,)`, float32, *optional*, returned with a
-        `self_distillation_weight` above 0):
-            Kullback-Leibler divergence of each exit from the last one, in nats; divided as `exit_losses` are.
+        exit_divergences (`torch.Tensor` of shape `(num_exits,)`, float32, *optional*):
+            With self-distillation, the Kullback-Leibler divergence of each exit from the last one, in nats; divided as
+            `exit_losses` are.
     """
 
     loss: torch.Tensor
@@ -182,8 +182,8 @@ def multi_exit_loss(
         hidden_states, labels = [states.to(device) for states in hidden_states], labels.to(device)
         _check_labels(labels, min(head.vocab_size for head in distinct))
         exits = [_Exit(*of_exit) for of_exit in zip(hidden_states, heads, weights)]
-        for exit_ in exits[:-1]:
-            exit_.trains_head = not (options.detach_exits and exit_.head is deepest)
+        if options.detach_exits:
+            _keep_head_of_last(exits)
         losses, correct, agreeing, divergences = _sweep(exits, labels, options)
         num_tokens = max(labels.numel(), 1)
         num_items = _as_tensor(num_tokens if num_items_in_batch is None else num_items_in_batch, device).clamp(min=1)
@@ -224,6 +224,11 @@ def _heads(modules: Sequence[nn.Module], hidden_states: Sequence[torch.Tensor]) 
     return [heads[id(module)] for module in modules]
 
 
+def _keep_head_of_last(exits: "list[_Exit]") -> None:
+    for exit_ in exits[:-1]:
+        exit_.trains_head = exit_.head is not exits[-1].head
+
+
 def _as_tensor(number: torch.Tensor | int, device: torch.device) -> torch.Tensor:
     # `torch.tensor` would copy the number to an accelerator, and wait for it
     tensor = number if isinstance(number, torch.Tensor) else torch.full((), number, device=device)
@@ -233,10 +238,9 @@ def _as_tensor(number: torch.Tensor | int, device: torch.device) -> torch.Tensor
 def _check_labels(labels: torch.Tensor, vocab_size: int) -> None:
     if labels.device.type != "cpu" or labels.numel() == 0:  # elsewhere to read them would wait for the device
         return
-    lowest, highest = labels.min().item(), labels.max().item()
-    if lowest < 0 or highest >= vocab_size:
-        wrong = lowest if lowest < 0 else highest
-        raise ValueError(f"`labels` must be tokens from 0 to {vocab_size - 1}, which the head knows, got {wrong}.")
+    for label in (labels.min().item(), labels.max().item()):
+        if not 0 <= label < vocab_size:
+            raise ValueError(f"`labels` must be tokens from 0 to {vocab_size - 1}, which the head knows, got {label}.")
 
 
 class _WithGradients(torch.autograd.Function):
@@ -269,8 +273,9 @@ def _sweep(exits: "Sequence[_Exit]", labels: torch.Tensor, options: ExitLossOpti
     """
     losses, correct, agreeing, divergences = sums = torch.zeros(4, len(exits), device=labels.device)
     distills = options.self_distillation_weight > 0 and len(exits) > 1
-    vocab_size = max(exit_.head.vocab_size for exit_ in exits)
-    rows = _rows_per_tile(labels.device, vocab_size, live_tiles=1 + distills)  # the other one is the teacher's
+    bytes_per_row = 4 * max(exit_.head.vocab_size for exit_ in exits) * (1 + distills)  # the teacher has a tile, too
+    tile_bytes = _TILE_BYTES_CPU if labels.device.type == "cpu" else _TILE_BYTES_ACCELERATOR
+    rows = max(1, tile_bytes // bytes_per_row)
     for start in range(0, labels.numel(), rows):
         tile = slice(start, start + rows)
         target = labels[tile].unsqueeze(-1)
@@ -361,11 +366,6 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Products of the rows of two tiles, `(rows, 1)`, without a third tile."""
     with torch.autocast(a.device.type, enabled=False):
         return torch.bmm(a.unsqueeze(-2), b.unsqueeze(-1)).squeeze(-1)
-
-
-def _rows_per_tile(device: torch.device, vocab_size: int, live_tiles: int) -> int:
-    tile_bytes = _TILE_BYTES_CPU if device.type == "cpu" else _TILE_BYTES_ACCELERATOR
-    return max(1, tile_bytes // (4 * vocab_size * live_tiles))
 
 
 def _gradient_buffer(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

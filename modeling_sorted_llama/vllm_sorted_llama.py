@@ -25,20 +25,12 @@ _targets: WeakValueDictionary[str, "SortedLlamaForCausalLM"] = WeakValueDictiona
 
 class SortedLlamaForCausalLM(LlamaForCausalLM):
     """
-    vLLM's Llama of `config.exit_layer` layers (`--hf-overrides '{"exit_layer": 12}'`), or of all.
+    vLLM's Llama of `config.exit_layer` layers (`--hf-overrides '{"exit_layer": 12}'`), or of all; a `ValueError` where
+    the depth is out of range. The configuration in `vllm_config` is changed to the layers that are built.
 
     As the draft of its own checkpoint (`--speculative-config` with the method `draft_model` and the same path), it has
-    `config.assistant_early_exit` layers, a field of the *target's* overrides, and reads through the target's weights.
-    As the draft of another model, it has those, or its own `config.exit_layer`, or all.
-
-    Args:
-        vllm_config (`vllm.config.VllmConfig`):
-            Configuration of the engine; the sorted one in it is changed to the layers that are built.
-        prefix (`str`, *optional*, defaults to `""`):
-            Of the names of its modules.
-
-    Raises:
-        ValueError: If the depth is out of range, or if a checkpoint that drafts for itself has none.
+    `config.assistant_early_exit` layers, a field of the *target's* overrides without which it is refused, and reads
+    through the target's weights. As the draft of another model, it has those, or its own `config.exit_layer`, or all.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
@@ -75,16 +67,7 @@ class SortedLlamaForCausalLM(LlamaForCausalLM):
             own.__dict__[name] = module
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """
-        Load the weights of the sub-model; those of deeper layers, and those that a draft shares, are passed over.
-
-        Args:
-            weights (`Iterable[tuple[str, torch.Tensor]]`):
-                Names and tensors of the checkpoint.
-
-        Returns:
-            `set[str]`: Names of the parameters that were loaded.
-        """
+        """Load the sub-model's weights; those of deeper layers, and those that a draft shares, are passed over."""
         needed = submodel_weights(weights, self.config, self.exit_layer)
         return AutoWeightsLoader(self).load_weights(w for w in needed if not w[0].startswith(self._shared))
 
