@@ -61,7 +61,7 @@ install: .venv/.installed
 
 .venv-oldest/.installed: pyproject.toml scripts/install.py
 	$(PYTHON) scripts/install.py .venv-oldest train --oldest
-	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt pytest pytest-timeout pytest-xdist hypothesis
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt pytest pytest-timeout pytest-xdist hypothesis gguf
 	@touch $@
 
 .venv-vllm/.installed: pyproject.toml

@@ -112,10 +112,11 @@ class SortedCache(Cache):
     """
 
     layers: list[Any]
+    max_cache_len = 0  # in place of a property of transformers before 5.24, which fails where there are no layers
 
     def __init__(self, max_cache_len: int = 0):
         super().__init__(layers=[])
-        self._max_cache_len = max_cache_len  # transformers 5.16 has a property of the public name
+        self.max_cache_len = max_cache_len
         self.lengths: tuple[int, ...] = ()
         self.pending: dict[int, torch.Tensor] = {}
         self.layer_token_passes = 0
@@ -336,7 +337,7 @@ class SortedCache(Cache):
         try:
             hidden_states, block = self._take_along(first, hidden_states, block)
             while len(self.layers) < last:
-                self.layers.append(SortedCacheLayer(len(self.lengths), self._max_cache_len))
+                self.layers.append(SortedCacheLayer(len(self.lengths), self.max_cache_len))
             yield hidden_states, block
         except BaseException:
             self.rollback([min(block.starts)] * len(self.lengths))

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
+from .compat_sorted_llama import CACHE_NAME
 from .configuration_sorted_llama import as_int, check_exit_layer, check_number
 
 
@@ -390,8 +391,11 @@ def check_continuous_batching(model, generation_config: GenerationConfig | None,
             Keyword arguments beside it.
 
     Raises:
-        ValueError: If another depth than the config's, or a mode of decoding at moving depth, is asked for.
+        ValueError: If another depth than the config's, or a mode of decoding at moving depth, is asked for; if
+            transformers is older than 5.24.
     """
+    if CACHE_NAME != "cache":  # an argument that continuous batching had before for a cache of another kind
+        raise ValueError("Continuous batching of a sorted model needs transformers 5.24 or newer.")
     fields = read_decoding_fields(model, generation_config, kwargs)
     asked = {name: fields[name] for name in dict.fromkeys(mode.chosen_by for mode in MODES) if name in fields}
     if asked and asked != {"exit_layer": model.model.depth()}:
