@@ -6,6 +6,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 import sorted_llama.hub_card.extract as extract_module
@@ -74,6 +75,15 @@ def test_an_extraction_reads_only_what_it_needs(tmp_path):
     llama = LlamaForCausalLM.from_pretrained(extract(tmp_path / "model", 2, tmp_path / "out"))
     expected = model.extract_submodel(2)(**prompts()).logits
     torch.testing.assert_close(llama(**prompts()).logits, expected)
+
+
+def test_a_tied_head_that_a_checkpoint_holds_twice_is_left_out(tmp_path):
+    make(tmp_path / "model", tie_word_embeddings=True)
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    with safe_open(extract(tmp_path / "model", 2, tmp_path / "out") / "model.safetensors", "pt") as extracted:
+        assert "model.embed_tokens.weight" in extracted.keys() and "lm_head.weight" not in extracted.keys()
 
 
 def test_an_extraction_keeps_the_dtype(tmp_path):
