@@ -41,26 +41,11 @@ def answer_length(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> i
 
 
 def evaluate_exits(
-    model: SortedLlamaForCausalLM,
-    timed: SortedLlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict],
-    exits: list[int],
+    model: SortedLlamaForCausalLM, timed: SortedLlamaForCausalLM, tokenizer, rows: Sequence[dict], exits: list[int]
 ) -> list[ExitResult]:
     """
-    Evaluate every exit.
-
-    Args:
-        model ([`SortedLlamaForCausalLM`]):
-            The model, in the dtype that answers many questions fastest.
-        timed ([`SortedLlamaForCausalLM`]):
-            The same, in the dtype that its speed at one row is measured in.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        rows (`Sequence[dict]`):
-            Held-out rows with `prompt` and `completion`, text or chat messages, and optionally `task`.
-        exits (`list[int]`):
-            Exits to evaluate, ascending, ending in the full depth.
+    What each of `exits` is worth on rows of `prompt` and `completion`, text or chats, and optionally `task`. `model`
+    answers the questions, `timed` is the same in the dtype that its speed at one row is measured in.
     """
     longest, rows = answer_length(rows, tokenizer), as_text(rows, tokenizer)
     prompts = [row["prompt"] for row in rows]

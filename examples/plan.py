@@ -45,19 +45,9 @@ def fit(
     seconds: float, max_steps: int, max_questions: int, step: float, question: float, speed: float
 ) -> tuple[int, int]:
     """
-    Steps and questions that fit: all of both, or else questions for a share of the time and steps for what remains.
-
-    Args:
-        seconds (`float`):
-            What there is.
-        max_steps, max_questions (`int`):
-            At most.
-        step, question, speed (`float`):
-            Seconds of a step, of a question at all exits, and of measuring the speed.
-
-    Returns:
-        `tuple[int, int]`: Steps, at least a tenth of `max_steps`, and questions, at least [`MIN_QUESTIONS`]: less
-        shows nothing.
+    Steps and questions that fit: all of both, or else questions for a share of the time and steps for what remains;
+    at least a tenth of the steps and [`MIN_QUESTIONS`], as less shows nothing. `step`, `question` and `speed` are the
+    seconds of a step, of a question at all exits, and of measuring the speed.
     """
     num_questions = max_questions
     if max_steps * step + 2 * (speed + max_questions * question) > seconds:
@@ -139,13 +129,7 @@ def is_emulated(dtype: str, device: torch.device) -> bool:
     return seconds[dtype] > 4 * seconds["float32"]
 
 
-def train_step(
-    model: SortedLlamaForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    batch: BatchEncoding,
-    exits: list[int],
-    dtype: str,
-) -> None:
+def train_step(model: SortedLlamaForCausalLM, optimizer, batch: BatchEncoding, exits: list[int], dtype: str) -> None:
     """A step of SoFT, its products in `dtype`."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         loss = model(**batch, exit_layers=exits).loss
