@@ -88,6 +88,8 @@ def test_what_fits_takes_the_time_and_not_more(plan, step, question):
         assert taken <= 440
     if steps < 400:
         assert taken + step > 440
+    if (steps, questions) != (400, 400) and questions > plan.MIN_QUESTIONS:  # the rest is for training
+        assert 2 * (10 + questions * question) <= plan.ANSWERS * 440
     if 400 * step + 2 * (10 + 400 * question) <= 440:
         assert (steps, questions) == (400, 400)
 

@@ -298,6 +298,12 @@ def test_what_cannot_be_is_refused_with_its_reason(client, given, message):
         client.predict(*arguments(**given), api_name="/generate")
 
 
+def test_0_drafts_find_out_what_pays(app):
+    options = {"mode": "drafting", "depth": 2, "threshold": 0.5, "num_layers": 4}
+    assert app.choose_options(drafts=0, **options) == {"assistant_early_exit": 2, "num_assistant_tokens": "auto"}
+    assert app.choose_options(drafts=3, **options) == MODES["drafting"]
+
+
 def test_what_a_model_writes_is_text(app, tokenizer):
     token, evil = app.Token(5, 2, 0.5, 0.0), "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
     answer = app.Answer(tokenizer, [token], [(evil, token)])
