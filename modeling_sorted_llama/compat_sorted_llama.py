@@ -5,7 +5,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -114,3 +114,31 @@ def whole_copy(module: nn.Module) -> nn.Module:
     # What ZeRO-3 notes on a parameter, where its shard is for one, is not the copy's
     sharded = [param for param in module.parameters() if hasattr(param, "ds_id")]
     return copy.deepcopy(module, {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in sharded})
+
+
+# torch has no public way to ask for the hooks of a module or a tensor
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What shards a model hooks its modules to make their parameters whole; who reads `weight` here does that himself
+_SHARDING = ("torch.distributed.fsdp.", "deepspeed.")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks, its own or those of all modules, but those that gather shards."""
+    everywhere = vars(torch.nn.modules.module)
+    hooks = [
+        hook for name in _HOOKS for of in (getattr(module, name), everywhere[f"_global{name}"]) for hook in of.values()
+    ]
+    return not all((getattr(hook, "__module__", None) or "").startswith(_SHARDING) for hook in hooks)
+
+
+@contextmanager
+def without_hooks(tensors: Sequence[torch.Tensor]):
+    """Context in which the tensors' own hooks (`register_hook`) do not run."""
+    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks

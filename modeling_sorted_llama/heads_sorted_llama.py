@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .compat_sorted_llama import is_sharded, whole_copy
+from .compat_sorted_llama import is_hooked, is_sharded, whole_copy
 
 
 EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -209,9 +209,6 @@ def submodel_weights(
 
 
 _FORWARDS = {nn.Linear: nn.Linear.forward, ExitHead: ExitHead.forward}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# What shards a model hooks its modules to make their parameters whole; who reads `weight` here does that himself
-_SHARDING = ("torch.distributed.fsdp.", "deepspeed.")
 
 
 def is_matrix_product(head: nn.Module) -> bool:
@@ -226,16 +223,12 @@ def is_matrix_product(head: nn.Module) -> bool:
     if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind] or "forward" in vars(head):
         return False
     weight: Any = head.weight
-    everywhere = vars(torch.nn.modules.module)
-    hooks = [
-        hook for name in _HOOKS for of in (getattr(head, name), everywhere[f"_global{name}"]) for hook in of.values()
-    ]
     return (
         (type(weight) in (torch.Tensor, nn.Parameter) or is_sharded(weight))
         and weight.is_floating_point()
         and weight.ndim == 2
         and getattr(head, "bias", None) is None
-        and all((getattr(hook, "__module__", None) or "").startswith(_SHARDING) for hook in hooks)
+        and not is_hooked(head)
     )
 
 

@@ -1,7 +1,6 @@
 """The SoFT loss: LM head and cross-entropy of all exits, fused, one tile of logits at a time."""
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .compat_sorted_llama import gathered, whole_weight
+from .compat_sorted_llama import gathered, whole_weight, without_hooks
 from .configuration_sorted_llama import check_choice, check_exit_loss_weights, check_number
 from .heads_sorted_llama import OWNING_HEADS, is_matrix_product
 
@@ -430,7 +429,7 @@ class _CalledHead:
         params = self.params if trains_head else []
         grad_output = grad_logits.to(output.dtype).view_as(output)
         # What the head reads may have been computed once for all of its calls: its graph has to stay
-        with _without_hooks(params):  # they are for the gradient that `backward` hands out
+        with without_hooks(params):  # they are for the gradient that `backward` hands out
             grads = torch.autograd.grad(
                 output, (self.states, *params), grad_output, retain_graph=True, allow_unused=True
             )
@@ -466,19 +465,6 @@ def _leaves(output: torch.Tensor) -> list[torch.Tensor]:
             if hasattr(node, "variable"):  # where gradients accumulate
                 found.append(node.variable)
     return found
-
-
-@contextmanager
-def _without_hooks(tensors: Sequence[torch.Tensor]):
-    """Context in which the tensors' own hooks (`register_hook`) do not run."""
-    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
-    for tensor, _ in hooked:
-        tensor._backward_hooks = None
-    try:
-        yield
-    finally:
-        for tensor, hooks in hooked:
-            tensor._backward_hooks = hooks
 
 
 __all__ = ["ExitLossOptions", "MultiExitLossOutput", "multi_exit_loss"]

@@ -100,7 +100,7 @@ def test_every_exit_equals_its_submodel(variant, padding, attention):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_flex_attention(padding):
+def test_flex_attention_gives_the_sub_models_logits(padding):
     model = tiny_sorted(attn_implementation="flex_attention", num_attention_heads=2)
     with torch.compiler.set_stance("force_eager"):  # inductor would need a C++ compiler
         for depth in (1, 4):
@@ -137,24 +137,24 @@ def test_any_config_depth_and_padding(data):
 class TestArguments:
     """Every argument of Llama's keeps its meaning at every exit."""
 
-    def test_position_ids(self, depth):
+    def test_position_ids_reach_the_layers_of_an_exit(self, depth):
         model, inputs = tiny_sorted(), batch()
         position_ids = torch.arange(9).flip(0).expand(2, -1) * 3
         shifted = check(model, depth, **inputs, position_ids=position_ids)
         assert not torch.equal(shifted.logits, model(**inputs, exit_layer=depth).logits)
 
-    def test_packed_position_ids(self, depth):
+    def test_packed_sequences_do_not_see_each_other(self, depth):
         inputs = batch((12,))
         del inputs["attention_mask"]
         check(tiny_sorted(), depth, **inputs, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]]))
 
-    def test_inputs_embeds(self, depth):
+    def test_embeddings_stand_in_for_tokens(self, depth):
         model, inputs = tiny_sorted(), batch((7, 4), "left")
         embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
         check(model, depth, **inputs, inputs_embeds=embeds, output_hidden_states=True)
 
     @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 4, 8]), torch.tensor([2])], ids=str)
-    def test_logits_to_keep(self, depth, keep):
+    def test_logits_to_keep_keeps_the_last(self, depth, keep):
         inputs = batch()
         del inputs["labels"]
         output = check(tiny_sorted(), depth, **inputs, logits_to_keep=keep)
@@ -179,7 +179,7 @@ class TestArguments:
             inner = model.model(second, exit_layer=depth, **{name: inner_cache})
         assert torch.equal(model.lm_head(inner.last_hidden_state), expected.logits)
 
-    def test_static_cache(self, depth):
+    def test_an_exit_decodes_with_a_static_cache(self, depth):
         model, tokens = tiny_sorted(), batch((9, 9))["input_ids"]
         reference = reference_llama(model, depth)
         cache = StaticCache(config=model.config, max_cache_len=16)
@@ -190,29 +190,29 @@ class TestArguments:
                 assert torch.equal(output.logits, reference(part, past_key_values=expected_cache).logits)
         assert all(not layer.is_initialized for layer in cache.layers[depth:])
 
-    def test_no_cache(self, depth):
+    def test_no_cache_is_made_where_none_is_asked_for(self, depth):
         assert check(tiny_sorted(), depth, **batch(), use_cache=False).past_key_values is None
 
-    def test_tuple_output(self, depth):
+    def test_a_tuple_is_returned_where_one_is_asked_for(self, depth):
         model, inputs = tiny_sorted(), batch()
         output = model(**inputs, exit_layer=depth, return_dict=False, use_cache=False)
         expected = reference_llama(model, depth)(**inputs, return_dict=False, use_cache=False)
         assert len(output) == len(expected)
         assert all(torch.equal(a, b) for a, b in zip(output, expected, strict=True))
 
-    def test_four_dimensional_mask(self, depth):
+    def test_a_four_dimensional_mask_is_taken_as_it_is(self, depth):
         inputs = batch()
         mask = torch.full((9, 9), torch.finfo(torch.float32).min).triu(1)
         mask[5:, :3] = torch.finfo(torch.float32).min
         check(tiny_sorted(), depth, input_ids=inputs["input_ids"], attention_mask=mask.expand(2, 1, -1, -1))
 
-    def test_low_precision(self, depth):
+    def test_low_precision_gives_the_sub_models_logits(self, depth):
         model = tiny_sorted().to(torch.bfloat16)
         check(model, depth, **batch((9, 4), "left"), output_hidden_states=True)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_inner_model(depth):
+def test_the_inner_model_runs_to_an_exit(depth):
     """`SortedLlamaModel` alone: the normed output and all hidden states of `LlamaModel`, and the exits' raw states."""
     model = tiny_sorted(exit_layers=[1, 2, 3, 4]).model
     config = LlamaConfig(**tiny_fields(num_hidden_layers=depth))
@@ -232,7 +232,7 @@ def test_inner_model(depth):
     assert torch.equal(reference.norm(kept[-1]), expected.last_hidden_state)
 
 
-def test_config_default_depth():
+def test_the_depth_of_the_config_is_the_default():
     """`config.exit_layer` is the depth of every call that asks for none."""
     model, inputs = tiny_sorted(exit_layer=2), batch()
     calls = count_layer_calls(model)
@@ -243,7 +243,7 @@ def test_config_default_depth():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_layers_above_do_not_run(depth):
+def test_layers_above_an_exit_do_not_run(depth):
     model = tiny_sorted(exit_layers=[1, 2, 3, 4])
     calls = count_layer_calls(model)
     model(**batch(), exit_layer=depth)
@@ -319,7 +319,7 @@ def assert_refused(model, words, **arguments):
 
 @pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("value", BAD_EXIT_LAYER, ids=repr)
-def test_bad_exit_layer(value, with_labels):
+def test_a_bad_exit_layer_of_a_call_is_refused(value, with_labels):
     inputs = batch()
     if not with_labels:
         del inputs["labels"]
@@ -334,7 +334,7 @@ def test_bad_exit_layer_of_the_inner_model(value):
 
 @pytest.mark.parametrize("value", BAD_EXIT_LAYERS, ids=repr)
 @pytest.mark.parametrize("source", ["argument", "config"])
-def test_bad_exit_layers(value, source):
+def test_bad_exit_layers_of_a_call_are_refused(value, source):
     """Also where a user has written nonsense into the config of a model that exists."""
     model, inputs = tiny_sorted(), batch()
     if source == "argument":
@@ -508,7 +508,7 @@ class TestCompile:
         assert counts[0] >= 1
         assert counts[1] == counts[2] == counts[3]
 
-    def test_errors_stay_errors(self):
+    def test_a_compiled_model_still_refuses_wrong_depths(self):
         model = tiny_sorted()
         compiled = torch.compile(model, backend="eager")
         for bad in (0, 5):
