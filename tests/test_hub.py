@@ -387,7 +387,6 @@ def paths(hub, repo, revision="main"):
     return set(hub.files(repo, revision)) - {".gitattributes"}
 
 
-@pytest.mark.slow
 def test_a_push_is_one_commit_of_weights_and_code(hub, pushed):
     first, second = pushed(push_two_versions)
     assert [commit.message for commit in hub.log("user/name")] == [
@@ -402,7 +401,6 @@ def test_a_push_is_one_commit_of_weights_and_code(hub, pushed):
     assert hub.failures["uploads"] == [], "the client has met a line that breaks, and sent the weights again"
 
 
-@pytest.mark.slow
 def test_a_stranger_gets_the_local_models_tokens_in_every_mode(loaded, pushed, expected):
     _, second = pushed(push_two_versions)
     assert expected[0] != expected[1] and len(set(map(str, expected[1].values()))) >= 3
@@ -411,7 +409,6 @@ def test_a_stranger_gets_the_local_models_tokens_in_every_mode(loaded, pushed, e
     assert second in loaded("main")["module"]
 
 
-@pytest.mark.slow
 def test_a_revision_an_exit_and_pinned_code(loaded, pushed, expected):
     first, _ = pushed(push_two_versions)
     assert loaded("older")["tokens"] == expected[0]
@@ -423,7 +420,6 @@ def test_a_revision_an_exit_and_pinned_code(loaded, pushed, expected):
     assert first in loaded("pinned")["module"]
 
 
-@pytest.mark.slow
 def test_a_pipeline_from_the_hub(loaded):
     tokenizer, model = tiny_tokenizer(), tiny_sorted(1)
     prompt = tokenizer("hello", return_tensors="pt")
@@ -433,7 +429,6 @@ def test_a_pipeline_from_the_hub(loaded):
         assert loaded("pipeline")["texts"][name] == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-@pytest.mark.slow
 def test_what_a_stranger_pushes_again_has_its_own_code(hub, loaded, expected):
     assert loaded("again")["tokens"] == expected[1]
     assert loaded("again")["module"].startswith("transformers_modules.user.again.")
@@ -441,7 +436,6 @@ def test_what_a_stranger_pushes_again_has_its_own_code(hub, loaded, expected):
     assert "user/name" not in hub.files("user/again")["config.json"].decode()
 
 
-@pytest.mark.slow
 def test_shards_with_a_message(hub, pushed, loaded, expected):
     pushed(push_with_options)
     assert [commit.message for commit in hub.log("user/sharded")] == ["In shards"]
@@ -451,14 +445,12 @@ def test_shards_with_a_message(hub, pushed, loaded, expected):
     assert loaded("sharded")["tokens"] == expected[2]
 
 
-@pytest.mark.slow
 def test_a_private_model_and_its_code_need_the_token(hub, loaded, expected):
     assert hub.repos["user/private"].private and not hub.repos["user/name"].private
     assert "user/private" in loaded.raised("stranger")
     assert loaded("owner")["tokens"] == expected[2]
 
 
-@pytest.mark.slow
 def test_a_pull_request_and_a_branch_leave_main_alone(hub, pushed, loaded, expected):
     revision, url = pushed(push_with_options)
     assert revision == "refs/pr/1" and url == f"{hub.url}/user/branches/discussions/1"
@@ -468,7 +460,6 @@ def test_a_pull_request_and_a_branch_leave_main_alone(hub, pushed, loaded, expec
     assert loaded("untouched")["tokens"] == expected[0]
 
 
-@pytest.mark.slow
 def test_a_push_that_fails_changes_nothing_and_the_next_one_succeeds(hub, pushed, loaded, expected):
     """Refused at the first commit; and, with a model there, hung up on in the middle of the commit, and refused."""
     errors, places = zip(*pushed(push_in_vain_and_again))
@@ -483,7 +474,6 @@ def test_a_push_that_fails_changes_nothing_and_the_next_one_succeeds(hub, pushed
     assert loaded("breaks")["tokens"] == expected[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_a_training_has_pushed_is_the_model(hub, folder, pushed, loaded, strategy):
     steps = [f"Training in progress, step {step}" for step in (2, 1)]
@@ -510,14 +500,12 @@ def test_what_a_training_has_pushed_is_the_model(hub, folder, pushed, loaded, st
     assert loaded(strategy)["tokens"] == trained
 
 
-@pytest.mark.slow
 def test_trainer_push_to_hub(hub, pushed, loaded):
     assert loaded("by hand")["tokens"] == pushed(push_trained)
     assert [commit.message for commit in hub.log("user/by_hand")] == ["By hand"]
     assert paths(hub, "user/by_hand") >= MODEL_FILES | {"model.safetensors", "tokenizer.json"}
 
 
-@pytest.mark.slow
 def test_a_training_goes_on_after_a_push_that_failed(hub, pushed, loaded):
     trained = pushed(push_past_a_refusal)
     assert hub.failures["user/unlucky"] == []
@@ -525,7 +513,6 @@ def test_a_training_goes_on_after_a_push_that_failed(hub, pushed, loaded):
     assert loaded("unlucky")["tokens"] == trained
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("push", [push_after_a_kill, push_on_a_slow_line])
 def test_what_is_not_finished_is_not_pushed(hub, pushed, push):
     pushed(push)
@@ -535,7 +522,6 @@ def test_what_is_not_finished_is_not_pushed(hub, pushed, push):
         assert not [path for path in commit.files if "/" in path]
 
 
-@pytest.mark.slow
 def test_an_adapter_and_what_it_is_merged_into(hub, pushed, loaded, expected):
     adapted = pushed(push_adapter)
     assert all(adapted[name] != expected[1][name] for name in ("full", "exit"))
@@ -549,7 +535,6 @@ def test_an_adapter_and_what_it_is_merged_into(hub, pushed, loaded, expected):
     assert loaded("merged")["tokens"] == adapted
 
 
-@pytest.mark.slow
 def test_a_page_with_its_model_is_one_commit(hub, folder, pushed, loaded):
     (refused,) = pushed(push_page)
     assert "`path` must be the folder of a checkpoint" in refused and "user/nothing" not in hub.repos
@@ -574,7 +559,6 @@ def test_a_page_with_its_model_is_one_commit(hub, folder, pushed, loaded):
     assert found["printed"] == printed
 
 
-@pytest.mark.slow
 def test_an_extracted_exit_is_a_plain_llama_there(hub, folder, pushed, loaded):
     pushed(push_extracted)
     files = hub.files("user/two_layers")
@@ -587,6 +571,5 @@ def test_an_extracted_exit_is_a_plain_llama_there(hub, folder, pushed, loaded):
     assert found["tokens"]["full"] == continuations(model, {"full": {"exit_layer": 2}})["full"]
 
 
-@pytest.mark.slow
 def test_the_hub_knew_every_request(hub, loaded):
     assert hub.unknown == []

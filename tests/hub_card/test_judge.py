@@ -328,9 +328,9 @@ def test_a_judge_that_dies_is_resumed(concurrency, tmp_path, healthy):
     def dies(body):
         return 500 if len(server.requests) > 3 else None
 
-    with endpoint(fault=dies) as server:
-        with pytest.raises(RuntimeError, match=r"model='m'.*max_retries=0.*fault 500.*3 of 6 .*again") as raised:
-            run(server, cache=cache, max_retries=0, concurrency=concurrency)
+    told = r"model='m'.*max_retries=0.*fault 500.*3 of 6 .*again"
+    with endpoint(fault=dies) as server, pytest.raises(RuntimeError, match=told) as raised:
+        run(server, cache=cache, max_retries=0, concurrency=concurrency)
     assert str(cache) in str(raised.value)
     assert len(cache.read_text().splitlines()) == 3
     asked = [body["messages"][0]["content"] for body in server.requests[:3]]
@@ -350,9 +350,9 @@ def test_a_refusal_ends_the_judging_soon():
 
 
 def test_a_reply_that_is_no_completion_is_told():
-    with endpoint(fault=lambda body: {"error": "no such model"}) as server:
-        with pytest.raises(RuntimeError, match="no chat completion.*no such model"):
-            run(server)
+    told = "no chat completion.*no such model"
+    with endpoint(fault=lambda body: {"error": "no such model"}) as server, pytest.raises(RuntimeError, match=told):
+        run(server)
 
 
 def test_requests_are_under_way_at_a_time():
@@ -570,17 +570,19 @@ def test_a_judge_that_does_not_answer_is_found_before_a_model_is_loaded(command,
     with pytest.raises(SystemExit, match=r"^The judge 'm' at http://127.0.0.1:\d+/v1/ does not answer: .*$"):
         command(dead)
     for fault, told in (404, "NotFoundError"), (401, "AuthenticationError"), ({"error": "no"}, "no chat completion"):
-        with endpoint(fault=lambda body, fault=fault: fault) as server:
-            with pytest.raises(SystemExit, match=told):
-                command(server)
+        with endpoint(fault=lambda body, fault=fault: fault) as server, pytest.raises(SystemExit, match=told):
+            command(server)
     assert not list(command.folder.glob("judging*"))
 
 
 def test_answers_are_not_generated_again(command):
     """Those of other exits, lengths or weights are."""
-    with endpoint(fault=lambda body: None if "Say OK" in str(body) else 400) as server:
-        with pytest.raises(SystemExit, match="A request to model='m' failed"):
-            command(server)
+
+    def refuses(body):
+        return None if "Say OK" in str(body) else 400
+
+    with endpoint(fault=refuses) as server, pytest.raises(SystemExit, match="A request to model='m' failed"):
+        command(server)
     assert command.generated == ["go on"] * 2 and not (command.folder / "judging.json").exists()
     with endpoint() as server:
         command(server)
@@ -649,7 +651,6 @@ def test_a_complete_run_is_read_again_without_a_judge(command):
     ids=str,
 )
 def test_wrong_commands_of_a_judging_ask_nobody(command, options, message):
-    with endpoint() as server:
-        with pytest.raises(SystemExit, match=message) as raised:
-            command(server, *options)
+    with endpoint() as server, pytest.raises(SystemExit, match=message) as raised:
+        command(server, *options)
     assert server.requests == [] and "\n" not in str(raised.value)

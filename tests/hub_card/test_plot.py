@@ -39,7 +39,7 @@ def test_the_labels_of_the_plot_can_be_read(tmp_path, monkeypatch, tasks):
     for panel, task in zip(figure.axes, tasks, strict=True):
         assert panel.get_title() == task
         low, high = panel.get_ylim()
-        assert 0 <= low and high <= 100 and high - low >= 10 and panel.get_xlim()[0] >= 0
+        assert low >= 0 and high <= 100 and high - low >= 10 and panel.get_xlim()[0] >= 0
         names = [name.split(" ")[1] for name in SPEEDS] + ["a small $Llama_3$ model"]
         assert sorted(text.get_text() for text in panel.texts) == sorted(names)
         boxes = [Text.get_window_extent(text, renderer) for text in panel.texts]

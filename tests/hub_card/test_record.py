@@ -84,7 +84,7 @@ def test_a_missing_field_of_the_file_is_named_or_not_needed(tmp_path, path):
     try:
         write_card(tmp_path)
     except ValueError as error:
-        assert "is missing" in str(error) or "schema version" in str(error) or "is empty" in str(error)
+        assert "is missing" in str(error) or "schema version" in str(error) or "is empty" in str(error)  # noqa: PT017
     else:
         assert "exit_layer=4" in (tmp_path / "README.md").read_text()
 

@@ -173,7 +173,7 @@ def test_sorted_loads_as_plain_llama(tmp_path, tied, shards):
 
 @pytest.mark.parametrize("source", ["plain", "sorted"])
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["single", "sharded"])
-@pytest.mark.parametrize(("depth", "exits"), [(1, [1]), (2, [1, 2]), (3, None), (4, [1, 2, 4])])
+@pytest.mark.parametrize("depth, exits", [(1, [1]), (2, [1, 2]), (3, None), (4, [1, 2, 4])])
 def test_num_hidden_layers_reads_only_those(tmp_path, source, shards, depth, exits):
     whole = tiny_sorted() if source == "sorted" else tiny_llama()
     whole.save_pretrained(tmp_path, **shards)

@@ -52,7 +52,7 @@ def test_a_finite_number_within_its_bounds_is_returned_as_a_float():
 
 
 @pytest.mark.parametrize(
-    ("check", "bounds", "wrong", "allowed"),
+    "check, bounds, wrong, allowed",
     [
         (check_int, {}, [None, "1", 1.0, True, np.True_, torch.tensor([1])], "an integer"),
         (check_int, {"least": 1}, [0, True], "an integer of at least 1"),
@@ -98,7 +98,7 @@ def test_bad_exit_layers_are_refused_by_name(value):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    "value, said",
     [
         ([2, 1, 4], "not ascending: 1 behind 2"),
         ([1, 1, 4], "not ascending: 1 twice"),
@@ -117,7 +117,7 @@ def test_what_is_wrong_with_exit_layers_is_told_as_what_it_is(value, said):
         sorted_config(exit_layers=value)
 
 
-@pytest.mark.parametrize(("depth", "n", "exits"), [(4, 2, [2, 4]), (5, 2, [2, 4, 5]), (4, 9, [4]), (3, 1, [1, 2, 3])])
+@pytest.mark.parametrize("depth, n, exits", [(4, 2, [2, 4]), (5, 2, [2, 4, 5]), (4, 9, [4]), (3, 1, [1, 2, 3])])
 def test_a_spacing_works_wherever_exit_layers_does(tmp_path, depth, n, exits):
     assert sorted_config(num_hidden_layers=depth, exit_layers=f"every:{n}").exit_layers == exits
     config = LlamaConfig(**tiny_fields(num_hidden_layers=depth))
@@ -137,7 +137,7 @@ def test_integers_of_other_libraries_are_depths():
 
 
 @pytest.mark.parametrize(
-    ("edited", "overrides", "field"),
+    "edited, overrides, field",
     [
         ({"exit_layers": [1, 8]}, {}, "exit_layers"),
         ({"exit_layers": [1, 8]}, {"num_hidden_layers": 1}, "exit_layers"),
@@ -240,7 +240,7 @@ def test_an_old_config_file_without_the_fields_loads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "field"),
+    "overrides, field",
     [
         ({"exit_layer": 5}, "exit_layer"),
         ({"exit_layers": [1, 2]}, "exit_layers"),
@@ -257,7 +257,7 @@ def test_overrides_of_from_pretrained_are_checked(tmp_path, overrides, field):
 
 
 @pytest.mark.parametrize(
-    ("depth", "exits", "weights", "exit_layer"),
+    "depth, exits, weights, exit_layer",
     [
         (4, [1, 2, 4], [3.0, 2.0, 1.0], 2),
         (2, [1, 2], [3.0, 2.0], 2),

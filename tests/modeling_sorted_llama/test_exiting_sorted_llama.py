@@ -45,7 +45,7 @@ from tests.tiny import prompts, reference_llama, tiny_sorted
 @pytest.mark.parametrize(
     "sampling", [{}, {"do_sample": True, "temperature": 1.5, "top_k": 50}], ids=["greedy", "sample"]
 )
-@pytest.mark.parametrize(("threshold", "depth"), [(1.5, 4), ([2, 1.01], 4), (math.inf, 4), (0, 1), ([3.0, 0.0], 2)])
+@pytest.mark.parametrize("threshold, depth", [(1.5, 4), ([2, 1.01], 4), (math.inf, 4), (0, 1), ([3.0, 0.0], 2)])
 def test_thresholds_that_decide_everything(threshold, depth, sampling, lengths):
     """Above 1 it is full depth, 0 is the first exit; sampling draws what plain sampling draws with the same seed."""
     model, arguments = cached_model(), {**prompts(lengths), **sampling, "max_new_tokens": 12, "eos_token_id": []}
@@ -57,7 +57,7 @@ def test_thresholds_that_decide_everything(threshold, depth, sampling, lengths):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True}], ids=["greedy", "sample"])
-@pytest.mark.parametrize(("threshold", "depth"), [(2.0, 4), (0.0, 1)])
+@pytest.mark.parametrize("threshold, depth", [(2.0, 4), (0.0, 1)])
 def test_thresholds_that_decide_everything_where_rows_end(threshold, depth, sampling):
     """Rows that have ended change neither the others' tokens nor what is drawn for them."""
     model, arguments = cached_model(), {**prompts(), **sampling, "max_new_tokens": 16}
@@ -146,7 +146,7 @@ def test_one_sampled_row_equals_the_naive_loop():
 
 
 @pytest.mark.parametrize(
-    ("bounds", "exits"),
+    "bounds, exits",
     [
         ({"exit_layer": 1}, [1]),
         ({"exit_layer": 2}, [1, 2]),
@@ -396,7 +396,7 @@ def test_work_of_rows_that_end():
     assert output.past_key_values.layer_token_passes == passes
 
 
-@pytest.mark.parametrize(("thresholds", "exits"), [([2.0, 0.1], [2, 4]), ([0.12, 1.5], [1, 4]), (7.0, [4])])
+@pytest.mark.parametrize("thresholds, exits", [([2.0, 0.1], [2, 4]), ([0.12, 1.5], [1, 4]), (7.0, [4])])
 def test_exits_with_a_threshold_above_1_are_not_looked_at(thresholds, exits):
     model, inputs = tiny_sorted(), prompts((5, 3), seed=4)
     work = record_work(model)

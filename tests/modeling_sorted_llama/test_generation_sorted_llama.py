@@ -341,7 +341,7 @@ def assistant(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "assistant_depth"), [("plain", 2), ("sorted", 4), ("sorted_at_2", 2), ("sorted_by_generation_config", 1)]
+    "kind, assistant_depth", [("plain", 2), ("sorted", 4), ("sorted_at_2", 2), ("sorted_by_generation_config", 1)]
 )
 def test_ordinary_assistant_model(kind, assistant_depth):
     """The assistant drafts at its own depth, and the tokens are full depth's."""

@@ -85,7 +85,7 @@ def test_exits_of_a_loaded_plain_llama_start_as_copies(tmp_path, exit_heads, tie
     for k in EXITS[:-1]:
         assert torch.equal(model.exit_head(k).weight, llama.lm_head.weight)
         assert torch.equal(model.model.exit_norm(k).weight, llama.model.norm.weight)
-        assert not model.model.exit_norm(k).weight.data_ptr() == model.model.norm.weight.data_ptr()
+        assert model.model.exit_norm(k).weight.data_ptr() != model.model.norm.weight.data_ptr()
     inputs = prompts()
     with torch.no_grad():
         shared = SortedLlamaForCausalLM.from_llama(llama, exit_layers=EXITS)

@@ -383,7 +383,7 @@ def test_arguments_of_the_soft_loss_are_not_ignored_without_one(without, argumen
 
 
 @pytest.mark.parametrize(
-    ("argument", "allowed"),
+    "argument, allowed",
     [
         ({"exit_loss_reduction": "none"}, "'sum' or 'mean'"),
         ({"loss_type": "focal"}, "'nll' or 'dft'"),

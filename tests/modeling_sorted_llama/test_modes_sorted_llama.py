@@ -125,7 +125,7 @@ def test_default_depth_bounds_the_search(tmp_path):
 
 @pytest.mark.parametrize("at", ["constructor", "call", "model"])
 @pytest.mark.parametrize(
-    ("asked", "depth"),
+    "asked, depth",
     [
         ({"exit_threshold": 0.0, "exit_layer": 2}, 1),
         ({"exit_threshold": [2.0, 0.0], "exit_confidence": "entropy"}, 2),
@@ -323,7 +323,7 @@ MODE_CALLS = {
 
 @pytest.mark.parametrize("call", MODE_CALLS)
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    "asked, words",
     [
         ({"num_beams": 2}, ["num_beams=2", "greedy", "sampling"]),
         ({"num_beams": 2, "do_sample": True}, ["num_beams=2", "greedy", "sampling"]),

@@ -224,7 +224,7 @@ def test_accuracies_and_agreements_are_of_greedy_tokens():
 
 
 @pytest.mark.parametrize(
-    ("training", "exits", "skip_logits", "has_logits"),
+    "training, exits, skip_logits, has_logits",
     [
         (True, EXITS, None, False),
         (True, EXITS, False, True),

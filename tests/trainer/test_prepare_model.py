@@ -279,8 +279,8 @@ def test_separate_heads_follow_the_exits_of_the_trainer(tmp_path):
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_adapters_exclude_training_the_exits_alone(tmp_path, wrapped):
     model = get_peft_model(tiny_sorted(), LoraConfig(r=2, task_type="CAUSAL_LM")) if wrapped else tiny_sorted()
+    options = {} if wrapped else {"peft_config": LoraConfig(r=2)}
     with pytest.raises(ValueError, match="`trainable='exits'`"):
-        options = {} if wrapped else {"peft_config": LoraConfig(r=2)}
         make_trainer(tmp_path, model, trainable="exits", **options)
     if wrapped:
         with pytest.raises(ValueError, match="`exit_heads='separate'`"):
