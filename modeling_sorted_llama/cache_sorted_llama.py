@@ -275,7 +275,7 @@ class SortedCache(Cache):
         if self._mask is None:
             self._mask = torch.ones(batch_size, max(self.lengths), 1, dtype=torch.bool, device=device)
         if attention_mask is None:
-            attention_mask = torch.ones(len(block.starts), block.width, device=device)
+            attention_mask = torch.ones(len(block.starts), block.width, dtype=torch.bool, device=device)
         attended = attention_mask.to(device, torch.bool).unsqueeze(-1)
         self._mask = block.store(self._mask, attended[:, -block.width :], batch_size, STORAGE_BLOCK)
         if attended.shape[1] > block.width and block.rows is None:
