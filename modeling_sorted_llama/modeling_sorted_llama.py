@@ -257,10 +257,10 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
     ```python
     >>> from sorted_llama import SortedLlamaForCausalLM
     >>> from transformers import AutoTokenizer
-
     >>> model = SortedLlamaForCausalLM.from_pretrained("user/sorted-llama")
     >>> tokenizer = AutoTokenizer.from_pretrained("user/sorted-llama")
-    >>> inputs = tokenizer("The capital of Peru is", return_tensors="pt")
+    >>> chat = [{"role": "user", "content": "What is the capital of Peru?"}]
+    >>> inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     >>> tokens = model.generate(**inputs, exit_layer=10, max_new_tokens=8)
     >>> print(tokenizer.decode(tokens[0], skip_special_tokens=True))
     ```
