@@ -269,6 +269,7 @@ def pipe(repo):
     texts = {
         name: pipe("hello", max_new_tokens=8, do_sample=False, **call)[0]["generated_text"]
         for name, call in json.loads(calls).items()
+        if name != "rows"  # there is one
     }
     return {"texts": texts, "ids": tokenizer("hello")["input_ids"]}
 
@@ -424,9 +425,10 @@ def test_a_pipeline_from_the_hub(loaded):
     tokenizer, model = tiny_tokenizer(), tiny_sorted(1)
     prompt = tokenizer("hello", return_tensors="pt")
     assert loaded("pipeline")["ids"] == prompt["input_ids"][0].tolist()
-    for name, call in CALLS.items():
-        tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False, **call)[0]
-        assert loaded("pipeline")["texts"][name] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert loaded("pipeline")["texts"].keys() == CALLS.keys() - {"rows"}
+    for name, text in loaded("pipeline")["texts"].items():
+        tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False, **CALLS[name])[0]
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_what_a_stranger_pushes_again_has_its_own_code(hub, loaded, expected):
