@@ -95,21 +95,8 @@ def _verify(
 ) -> tuple[list[list[Choice]], torch.Tensor]:
     """
     Keep the drafts that `depth` agrees with, up to the first that it does not, and choose the token behind them.
-
-    Args:
-        states (`torch.Tensor` of shape `(num_rows, num_drafts + 1, hidden_size)`):
-            Normed states at `depth`: those of the newest token and of the drafts.
-        drafts ([`Drafts`]):
-            The drafts.
-        rows (`list[int]`):
-            Rows of the batch.
-        sequences ([`Sequences`]):
-            The tokens of the call; the new ones are written, and not yet taken over.
-        depth (`int`):
-            The depth that verifies.
-
-    Returns:
-        `tuple[list[list[Choice]], torch.Tensor]`: New tokens of each row, and the last of each, `(num_rows, 1)`.
+    `states`, `(num_rows, num_drafts + 1, hidden_size)`, are those of the newest token and of the drafts, normed.
+    Returns the new tokens of each row, written and not yet taken over, and the last of each, `(num_rows, 1)`.
     """
     width = states.shape[1]
     lengths = [sequences.length(row) for row in rows]

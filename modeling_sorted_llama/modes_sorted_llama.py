@@ -232,14 +232,6 @@ def read_decoding_fields(model, generation_config: GenerationConfig | None, kwar
     more general gives this mode's other fields alone. Read before transformers fills in its defaults, which would pass
     for the user's.
 
-    Args:
-        model ([`SortedLlamaForCausalLM`]):
-            The model.
-        generation_config ([`~transformers.GenerationConfig`], *optional*):
-            Of the call.
-        kwargs (`dict`):
-            Keyword arguments of the call.
-
     Returns:
         `dict`: The fields that are set, and `use_cache`: `False` where the caller says so, and not where a checkpoint
         does, which was trained without a cache.
@@ -248,12 +240,13 @@ def read_decoding_fields(model, generation_config: GenerationConfig | None, kwar
         ValueError: If a field is set that was removed.
     """
     found: dict[str, Any] = {}
-    sources = [kwargs, *({} if c is None else vars(c) for c in (generation_config, model.generation_config))]
+    configs = (generation_config, model.generation_config, model.config)
+    sources = [kwargs, *(vars(config) for config in configs if config is not None)]
     for name, instead in REMOVED_FIELDS.items():
         for source in sources:
             if source.get(name) is not None:
                 raise ValueError(f"`{name}={source[name]!r}`: `{name}` was removed. Instead, {instead}.")
-    for source in (*sources, {"exit_layer": model.config.exit_layer}):
+    for source in sources:
         mode = _mode_of(found)
         for name in _FIELDS:
             value = source.get(name)
@@ -269,18 +262,8 @@ def read_decoding_fields(model, generation_config: GenerationConfig | None, kwar
 
 def choose_decoding(model, generation_config: GenerationConfig, fields: dict[str, Any]) -> Mode | None:
     """
-    The mode that a call asks for.
-
-    Args:
-        model ([`SortedLlamaForCausalLM`]):
-            The model.
-        generation_config ([`~transformers.GenerationConfig`]):
-            Of the call, with what it takes over from the model's.
-        fields (`dict`):
-            What [`read_decoding_fields`] has found.
-
-    Returns:
-        The mode, checked; `None` where the call says nothing of depth.
+    The mode that a call asks for, checked; `None` where it says nothing of depth. `fields` are what
+    [`read_decoding_fields`] has found, `generation_config` is the call's, with what it takes over from the model's.
 
     Raises:
         ValueError: If a value is out of range, or if two contradict each other.
@@ -293,14 +276,14 @@ def choose_decoding(model, generation_config: GenerationConfig, fields: dict[str
         calls = " and ".join(f"`{name}={value!r}`" for name, value in asked.items())
         raise ValueError(f"{calls} contradict each other: each chooses the depth of a token. Pass one of them.")
     mode: Any = _mode_of(fields)
-    own = [] if mode is None else _options(mode)
+    options = [] if mode is None else _options(mode)
     for name in SORTED_GENERATION_FIELDS:
-        if fields.get(name) is not None and name not in own:
+        if fields.get(name) is not None and name not in options:
             owner = next(m for m in MODES if name in _options(m))
             raise ValueError(f"`{name}={fields[name]!r}` has a meaning only together with `{owner.chosen_by}`.")
     if mode is None:
         return None
-    decoding = mode(model, **{name: fields[name] for name in own if name in fields})
+    decoding = mode(model, **{name: fields[name] for name in options if name in fields})
     if mode is not OneDepth:
         call = f"`{mode.chosen_by}={fields[mode.chosen_by]!r}`"
         if fields.get("use_cache") is False:
@@ -347,19 +330,7 @@ STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierF
 
 
 def check_model_and_processors(model, logits_processor: LogitsProcessorList) -> None:
-    """
-    Refuse, before the first pass, what decoding at moving depth cannot do exactly and no argument tells of.
-
-    Args:
-        model ([`SortedLlamaForCausalLM`]):
-            The model.
-        logits_processor ([`~transformers.LogitsProcessorList`]):
-            Those of the call, a caller's own included.
-
-    Raises:
-        ValueError: If a processor keeps state from call to call, if the model has hooks of its own, or if activated
-            LoRA counts tokens from the end of a block.
-    """
+    """Refuse, before the first pass, what decoding at moving depth cannot do exactly and no argument tells of."""
     for processor in logits_processor:
         if isinstance(processor, STATEFUL_PROCESSORS):
             raise ValueError(
@@ -381,14 +352,7 @@ def check_model_and_processors(model, logits_processor: LogitsProcessorList) -> 
 def check_continuous_batching(model, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
     """
     Refuse a depth that continuous batching would pass over: it runs all requests at the depth of the model's config.
-
-    Args:
-        model ([`SortedLlamaForCausalLM`]):
-            The model.
-        generation_config ([`~transformers.GenerationConfig`], *optional*):
-            Of the requests.
-        kwargs (`dict`):
-            Keyword arguments beside it.
+    `generation_config`, and the keyword arguments beside it, are those of the requests.
 
     Raises:
         ValueError: If another depth than the config's, or a mode of decoding at moving depth, is asked for; if
@@ -417,15 +381,8 @@ def make_plain(generation_config: GenerationConfig) -> None:
 
 def row_hooks(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int, Any]]:
     """
-    PEFT's hooks that tell its layers what is each row's: `adapter_names`, `alora_offsets`. PEFT has no other sign of
-    them, and takes them out where a call succeeds only.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-
-    Returns:
-        `list[tuple[torch.nn.Module, int, functools.partial]]`: Modules, keys among their hooks, and hooks.
+    PEFT's hooks that tell its layers what is each row's, `adapter_names` and `alora_offsets`: modules, keys among
+    their hooks, and hooks. PEFT has no other sign of them, and takes them out where a call succeeds only.
     """
     names = {"adapter_names", "alora_offsets"}
     return [

@@ -34,11 +34,9 @@ from tests.tiny import Pieces, prompts, reference_llama, tiny_sorted, tiny_token
 
 LENGTHS = {
     "one": {"num_assistant_tokens": 1},
-    "two": {"num_assistant_tokens": 2},
     "five": {"num_assistant_tokens": 5},
     "auto": {"num_assistant_tokens": "auto"},
-    "default": {},
-    "constant": {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"},
+    "default": {"num_assistant_tokens_schedule": "constant"},
     "confident": {"num_assistant_tokens": 6, "assistant_confidence_threshold": 0.6},
     "confident_auto": {"assistant_confidence_threshold": 0.3},
 }
@@ -58,7 +56,7 @@ def test_greedy_tokens_are_full_depths(length, kind):
     reference = reference_llama(model, 4)
     for inputs in (prompts((6,)), prompts()):
         for eos in ([], ends(reference, inputs)):
-            arguments = {**inputs, "max_new_tokens": 21, "eos_token_id": eos}
+            arguments = {**inputs, "max_new_tokens": 17, "eos_token_id": eos}
             expected = reference.generate(**arguments)
             for draft in (1, 2, 3, "auto"):
                 output = model.generate(**arguments, assistant_early_exit=draft, **LENGTHS[length], **RETURN)
@@ -322,9 +320,7 @@ def draws(model, prompt, new_tokens, number=20_000, **arguments):
 
 WARPERS = {
     "plain": {"top_k": 0},
-    "temperature": {"top_k": 0, "temperature": 0.6},
-    "top_p": {"top_k": 0, "top_p": 0.8},
-    "top_k": {"top_k": 4},
+    "top_p": {"top_k": 0, "temperature": 0.8, "top_p": 0.8},
     "repetition_penalty": {"top_k": 0, "repetition_penalty": 2.5},
 }
 
@@ -347,7 +343,7 @@ DRAFTINGS = {
 @pytest.mark.parametrize("name", DRAFTINGS)
 def test_sampled_tokens_have_the_distribution_of_full_depth_with_longer_drafts(name):
     """Four tokens: the first, then up to two drafts, and those after them."""
-    model, prompt = small_model(), torch.tensor([[6, 1, 9, 4, 11, 0, 2, 10, 8, 3, 7, 5, 3, 7]])
+    model, prompt = small_model(), torch.tensor([[8, 3, 7, 5, 3, 7]])
     torch.manual_seed(12)
     counts, _ = draws(model, prompt, 4, top_k=4, assistant_early_exit=2, **DRAFTINGS[name])
     assert p_value(counts, exact_distribution(reference_llama(model, 3), prompt, 4, top_k=4)) > 1e-4
