@@ -15,6 +15,7 @@ from transformers import (
 
 from sorted_llama import SortedLlamaForCausalLM
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
+from sorted_llama.modeling_sorted_llama.modes_sorted_llama import REMOVED_FIELDS, SORTED_GENERATION_FIELDS
 from tests.modeling_sorted_llama.decoding import (
     EXITS,
     RETURN,
@@ -307,6 +308,21 @@ def assert_refused(model, asked, words):
 @pytest.mark.parametrize("case", ERRORS)
 def test_values_that_are_refused(case):
     assert_refused(tiny_sorted(), *ERRORS[case])
+
+
+@pytest.mark.parametrize("name", REMOVED_FIELDS)
+def test_a_removed_option_is_refused_wherever_it_stands(name):
+    """In a call, in its generation config and in the model's, whatever mode is asked for; a plain Llama loses it."""
+    model, words = tiny_sorted(), [f"{name}=2", "removed"]
+    assert_refused(model, {name: 2}, words)
+    assert_refused(model, {"generation_config": GenerationConfig(**{name: 2})}, words)
+    setattr(model.generation_config, name, 2)
+    assert_refused(model, {"exit_layer": 2}, words)
+    assert not hasattr(model.extract_submodel(2).generation_config, name)
+
+
+def test_the_fields_of_the_modes_that_transformers_does_not_know():
+    assert set(SORTED_GENERATION_FIELDS) == {"exit_layer", "exit_threshold", "exit_confidence"}
 
 
 @pytest.mark.parametrize("exits", [None, [4]])
