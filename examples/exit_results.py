@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from sorted_llama import SortedLlamaForCausalLM
@@ -88,6 +87,8 @@ def format_table(results: Sequence[ExitResult]) -> str:
 
 def plot_before_and_after(before: Sequence[ExitResult], after: Sequence[ExitResult], path: Path) -> None:
     """Draw exact match against speed-up over full depth, one line a task: solid after SoFT, dashed before."""
+    from matplotlib.figure import Figure  # only the picture needs it
+
     figure = Figure(figsize=(7, 4.2), dpi=150)
     axes = figure.subplots()
     for color, task in zip(COLORS, after[-1].exact_match, strict=False):

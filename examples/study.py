@@ -36,7 +36,6 @@ import torch
 from datasets import Dataset
 from exit_results import default_exits
 from facts import build_facts
-from matplotlib.figure import Figure
 from smollm2 import SMOLLM2, fetch_model
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -295,6 +294,8 @@ def cell(values: list[float], form: str) -> str:
 def plot(results: list[dict], path: Path) -> None:
     """Held-out loss of every exit, a panel a task, a line an arm; the sub-models alone are one line."""
     tasks = list(dict.fromkeys(r["task"] for r in results))
+    from matplotlib.figure import Figure  # only the picture needs it
+
     figure = Figure(figsize=(4.5 * len(tasks), 3.6), dpi=150)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=True):

@@ -53,13 +53,15 @@ def load_answering_tokenizer(path: str | Path) -> Any:
 
 def load_model(path: str | Path, dtype: str, device: str | None = None, exit_layers: list[int] | None = None) -> Any:
     """
-    A model to evaluate, on a GPU where there is one; thresholds leave at `exit_layers`, or at those of the checkpoint.
+    A model to evaluate, on a GPU where there is one; `exit_layers` go before the exits and the depth of its config.
     `ValueError` if there are no weights, if their files are broken, or if some are missing.
     """
-    fields: dict[str, Any] = {} if exit_layers is None else {"exit_layers": exit_layers, "exit_loss_weights": None}
+    fields: dict[str, Any] = {}
+    if exit_layers is not None:
+        fields = {"exit_layers": exit_layers, "exit_loss_weights": None, "exit_layer": None}
     try:
         model, info = SortedLlamaForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **fields)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # also of other shapes than the config says
         raise ValueError(f"The weights of {str(path)!r} could not be loaded: {one_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:  # would be random

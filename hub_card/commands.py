@@ -171,7 +171,7 @@ COMMANDS = {
 
 
 def _add_arguments_of_answers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--limit", type=int, help="rows a task")
+    parser.add_argument("--limit", type=int, help="rows of each task")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--chat", action="store_true", help="ask questions through the chat template")

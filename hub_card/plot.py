@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from sorted_llama.trainer.escaping import one_line
 
 from .record import full_depth
-from .settings import MODES, Mode, Setting
+from .settings import MODES, Setting, Style
 
 
-PEER = Mode("", "", "", "#CC79A7", "D", "none", 0)  # how other models are drawn
+PEER = Style("#CC79A7", "D", "none", 0)  # of other models
 GREY = "#888888"
 
 
@@ -21,7 +21,7 @@ class Point(NamedTuple):
     panel: Any
     name: str
     at: tuple[float, float]
-    mode: Mode
+    style: Style
 
 
 def plot_quality_speed(record: dict[str, Any], path: str | Path) -> bool:
@@ -61,11 +61,11 @@ def _draw_settings(panel: Any, record: dict[str, Any], task: str) -> list[Point]
         scores = results["settings"].get(full if setting.mode.lossless else name)
         if scores is not None:
             at = (speed["median"] / record["speed"][full]["median"], 100 * scores[results["metric"]])
-            points.append(Point(panel, str(setting.value), at, setting.mode))
+            points.append(Point(panel, str(setting.value), at, setting.mode.style))
     for mode in MODES.values():
-        curve = sorted(point.at for point in points if point.mode == mode)
+        curve = sorted(point.at for point in points if point.style == mode.style)
         if curve:
-            _draw(panel, curve, mode, label=mode.label)
+            _draw(panel, curve, mode.style, label=mode.label)
     return points
 
 
@@ -80,9 +80,9 @@ def _draw_peers(panel: Any, record: dict[str, Any], task: str) -> list[Point]:
     return points
 
 
-def _draw(panel: Any, curve: list[tuple[float, float]], mode: Mode, **options: Any) -> None:
+def _draw(panel: Any, curve: list[tuple[float, float]], style: Style, **options: Any) -> None:
     xs, ys = zip(*curve, strict=True)
-    panel.plot(xs, ys, color=mode.color, marker=mode.marker, linestyle=mode.linestyle, clip_on=False, **options)
+    panel.plot(xs, ys, color=style.color, marker=style.marker, linestyle=style.linestyle, clip_on=False, **options)
 
 
 def _dress(panel: Any, task: str, metric: str) -> None:
@@ -111,23 +111,23 @@ def _place_labels(figure: Any, points: list[Point]) -> None:
             for (x0, y0), (x1, y1) in zip(at, at[1:], strict=False) if line.get_linestyle() != "None" else ():
                 steps = int(math.hypot(x1 - x0, y1 - y0) / (4 * pixels)) + 1
                 taken += [_box(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps, 1, 1) for i in range(steps)]
-    for panel, name, at, mode in points:
-        style = {"fontsize": 8, "color": mode.color, "ha": "center", "va": "center", "parse_math": False}
-        text = panel.text(0, 0, one_line(name), **style)
+    for panel, name, at, style in points:
+        font = {"fontsize": 8, "color": style.color, "ha": "center", "va": "center", "parse_math": False}
+        text = panel.text(0, 0, one_line(name), **font)
         _, _, width, height = text.get_window_extent(renderer).bounds
         text.remove()
         width, height = width + 4 * pixels, height + pixels  # apart from the next one
         ground, (x, y) = panel.get_window_extent(renderer).extents, panel.transData.transform(at)
         tried: list[tuple] = []
         for away, turn in itertools.product((6, 14, 24, 36, 50), (0, 45, -45, 90, -90, 135, -135, 180)):
-            angle = math.radians(mode.direction + turn)
+            angle = math.radians(style.direction + turn)
             dx, dy = (math.cos(angle) * (away * pixels + width / 2), math.sin(angle) * (away * pixels + height / 2))
             box = _box(x + dx, y + dy, width, height)
             covered = sum(_shared(box, other) for other in taken) + width * height - _shared(box, ground)
             tried.append((round(covered), len(tried), away, (dx / pixels, dy / pixels), box))
         _, _, away, place, box = min(tried, key=lambda one: one[:2])
-        arrow = {"arrowstyle": "-", "color": mode.color, "lw": 0.5, "shrinkB": 4} if away > 6 else None
-        panel.annotate(one_line(name), at, place, textcoords="offset points", arrowprops=arrow, **style)
+        arrow = {"arrowstyle": "-", "color": style.color, "lw": 0.5, "shrinkB": 4} if away > 6 else None
+        panel.annotate(one_line(name), at, place, textcoords="offset points", arrowprops=arrow, **font)
         taken.append(box)
 
 

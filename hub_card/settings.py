@@ -9,26 +9,36 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Mode:
-    """A kind of setting, and how the plot draws it."""
+class Style:
+    """How the plot draws settings of a kind."""
 
-    argument: str  # of `generate`
-    values: str  # a pattern, which every value of the argument matches
-    label: str
     color: str
     marker: str
     linestyle: str
     direction: int  # in degrees, of a label from its point, where there is room
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A kind of setting."""
+
+    argument: str  # of `generate`
+    values: str  # a pattern, which every value of the argument matches
+    label: str
+    style: Style
     lossless: bool = False  # gives full depth's answers, so that only its speed is measured
 
 
 _EXIT, _NUMBER = r"[1-9]\d{0,8}", r"(0|[1-9]\d*)(\.\d+)?(e[-+]?\d+)?"
 # Colors after Okabe and Ito, which colour-blind readers tell apart, the blue lighter: all read on white and on dark
 MODES = {
-    "exit": Mode("exit_layer", _EXIT, "one exit for all tokens", "#1F83C6", "o", "--", 90),
-    "threshold": Mode("exit_threshold", _NUMBER, "exit_threshold", "#D55E00", "s", "-", 180),
+    "exit": Mode("exit_layer", _EXIT, "one exit for all tokens", Style("#1F83C6", "o", "--", 90)),
+    "threshold": Mode("exit_threshold", _NUMBER, "exit_threshold", Style("#D55E00", "s", "-", 180)),
     "draft": Mode(
-        *("assistant_early_exit", _EXIT, "assistant_early_exit (lossless)", "#009E73", "^", "none", 270),
+        argument="assistant_early_exit",
+        values=_EXIT,
+        label="assistant_early_exit (lossless)",
+        style=Style("#009E73", "^", "none", 270),
         lossless=True,
     ),
 }

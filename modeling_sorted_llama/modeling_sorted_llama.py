@@ -2,9 +2,8 @@
 
 if not __package__:
     raise ImportError(
-        f"`import modeling_sorted_llama` found {__file__}, the code in a checkpoint's folder, not the package of that "
-        "name: Python looks into the working directory (or the script's folder) first. Work in another folder, or "
-        "start Python with `-P`."
+        f"`import modeling_sorted_llama` found {__file__}, a checkpoint's code, which transformers imports with "
+        "`trust_remote_code=True`: the installed package is `sorted_llama`."
     )
 
 from collections.abc import Sequence

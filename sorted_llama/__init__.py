@@ -6,7 +6,15 @@ they are first asked for, with what they need: `pip install "sorted-llama[train]
 """
 
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+
+if find_spec(f"{__name__}.modeling_sorted_llama") is None:
+    raise ImportError(
+        f"`import sorted_llama` found {__file__}, in the source tree, where its parts are in other folders: work in "
+        "another folder, or install the tree itself, pip install -e ."
+    )
 
 from . import modeling_sorted_llama
 from .modeling_sorted_llama import *  # noqa: F403
@@ -17,9 +25,11 @@ if TYPE_CHECKING:
 
 __version__ = version("sorted-llama")
 
-__all__ = ["ExitTableCallback", "SortedSFTConfig", "SortedSFTTrainer"]
-_TRAINER_NAMES = tuple(__all__)
-__all__ += modeling_sorted_llama.__all__
+_TRAINER_NAMES = ("ExitTableCallback", "SortedSFTConfig", "SortedSFTTrainer")
+
+__all__ = [*modeling_sorted_llama.__all__]
+if find_spec("trl") is not None:  # `import *` works without it
+    __all__ += ["ExitTableCallback", "SortedSFTConfig", "SortedSFTTrainer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,8 +6,10 @@ import sys
 def main() -> None:
     try:
         from .hub_card.commands import main as run
-    except ImportError as error:  # of what an extra installs
-        sys.exit(str(error))
+    except ImportError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):  # a fault, not an extra that is missing
+            raise
+        sys.exit(f'{error.__cause__}: the commands need pip install "sorted-llama[eval]".')
     run()
 
 

@@ -185,6 +185,8 @@ class NoTRL:
 sys.meta_path.insert(0, NoTRL)
 import sorted_llama
 
+exec("from sorted_llama import *")
+
 # The command first: it would find the modules that a failed import of the package leaves behind
 uses = [
     lambda: runpy.run_module("sorted_llama", run_name="__main__"),
@@ -204,7 +206,12 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path):
     # Of the command, which shows no traceback, the name and the package; the model itself needs no extra
     assert [error.split()[0] for error in errors] == ["SystemExit", "ImportError", "ImportError"]
     for error in errors:
-        assert re.search(r"No module named 'trl'.*pip install \"sorted-llama\[train\]\"", error)
+        assert re.search(r"No module named 'trl'.*pip install \"sorted-llama\[(train|eval)\]\"", error)
+
+
+def test_the_source_tree_in_front_of_an_installation_says_what_it_is(installed, source):
+    done = run(installed, "-c", "import sorted_llama", cwd=source)
+    assert done.returncode == 1 and "in the source tree" in done.stderr and "pip install -e ." in done.stderr
 
 
 def test_mypy_sees_the_types_of_an_installation(installed, tmp_path):

@@ -16,16 +16,16 @@ class Metric:
     output: str
     # The loss and its parts are divided by the number of items in the whole accumulated batch, the others by the
     # number of labelled tokens of the call
-    of_items: bool = False
+    per_item: bool = False
     in_training: bool = True
 
 
 # By name in the logs (`exit_10_loss`), in the order of the table's columns: a new metric is a line here
 METRICS = {
-    "loss": Metric("exit_losses", of_items=True),
+    "loss": Metric("exit_losses", per_item=True),
     "mean_token_accuracy": Metric("exit_token_accuracies"),
     "agreement": Metric("exit_agreements", in_training=False),
-    "divergence": Metric("exit_divergences", of_items=True),
+    "divergence": Metric("exit_divergences", per_item=True),
 }
 
 
@@ -66,7 +66,7 @@ class ExitMetrics:
             means = getattr(outputs, metric.output)
             if means is None:
                 continue
-            sums = means * (num_items if metric.of_items else num_labelled)
+            sums = means * (num_items if metric.per_item else num_labelled)
             pair = torch.stack([sums.float(), num_labelled.float().expand(len(exits))])
             total = self.pairs.setdefault(name, pair.new_zeros(2, len(self.exit_layers)))
             total.index_add_(1, columns, pair)

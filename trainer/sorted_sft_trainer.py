@@ -98,16 +98,19 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
                 "`compute_loss_func` would replace the SoFT objective: pass None, or use `trl.SFTTrainer`."
             )
         args = _own_args(args, model)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (`nn.DataParallel`) would mix up the losses of the exits: start a "
+                "process for each, `accelerate launch`, or show it one, `CUDA_VISIBLE_DEVICES=0`."
+            )
         model_init_kwargs = args.model_init_kwargs
-        model_id = model if isinstance(model, str) else None
+        if isinstance(model, str) and processing_class is None:  # before the weights: it is told sooner what lacks
+            processing_class = AutoProcessor.from_pretrained(
+                model, revision=(model_init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
+            )
+        is_loaded_here = isinstance(model, str)
         model, self.exit_layers, self.exit_loss_weights = prepare_model(model, args, quantization_config, peft_config)
-        if model_id is not None:
-            if processing_class is None:
-                revision = (model_init_kwargs or {}).get("revision")
-                processing_class = AutoProcessor.from_pretrained(
-                    model_id, revision=revision, trust_remote_code=args.trust_remote_code
-                )
-            # The model is loaded with these: `SFTTrainer` need not warn that it does not use them
+        if is_loaded_here:  # with these: `SFTTrainer` need not warn that it does not use them
             quantization_config = args.model_init_kwargs = None
         exit_heads = model.config.exit_heads
         if exit_heads != "shared" and args.exit_schedule != "all" and args.ddp_find_unused_parameters is None:
@@ -128,13 +131,13 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         )
         self.args.model_init_kwargs = model_init_kwargs
         self._check_trained_exits()
-        self._trained_as = _TrainedAs(
+        self._facts = _TrainedAs(
             exit_layers=self.exit_layers,
             exit_heads=exit_heads,
             trainable=args.trainable,
             exit_learning_rate=args.exit_learning_rate,
         )
-        self.add_callback(self._trained_as)
+        self.add_callback(self._facts)
         if is_rich_available() and not args.disable_tqdm:
             self.add_callback(ExitTableCallback)
 
@@ -195,7 +198,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
             if checkpoint is None:
                 return  # `Trainer` says so
-        then, now = _trained_as(Path(checkpoint)), self._trained_as.facts
+        then, now = _read_facts(Path(checkpoint)), self._facts.facts
         if then is None:
             logger.warning(f"{checkpoint} does not say which exits it was trained with; those of now go on with it.")
             return
@@ -274,12 +277,12 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         if metrics is self._exit_metrics["train"]:
             self._num_tokens_seen += num_tokens
         always = self.exit_layers if self.args.exit_schedule == "all" else self.exit_layers[-1:]
-        means = {
-            f"{prefix}exit_{k}_{name}": total / max(count, 1)
-            for name, by_exit in pairs.items()
-            for k, (total, count) in by_exit.items()
-            if count or k in always
-        }
+        means = {}
+        for k in self.exit_layers:
+            for name, by_exit in pairs.items():
+                total, count = by_exit[k]
+                if count or k in always:
+                    means[f"{prefix}exit_{k}_{name}"] = total / max(count, 1)
         means[f"{prefix}mean_token_accuracy"] = means[f"{prefix}exit_{self.exit_layers[-1]}_mean_token_accuracy"]
         return {**means, f"{prefix}num_tokens": self._num_tokens_seen}
 
@@ -316,7 +319,7 @@ class _TrainedAs(TrainerCallback, ExportableState):
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # resumed from an older checkpoint
 
 
-def _trained_as(checkpoint: Path) -> dict[str, Any] | None:
+def _read_facts(checkpoint: Path) -> dict[str, Any] | None:
     """What [`_TrainedAs`] wrote; else what the config says; `None` for an adapter that was trained without it."""
     states = {}
     if (checkpoint / STATE).is_file():
@@ -336,6 +339,6 @@ def _own_args(args: SortedSFTConfig | TrainingArguments | None, model: str | Pre
         return SortedSFTConfig(f"{model_id.rstrip('/').split('/')[-1]}-SoFT")
     if isinstance(args, SortedSFTConfig):
         return copy.copy(args)
-    fields = args.to_dict()  # hides what ends in `_token`
-    fields |= {name: getattr(args, name) for name in fields if name.endswith("_token")}
-    return SortedSFTConfig(**fields)
+    values = args.to_dict()  # hides what ends in `_token`
+    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}
+    return SortedSFTConfig(**values)

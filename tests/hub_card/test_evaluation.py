@@ -225,9 +225,19 @@ def test_weights_that_are_missing_are_not_made_up(folder):
     save_file(weights, folder / "model" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="lack 1 tensors, model.layers.3.mlp.up_proj.weight"):
         evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
-    (folder / "model" / "model.safetensors").write_text("no weights")
-    with pytest.raises(ValueError, match="The weights of .* could not be loaded"):
-        evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    for fault in ({"intermediate_size": 2 * config["intermediate_size"]}, {}):
+        (folder / "model" / "config.json").write_text(json.dumps(config | fault))
+        with pytest.raises(ValueError, match="The weights of .* could not be loaded"):
+            evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
+        (folder / "model" / "model.safetensors").write_text("no weights")
+
+
+def test_a_checkpoint_that_runs_at_an_exit_by_default_is_evaluated_at_all(folder):
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"exit_layer": 2}))
+    record = evaluate(str(folder / "model"), data(folder)[:1], **QUICK)
+    assert record["request"]["exit_layers"] == EXITS
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,20 @@ def test_compute_loss_func_is_refused(tmp_path):
         SortedSFTTrainer(tiny_sorted(), make_args(tmp_path), compute_loss_func=lambda *_, **__: 0)
 
 
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    """They would return the losses of the exits once each, one behind the other."""
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
+    with pytest.raises(ValueError, match="2 GPUs in one process .*accelerate launch"):
+        make_trainer(tmp_path, exit_layers=[2, 4])
+
+
+def test_the_tokenizer_is_missed_before_the_weights_are_loaded(tmp_path, monkeypatch):
+    tiny_sorted().save_pretrained(tmp_path / "model")  # and no tokenizer
+    monkeypatch.setattr("sorted_llama.trainer.sorted_sft_trainer.prepare_model", None)
+    with pytest.raises((OSError, ValueError)):
+        SortedSFTTrainer(str(tmp_path / "model"), SortedSFTConfig(str(tmp_path), exit_layers=[2, 4], use_cpu=True))
+
+
 @pytest.mark.parametrize("config_class", [SFTConfig, TrainingArguments])
 def test_arguments_of_trl_and_transformers_do_where_the_model_has_exits(tmp_path, config_class):
     """With exits in the model's config, TRL's and transformers' own arguments do."""
