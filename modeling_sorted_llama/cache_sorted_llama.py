@@ -15,8 +15,8 @@ from .compat_sorted_llama import CACHE_NAME
 from .configuration_sorted_llama import as_int
 
 
-STORAGE_BLOCK = 256  # tokens by which the keys and values of a layer grow: no copy per token, little unused memory
-PENDING_BLOCK = 32
+STORAGE_STEP = 256  # tokens by which the keys and values of a layer grow: no copy per token, little unused memory
+PENDING_STEP = 32
 
 
 def _in_use(name: str) -> Any:
@@ -47,7 +47,7 @@ class SortedCacheLayer(DynamicLayer):
     def write(self, block: Block, key_states: torch.Tensor, value_states: torch.Tensor):
         """Store the keys and values of a block, and return those that its rows attend to."""
         self.is_initialized = True
-        sizes = len(self.lengths), STORAGE_BLOCK, self.max_cache_len
+        sizes = len(self.lengths), STORAGE_STEP, self.max_cache_len
         self._keys = block.store(self._keys, key_states, *sizes)
         self._values = block.store(self._values, value_states, *sizes)
         return block.select(self._keys[..., : block.end, :]), block.select(self._values[..., : block.end, :])
@@ -241,7 +241,7 @@ class SortedCache(Cache):
         if position_ids is None:
             position_ids = self._next_positions(block, device)
         position_ids = position_ids.expand(num_rows, num_tokens)
-        self._positions = block.store(self._positions, position_ids.unsqueeze(-1), len(known), STORAGE_BLOCK)
+        self._positions = block.store(self._positions, position_ids.unsqueeze(-1), len(known), STORAGE_STEP)
         self._append_to_mask(attention_mask, block, device)
         if rotary_emb is not None and (rotary_emb.rope_type == "longrope" or "dynamic" in rotary_emb.rope_type):
             self._write_angles(rotary_emb, position_ids, block, inputs_embeds, one_by_one)
@@ -277,7 +277,7 @@ class SortedCache(Cache):
         if attention_mask is None:
             attention_mask = torch.ones(len(block.starts), block.width, dtype=torch.bool, device=device)
         attended = attention_mask.to(device, torch.bool).unsqueeze(-1)
-        self._mask = block.store(self._mask, attended[:, -block.width :], batch_size, STORAGE_BLOCK)
+        self._mask = block.store(self._mask, attended[:, -block.width :], batch_size, STORAGE_STEP)
         if attended.shape[1] > block.width and block.rows is None:
             self._mask[:, : block.starts[0]] = attended[:, : -block.width]
 
@@ -300,7 +300,7 @@ class SortedCache(Cache):
                 rotary_emb(states, position_ids=torch.zeros_like(newest))  # forgets the greatest
                 positions = torch.cat([position_ids[rows, call], newest], dim=1)
                 angles[rows, call] = torch.cat(rotary_emb(states, position_ids=positions), dim=-1)[:, :-1]
-        self._angles = block.store(self._angles, angles, len(self.lengths), STORAGE_BLOCK)
+        self._angles = block.store(self._angles, angles, len(self.lengths), STORAGE_STEP)
 
     def segments(self, depth: int, rows: list[int] | None = None) -> list[tuple[int, int]]:
         """
@@ -366,7 +366,7 @@ class SortedCache(Cache):
         passed = self.lengths_in(depth)
         offsets = [start - passed[row] for start, row in zip(block.starts, block.row_numbers, strict=True)]
         cells = Block(block.rows, offsets, block.counts)
-        self.pending[depth] = cells.store(self.pending.get(depth), hidden_states, len(passed), PENDING_BLOCK)
+        self.pending[depth] = cells.store(self.pending.get(depth), hidden_states, len(passed), PENDING_STEP)
 
     def layer_inputs(
         self, block: Block, config: PreTrainedConfig, rotary_emb: nn.Module, hidden_states: torch.Tensor

@@ -72,7 +72,8 @@ def check_number(
 
 def check_choice(value: Any, name: str, allowed: Iterable[Any]) -> Any:
     """`value`; a `ValueError` that names the argument where it is none of `allowed`."""
-    *others, last = allowed = list(allowed)
+    allowed = list(allowed)
+    *others, last = allowed
     if not any(isinstance(value, type(choice)) and value == choice for choice in allowed):  # arrays compare by entry
         choices = f"{', '.join(map(repr, others))} or {last!r}" if others else repr(last)
         raise ValueError(f"`{name}` must be {choices}, got {value!r}.")

@@ -108,7 +108,9 @@ def _verify(
     scores = scores.view(len(rows), width, -1)
     accept = accept_sampled if sequences.do_sample else accept_greedy
     accepted, newest = accept(scores, drafts.tokens, drafts.probabilities)
-    found = torch.cat([accepted[:, None], drafts.tokens, newest], dim=1).tolist()  # the one wait of a cycle
+    found = torch.cat(
+        [accepted[:, None], drafts.tokens, newest], dim=1
+    ).tolist()  # a row's count, drafts and new token: the one wait of a cycle
     sequences.write(rows, [length + row[0] for length, row in zip(lengths, found, strict=True)], newest)
     choices = []
     for count, *proposed, token in found:
@@ -119,7 +121,7 @@ def _verify(
 def _take_over(
     choices: list[list[Choice]], drafts: Drafts, rows: list[int], sequences: Sequences, statistics: DraftStatistics
 ) -> None:
-    """Take over the new tokens of `rows`, and let the cache forget the drafts that were rejected; count."""
+    """Take over the new tokens of `rows`, let the cache forget the drafts that were rejected, and count."""
     num_drafts = drafts.tokens.shape[1]
     taken = sequences.advance(rows, choices)
     statistics.cycles += 1

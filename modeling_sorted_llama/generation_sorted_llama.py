@@ -62,19 +62,21 @@ class SortedGenerationMixin(GenerationMixin):
             model_kwargs["exit_layer"] = decoding.exit_layer
         elif decoding is not None:
             generation_config.use_cache = True
-            generation_config.assistant_early_exit = None
+        if decoding is not None:
+            generation_config.assistant_early_exit = None  # transformers' own, of the model's generation config
         return generation_config, model_kwargs
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, *args: Any, **kwargs: Any
     ):
-        decoding, given = generation_config.sorted_decoding, model_kwargs.get(CACHE_NAME)
+        decoding, given = getattr(generation_config, "sorted_decoding", None), model_kwargs.get(CACHE_NAME)
         depth = model_kwargs.get("exit_layer")
         by_lookup = generation_config.prompt_lookup_num_tokens is not None
         if generation_mode == GenerationMode.ASSISTED_GENERATION and not by_lookup and (decoding or depth):
+            asked = f"exit_layer={depth}" if decoding is None else decoding.chosen_by
             raise ValueError(
-                "`assistant_model` drafts for full depth, and cannot be passed together with "
-                f"{decoding or f'`exit_layer={depth}`'}: let an exit draft instead, with `assistant_early_exit=k`."
+                f"`assistant_model` would be given `{asked}`, too, and cannot be passed together with it: leave one "
+                "of them out, or let an exit draft, with `assistant_early_exit=k`."
             )
         if decoding is None or given is not None:  # else `Sequences` makes a `SortedCache`
             super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
@@ -97,7 +99,7 @@ class SortedGenerationMixin(GenerationMixin):
         streamer=None,
         **kwargs,
     ):
-        decoding = getattr(generation_config, "sorted_decoding", None)  # none where others call this method
+        decoding = getattr(generation_config, "sorted_decoding", None)
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         if decoding is None:
             return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **kwargs)

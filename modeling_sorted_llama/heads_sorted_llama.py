@@ -32,11 +32,12 @@ class ExitHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden_states, self.weight)
 
-    def resized(self, shared: torch.Tensor) -> "ExitHead":
-        """This head with as many rows as the weight of the shared one, whose rows it takes for those it lacks."""
-        rows, kept = shared.detach().clone(), min(len(shared), len(self.weight))
-        rows[:kept] = self.weight.detach()[:kept]
-        return ExitHead(nn.Parameter(rows, self.weight.requires_grad))
+    @classmethod
+    def resized(cls, head: Any, shared: torch.Tensor) -> "ExitHead":
+        """An exit's head with as many rows as the weight of the shared one, whose rows it takes for those it lacks."""
+        rows, kept = shared.detach().clone(), min(len(shared), len(head.weight))
+        rows[:kept] = head.weight.detach()[:kept]
+        return cls(nn.Parameter(rows, head.weight.requires_grad))
 
 
 class ExitLens(LlamaRMSNorm):
@@ -67,12 +68,12 @@ class SharedHeads:
 
     @staticmethod
     def make_norm(config: LlamaConfig) -> nn.Module | None:
-        """The norm that an exit owns, with any weights."""
+        """The norm that an exit owns, its weights not yet set."""
         return None
 
     @staticmethod
     def make_head(config: LlamaConfig) -> nn.Module | None:
-        """The LM head that an exit owns, with any weights."""
+        """The LM head that an exit owns, its weights not yet set."""
         return None
 
     @staticmethod

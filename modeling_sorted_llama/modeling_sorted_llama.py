@@ -33,7 +33,7 @@ from .compat_sorted_llama import (
 )
 from .configuration_sorted_llama import SORTED_FIELDS, SortedLlamaConfig, check_exit_layer, check_exit_layers
 from .generation_sorted_llama import SortedGenerationMixin
-from .heads_sorted_llama import EXIT_HEADS, heads_of
+from .heads_sorted_llama import EXIT_HEADS, ExitHead, heads_of
 from .loss_sorted_llama import ExitLossOptions, labelled_rows, multi_exit_loss
 from .submodels_sorted_llama import plain_submodel, sorted_model
 
@@ -292,9 +292,8 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        for k in self.exit_lm_heads:
-            head: Any = self.exit_lm_heads[k]
-            self.exit_lm_heads[k] = head.resized(self.get_output_embeddings().weight)
+        for k, head in self.exit_lm_heads.items():
+            self.exit_lm_heads[k] = ExitHead.resized(head, self.get_output_embeddings().weight)
         return embeddings
 
     @classmethod

@@ -112,7 +112,7 @@ class ConfidenceExit:
                 f"{exits!r}: load the model with `exit_layers=[...]`."
             )
         is_users = callable(self.exit_confidence)
-        if not is_users and self.exit_confidence not in CONFIDENCES:
+        if not is_users and self.exit_confidence not in tuple(CONFIDENCES):  # it may be no key
             raise ValueError(
                 f"`exit_confidence` must be one of {tuple(CONFIDENCES)}, or a callable that takes the processed "
                 "scores `(num_rows, vocab_size)`, the exit layer and the `input_ids` so far, got "
@@ -242,10 +242,6 @@ def read_decoding_fields(model, generation_config: GenerationConfig | None, kwar
     found: dict[str, Any] = {}
     configs = (generation_config, model.generation_config, model.config)
     sources = [kwargs, *(vars(config) for config in configs if config is not None)]
-    for name, instead in REMOVED_FIELDS.items():
-        for source in sources:
-            if source.get(name) is not None:
-                raise ValueError(f"`{name}={source[name]!r}`: `{name}` was removed. Instead, {instead}.")
     for source in sources:
         mode = _mode_of(found)
         for name in _FIELDS:
@@ -255,6 +251,14 @@ def read_decoding_fields(model, generation_config: GenerationConfig | None, kwar
             bounds = name != "exit_layer" or number is not None  # depths of rows are a mode, one depth a bound
             if value is not None and name not in found and (mode is None or (name in _options(mode) and bounds)):
                 found[name] = value
+    # What a checkpoint holds of them had a meaning for this one mode, and was passed over in the others
+    asked = sources if _mode_of(found) is ConfidenceExit else sources[: 1 + (generation_config is not None)]
+    for name, instead in REMOVED_FIELDS.items():
+        value = next((source[name] for source in asked if source.get(name) is not None), None)
+        if value is not None:
+            raise ValueError(
+                f"`{name}={value!r}`: `{name}` was removed, also from generation_config.json. Instead, {instead}."
+            )
     of_checkpoint = model.generation_config.use_cache is False
     by_caller = kwargs.get("use_cache", None if of_checkpoint else getattr(generation_config, "use_cache", None))
     return {**found, "use_cache": by_caller}
@@ -295,11 +299,8 @@ def choose_decoding(model, generation_config: GenerationConfig, fields: dict[str
 # transformers' options that decoding at moving depth cannot honour: what they may be, and why
 _REFUSED = {
     "cache_implementation": ((None, "dynamic", "static"), "its cache is 'dynamic' or 'static'"),
-    "output_attentions": ((None, False), "not every layer has attentions for every token: `output_attentions=False`"),
-    "output_hidden_states": (
-        (None, False),
-        "not every layer has hidden states for every token: `output_hidden_states=False`",
-    ),
+    "output_attentions": ((None, False), "not every layer has attentions for every token"),
+    "output_hidden_states": ((None, False), "not every layer has hidden states for every token"),
 }
 _LOOKUP = "the exit alone drafts, and prompt lookup works without it and at a fixed `exit_layer=k`: pass one of them"
 _REFUSED_WITH_DRAFTS = {

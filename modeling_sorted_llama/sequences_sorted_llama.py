@@ -172,7 +172,7 @@ class Sequences:
 
     # The model
 
-    def prefill(self, depth: int, exit_layers: Sequence[int] | None = None):
+    def prefill(self, depth: int):
         """Run the prompt to `depth`, in chunks where the config asks for them; the model's outputs of the last one."""
         past, size = self.cache.get_seq_length(), self.prompt_size
         chunk = self.config.prefill_chunk_size or size
@@ -184,7 +184,7 @@ class Sequences:
                 else value[:, start:end]
                 for name, value in self.prompt.items()
             }
-            outputs = self._run(range(self.batch_size), depth, exit_layers=exit_layers, **inputs)
+            outputs = self._run(range(self.batch_size), depth, **inputs)
         return outputs
 
     def forward(self, tokens: torch.Tensor, rows: Sequence[int], depth: int) -> torch.Tensor:
@@ -223,7 +223,7 @@ class Sequences:
         index = self.rows_index(rows)
         batch = values.new_zeros(self.batch_size, *values.shape[1:])
         batch[index] = values
-        return function(batch)[index]
+        return function(batch).to(self.device)[index]
 
     # The tokens
 
@@ -398,8 +398,10 @@ class Sequences:
             sequences=sequences,
             scores=None if self.scores is None else tuple(self.scores[:new_tokens]),
             logits=None if self.logits is None else tuple(self.logits[:new_tokens]),
-            exit_layers_used=torch.tensor(depths, device=self.device).T,
-            exit_confidences=None if confidences[0] is None else torch.tensor(confidences, device=self.device).T,
+            exit_layers_used=torch.tensor(depths, device=self.device).T.contiguous(),
+            exit_confidences=None
+            if confidences[0] is None
+            else torch.tensor(confidences, device=self.device).T.contiguous(),
             draft_statistics=draft_statistics,
             **{CACHE_NAME: self.cache},
         )

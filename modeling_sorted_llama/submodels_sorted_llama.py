@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .compat_sorted_llama import gathered
-from .heads_sorted_llama import EXIT_HEADS, heads_of
+from .heads_sorted_llama import EXIT_HEADS
 from .modes_sorted_llama import make_plain
 
 
@@ -20,12 +20,15 @@ _QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_load
 def plain_submodel(source: Any, exit_layer: int) -> LlamaForCausalLM:
     """The sub-model of an exit of a sorted model as a plain Llama around the same tensors."""
     target, share = _share_layers(source, LlamaForCausalLM, source.config.to_llama(exit_layer))
-    own_head = str(exit_layer) in source.exit_lm_heads
-    head = source.exit_lm_heads[str(exit_layer)] if own_head else source.lm_head
-    norm, head = heads_of(source.config, exit_layer).to_plain(source.model.exit_norm(exit_layer), head)
+    k = str(exit_layer)
+    own_head = k in source.exit_lm_heads
+    head = source.exit_lm_heads[k] if own_head else source.lm_head
+    # The modules tell what the exit owns; the list of exits in the config may have been changed since
+    kind = EXIT_HEADS[source.config.exit_heads if k in source.model.exit_norms else "shared"]
+    norm, head = kind.to_plain(source.model.exit_norm(exit_layer), head)
     target.model.norm, target.lm_head = share(norm), share(head)
     make_plain(target.generation_config)
-    return target
+    return target.train(source.training)
 
 
 def sorted_model(source: LlamaForCausalLM, cls: Any, config: Any) -> Any:
@@ -54,7 +57,7 @@ def sorted_model(source: LlamaForCausalLM, cls: Any, config: Any) -> Any:
             target.exit_lm_heads[k] = share(owned_heads[k]) if k in owned_heads else kind.copy_head(head)
     if hasattr(source, "hf_device_map"):  # tells `Trainer` that the layers are on several devices
         target.hf_device_map = source.hf_device_map
-    return target
+    return target.train(source.training)
 
 
 def _share_layers(
@@ -78,7 +81,7 @@ def _share_layers(
     for name in _QUANTIZATION:
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
-    return target.train(source.training), share
+    return target, share
 
 
 __all__ = ["plain_submodel", "sorted_model"]

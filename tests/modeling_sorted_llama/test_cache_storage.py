@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sorted_llama import SortedCache
-from sorted_llama.modeling_sorted_llama.cache_sorted_llama import PENDING_BLOCK, STORAGE_BLOCK
+from sorted_llama.modeling_sorted_llama.cache_sorted_llama import PENDING_STEP, STORAGE_STEP
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
 from tests.modeling_sorted_llama.caches import (
     CLOSE,
@@ -40,19 +40,19 @@ def tensors_in(thing, seen=None):
 
 
 def test_storage_stays_where_it_is_within_a_block():
-    tokens, cache = random_tokens(2, STORAGE_BLOCK + 2), SortedCache()
+    tokens, cache = random_tokens(2, STORAGE_STEP + 2), SortedCache()
     run(cache, tokens[:, :200])
     before = [storage.data_ptr() for storage in storages(cache)]
-    for number, depth in zip(range(200, STORAGE_BLOCK), [4, 1, 2, 3] * 14, strict=True):
+    for number, depth in zip(range(200, STORAGE_STEP), [4, 1, 2, 3] * 14, strict=True):
         run(cache, tokens[:, number : number + 1], depth)
     catch_up(cache)
     cache.crop(-3)
-    run(cache, tokens[:, STORAGE_BLOCK - 3 : STORAGE_BLOCK])
+    run(cache, tokens[:, STORAGE_STEP - 3 : STORAGE_STEP])
     assert [storage.data_ptr() for storage in storages(cache)] == before
-    assert {storage.nbytes() for storage in storages(cache)} == {2 * 2 * STORAGE_BLOCK * 8 * 4}
-    run(cache, tokens[:, STORAGE_BLOCK:])
-    assert {storage.nbytes() for storage in storages(cache)} == {2 * 2 * 2 * STORAGE_BLOCK * 8 * 4}
-    assert cache.layers[0].keys.shape == (2, 2, STORAGE_BLOCK + 2, 8)
+    assert {storage.nbytes() for storage in storages(cache)} == {2 * 2 * STORAGE_STEP * 8 * 4}
+    run(cache, tokens[:, STORAGE_STEP:])
+    assert {storage.nbytes() for storage in storages(cache)} == {2 * 2 * 2 * STORAGE_STEP * 8 * 4}
+    assert cache.layers[0].keys.shape == (2, 2, STORAGE_STEP + 2, 8)
     assert_equals_straight_pass(cache, tokens)
 
 
@@ -81,7 +81,7 @@ def test_generate_with_a_static_cache_allocates_once():
     )
     cache = output[CACHE_NAME]
     assert isinstance(cache, SortedCache)
-    assert all(storage.nbytes() == 2 * 2 * STORAGE_BLOCK * 8 * 4 for storage in storages(cache)[:2])
+    assert all(storage.nbytes() == 2 * 2 * STORAGE_STEP * 8 * 4 for storage in storages(cache)[:2])
     assert cache.layers[0].max_cache_len == 13
 
 
@@ -89,7 +89,7 @@ def test_it_holds_keys_values_pending_states_and_two_numbers_a_token():
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
     tokens, cache = random_tokens(2, 40), SortedCache()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    ordinary = LAYERS * 2 * (2 * 2 * STORAGE_BLOCK * 8 * 4) + 2 * STORAGE_BLOCK * (8 + 1)
+    ordinary = LAYERS * 2 * (2 * 2 * STORAGE_STEP * 8 * 4) + 2 * STORAGE_STEP * (8 + 1)
 
     def held():
         assert not any(tensor.requires_grad for tensor in tensors_in(cache))
@@ -100,10 +100,10 @@ def test_it_holds_keys_values_pending_states_and_two_numbers_a_token():
     assert held() == ordinary
     for number in range(3, 10):
         run(cache, tokens[:, number : number + 1], depth=2)
-    assert held() == ordinary + 2 * PENDING_BLOCK * 32 * 4
+    assert held() == ordinary + 2 * PENDING_STEP * 32 * 4
     run(cache, tokens[:, 10:11], depth=3)  # what was pending at 2 is pending at 3 now
     assert set(cache.pending) == {3}
-    assert held() == ordinary + 2 * PENDING_BLOCK * 32 * 4
+    assert held() == ordinary + 2 * PENDING_STEP * 32 * 4
     run(cache, tokens[:, 11:12])
     assert cache.pending == {} and held() == ordinary
 

@@ -68,6 +68,7 @@ def test_thresholds_that_decide_everything_where_rows_end(threshold, depth, samp
     output = generate(model, exit_threshold=threshold, **arguments)
     assert torch.equal(output.sequences, expected)
     assert torch.equal(output.exit_layers_used, torch.where(expected[:, 6:] == 0, 0, depth))
+    assert output.exit_layers_used.is_contiguous() and output.exit_confidences.is_contiguous()
 
 
 @pytest.mark.parametrize("measure", MEASURES)

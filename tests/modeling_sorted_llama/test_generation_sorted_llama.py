@@ -377,6 +377,12 @@ def test_an_assistant_model_beside_a_depth_is_refused(source):
     assert calls == []
 
 
+def test_one_depth_of_a_call_goes_before_drafts_of_a_generation_config():
+    model, arguments = tiny_sorted(), {**prompts((5,)), "max_new_tokens": 8}
+    model.generation_config.assistant_early_exit = 1
+    assert torch.equal(model.generate(**arguments, exit_layer=2), submodel_tokens(model, 2, **arguments))
+
+
 def test_a_sorted_model_drafts_for_a_plain_llama():
     target, draft = tiny_llama(seed=0), tiny_sorted(seed=0, exit_layer=2)
     arguments = {**prompts((5,)), "max_new_tokens": 14}

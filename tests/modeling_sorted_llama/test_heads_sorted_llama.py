@@ -242,6 +242,16 @@ def test_resizing_the_vocabulary_resizes_the_heads_of_exits():
     assert model(input_ids=ids, labels=ids).exit_losses.isfinite().all()
 
 
+def test_heads_of_exits_that_are_called_are_resized_as_well():
+    """Where the LM head has a hook, those of the exits are copies of all of it."""
+    llama = tiny_llama()
+    llama.lm_head.register_forward_hook(lambda *_: None)
+    model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=EXITS, exit_heads="separate")
+    before = model(**prompts(), exit_layer=2).logits
+    model.resize_token_embeddings(300)
+    torch.testing.assert_close(model(**prompts(), exit_layer=2).logits[..., :259], before)
+
+
 def test_own_heads_are_left_out_as_the_lm_head_is(tmp_path):
     """Of adapters on all linear layers and of quantization; a sub-model's head is an `nn.Linear` again."""
     peft, bitsandbytes = pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")

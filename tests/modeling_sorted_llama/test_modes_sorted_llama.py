@@ -255,6 +255,7 @@ ERRORS = {
         {"exit_threshold": 0.5, "exit_confidence": "sure"},
         ["exit_confidence", "'sure'", "max_prob", "margin", "entropy", "callable"],
     ),
+    "confidence_list": ({"exit_threshold": 0.5, "exit_confidence": ["margin"]}, ["exit_confidence", "['margin']"]),
     "confidence_number": ({"exit_threshold": 0.5, "exit_confidence": 3}, ["exit_confidence", "3", "max_prob"]),
     "confidence_empty": ({"exit_threshold": 0.5, "exit_confidence": ""}, ["exit_confidence", "''", "max_prob"]),
     **{
@@ -319,12 +320,13 @@ def test_values_that_are_refused(case):
 
 @pytest.mark.parametrize("name", REMOVED_FIELDS)
 def test_a_removed_option_is_refused_wherever_it_stands(name):
-    """In a call, in its generation config and in the model's, whatever mode is asked for; a plain Llama loses it."""
+    """In a call and its generation config, and in the model's where it has a meaning; a plain Llama loses it."""
     model, words = tiny_sorted(), [f"{name}=2", "removed"]
     assert_refused(model, {name: 2}, words)
     assert_refused(model, {"generation_config": GenerationConfig(**{name: 2})}, words)
     setattr(model.generation_config, name, 2)
-    assert_refused(model, {"exit_layer": 2}, words)
+    assert_refused(model, {"exit_threshold": 0.5}, words)
+    assert torch.equal(model.generate(**prompts(), exit_layer=2), tiny_sorted().generate(**prompts(), exit_layer=2))
     assert not hasattr(model.extract_submodel(2).generation_config, name)
 
 
@@ -405,7 +407,7 @@ def test_a_draft_exit_that_is_not_below_the_verifying_depth_is_refused(value):
 
 REFUSED = {
     "beams": ({"num_beams": 2}, ["num_beams=2", "greedy", "sampling"]),
-    "attentions": ({"output_attentions": True, **RETURN}, ["attentions", "output_attentions=False"]),
+    "attentions": ({"output_attentions": True, **RETURN}, ["attentions", "output_attentions=True"]),
     "no_cache": ({"use_cache": False}, ["use_cache=False"]),
     "quantized": ({"cache_implementation": "quantized"}, ["cache_implementation", "'quantized'", "'dynamic'"]),
     "no_tokens": ({"num_assistant_tokens": 0}, ["`num_assistant_tokens`", "0", "positive integer", '"auto"']),
@@ -417,7 +419,7 @@ REFUSED = {
         schedule: ({"num_assistant_tokens_schedule": schedule}, ["num_assistant_tokens_schedule=", schedule, '"auto"'])
         for schedule in ("linear", "heuristic", "heuristic_transient")
     },
-    "hidden_states": ({"output_hidden_states": True, **RETURN}, ["hidden states", "output_hidden_states=False"]),
+    "hidden_states": ({"output_hidden_states": True, **RETURN}, ["hidden states", "output_hidden_states=True"]),
     "offloaded": ({"cache_implementation": "offloaded"}, ["cache_implementation", "'offloaded'", "'dynamic'"]),
     "lookup_size": ({"max_matching_ngram_size": 3}, ["max_matching_ngram_size=3", "exit alone"]),
     "confidence": ({"assistant_confidence_threshold": "x"}, ["`assistant_confidence_threshold`", "'x'", "number"]),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
 from tests.tiny import reference_llama, tiny_llama, tiny_sorted
@@ -37,6 +38,25 @@ def assert_is_whole(model, expected_exits=None):
 
 def storages(model) -> dict[str, int]:
     return {name: tensor.untyped_storage().data_ptr() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("exit_heads", ["shared", "separate", "lens"])
+def test_every_module_is_in_the_mode_of_its_source(exit_heads):
+    for training in (False, True):
+        model = SortedLlamaForCausalLM.from_llama(
+            tiny_llama().train(training), exit_layers=[2, 4], exit_heads=exit_heads
+        )
+        for made in (model, model.extract_submodel(2), model.extract_submodel(4)):
+            assert {module.training for module in made.modules()} == {training}
+
+
+@pytest.mark.parametrize("exit_heads", ["separate", "lens"])
+def test_a_submodel_is_plain_whatever_the_config_says_of_exits_since(exit_heads):
+    model = SortedLlamaForCausalLM.from_llama(tiny_llama(), exit_layers=[2, 4], exit_heads=exit_heads)
+    model.config.exit_layers = [4]
+    submodel = model.extract_submodel(2)
+    assert type(submodel.lm_head) is torch.nn.Linear and type(submodel.model.norm) is LlamaRMSNorm
+    torch.testing.assert_close(logits(submodel), logits(model, exit_layer=2))
 
 
 @pytest.mark.parametrize("tied", [True, False])
