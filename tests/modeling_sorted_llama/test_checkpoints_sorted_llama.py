@@ -3,7 +3,6 @@
 import ast
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -412,18 +411,11 @@ def test_remote_code_beside_the_installed_package(tmp_path):
     assert_same_weights(SortedLlamaForCausalLM.from_pretrained(again), model)
 
 
-def test_a_checkpoints_folder_that_hides_the_package_says_so(tmp_path):
-    """There `import modeling_sorted_llama` finds the checkpoint's file; with `-P`, as elsewhere, the package."""
+def test_the_code_of_a_checkpoint_that_is_imported_by_hand_names_the_package(tmp_path):
     save_tiny(tmp_path, tiny_sorted())
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "HF_HUB_OFFLINE": "1"}
-    code = "import modeling_sorted_llama; print(modeling_sorted_llama.__file__)"
-    hidden, found = (
-        subprocess.run(
-            [sys.executable, *flags, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        for flags in ([], ["-P"])
-    )
-    assert hidden.returncode and "attempted relative import" not in hidden.stderr
-    last = hidden.stderr.splitlines()[-1]
-    assert last.startswith("ImportError:") and str(tmp_path / "modeling_sorted_llama.py") in last and "`-P`" in last
-    assert found.stdout.strip() == str(PACKAGE / "__init__.py"), found.stderr
+    code = "import sorted_llama; print(sorted_llama.__name__); import modeling_sorted_llama"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode and run.stdout.strip() == "sorted_llama"
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("ImportError:") and str(tmp_path / "modeling_sorted_llama.py") in last
+    assert "the installed package is `sorted_llama`" in last
