@@ -23,10 +23,10 @@ from transformers import (
 import sorted_llama
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
 from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS
+from tests.modeling_sorted_llama.models import TOKENS, assert_is_whole, assert_same_weights, logits
 from tests.tiny import reference_llama, run_as_stranger, save_gguf, save_tiny, tiny_llama, tiny_sorted
 
 
-TOKENS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
 PACKAGE = Path(sorted_llama.modeling_sorted_llama.__file__).parent
 STAYS_HERE = ["vllm_plugin.py", "vllm_sorted_llama.py"]  # for the installed package only
 REMOTE_CODE = sorted(path.name for path in PACKAGE.glob("[!_]*.py") if path.name not in STAYS_HERE)
@@ -35,27 +35,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_sorted_llama.SortedLlamaModel",
     "AutoModelForCausalLM": "modeling_sorted_llama.SortedLlamaForCausalLM",
 }
-
-
-@torch.no_grad()
-def logits(model, **arguments) -> torch.Tensor:
-    return model(TOKENS.to(model.device), **arguments).logits
-
-
-def assert_same_weights(model, expected):
-    mine, theirs = model.state_dict(), expected.state_dict()
-    assert list(mine) == list(theirs)
-    for name in mine:
-        assert torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype
-
-
-def assert_is_whole(model, expected_exits=None):
-    """Sorted in memory as on disk, and each exit the sub-model."""
-    assert model.config.model_type == "sorted_llama" and type(model.config) is SortedLlamaConfig
-    assert model.config.exit_layers == expected_exits
-    assert model.model.config is model.config
-    for depth in (1, 2, 4):
-        assert torch.equal(logits(model, exit_layer=depth), logits(reference_llama(model, depth)))
 
 
 @pytest.mark.parametrize("tied", [True, False])

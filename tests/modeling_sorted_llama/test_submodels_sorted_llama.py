@@ -8,32 +8,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM
+from tests.modeling_sorted_llama.models import TOKENS, assert_is_whole, assert_same_weights, logits
 from tests.tiny import reference_llama, tiny_llama, tiny_sorted
-
-
-TOKENS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def logits(model, **arguments) -> torch.Tensor:
-    return model(TOKENS.to(model.device), **arguments).logits
-
-
-def assert_same_weights(model, expected):
-    mine, theirs = model.state_dict(), expected.state_dict()
-    assert list(mine) == list(theirs)
-    for name in mine:
-        assert torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype
-
-
-def assert_is_whole(model, expected_exits=None):
-    """Sorted in memory as on disk, and each exit the sub-model."""
-    assert model.config.model_type == "sorted_llama" and type(model.config) is SortedLlamaConfig
-    assert model.config.exit_layers == expected_exits
-    assert model.model.config is model.config
-    for depth in (1, 2, 4):
-        assert torch.equal(logits(model, exit_layer=depth), logits(reference_llama(model, depth)))
 
 
 def storages(model) -> dict[str, int]:
