@@ -28,9 +28,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from _common import SMALL, print_head, print_row
+from _vllm import start_server, wait_until_up
 from facts import build_facts
 from openai import AsyncOpenAI
-from serve_depths import start_server, wait_until_up
 
 from sorted_llama.hub_card.extract import extract
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM

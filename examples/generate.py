@@ -18,19 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checks import read_depths
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
 from sorted_llama.hub_card.checkpoint import check_device, load_config, load_model, load_tokenizer
-from sorted_llama.modeling_sorted_llama.modes_sorted_llama import (
-    SORTED_GENERATION_FIELDS,
-    choose_decoding,
-    read_decoding_fields,
-)
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_exit_layers
+from sorted_llama.modeling_sorted_llama.modes_sorted_llama import choose_decoding, make_plain, read_decoding_fields
 from sorted_llama.trainer.escaping import one_line
+from sorted_llama.trainer.sorted_sft_config import read_exit_layers
 
 
 DEMO = "out/demo/final"
@@ -95,7 +92,10 @@ def number_or_auto(text: str) -> int | str:
 def choose_modes(config: SortedLlamaConfig, args: argparse.Namespace) -> list[dict]:
     """What `generate` is called with, mode by mode; `ValueError` where it would refuse, found without weights."""
     exits, full, threshold = config.exit_layers or [], config.num_hidden_layers, args.exit_threshold
-    named = read_depths(args.exit_layers or [], full, "exit_layers") or exits
+    named = read_exit_layers(args.exit_layers or exits)
+    if isinstance(named, str):
+        named = check_exit_layers(named, full)
+    named = [check_exit_layer(k, full, "exit_layers") for k in named]
     modes: list[dict] = [{}, *({"exit_layer": k} for k in named if k != full)]
     if len(exits) > 1 or threshold:
         threshold = threshold or [0.9]
@@ -192,8 +192,7 @@ def main() -> None:
         modes = choose_modes(config, args)
         tokenizer, model = load_tokenizer(args.model), load_model(args.model, args.dtype, device)
         model.config.exit_layer = None
-        for name in (*SORTED_GENERATION_FIELDS, "assistant_early_exit"):
-            setattr(model.generation_config, name, None)
+        make_plain(model.generation_config)
         inputs = [encode(tokenizer, prompt, args.chat).to(device) for prompt in prompts]
         options = {"do_sample": args.do_sample, "return_dict_in_generate": True}
         for tokens, mode in itertools.product(inputs, modes):  # to warm up; what is not possible says so here

@@ -23,12 +23,14 @@ With `--continuous-batching`, all requests run at the depth of the checkpoint's 
 is refused: never another depth than asked for.
 """
 
+import errno
 import functools
 import json
+import os
+import socket
 from typing import Any
 
 import typer
-from checks import check_port
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 from transformers.cli.serve import Serve
@@ -150,6 +152,22 @@ def check_model(name: str) -> None:
             f"{path} is no sorted Llama but a {', '.join(classes)}: a request could not choose a depth. "
             "`transformers serve` serves it."
         )
+
+
+def check_port(host: str, port: int) -> None:
+    """A `ValueError` if a server could not listen there: the port is taken, not allowed, or no port."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"`port` must be a number from 0 to 65535, got {port}.")
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            socket.create_server(address[:2], family=family).close()
+    except socket.gaierror as error:
+        raise ValueError(f"{host} is no address to listen at: {error}.") from error
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):  # what else there is, the server knows better
+            raise ValueError(
+                f"Port {port} of {host} cannot be used ({os.strerror(error.errno)}): pass another."
+            ) from error
 
 
 @functools.wraps(Serve)

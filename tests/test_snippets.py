@@ -41,8 +41,6 @@ NOT_RUN = {
     "python -m vllm.entrypoints.openai.api_server": "vLLM has an environment of its own: tests/serving_vllm",
     "accelerate launch ": "several processes: tests/examples/test_train.py",
     "torchrun ": "several processes: tests/examples/test_train.py",
-    "python examples/serve_depths.py out/demo/final": "vLLM is not installed: tests/examples/test_serve.py",
-    "LITELLM_MASTER_KEY=sk-1234 litellm --config out/demo/final.litellm.yaml": "LiteLLM is not installed",
     "python examples/serve.py out/demo/final": "a server that stays: tests/examples/test_serve.py",
     "python examples/space/app.py --model out/demo/final": "a server that stays: tests/examples/test_space.py",
     "python -m sorted_llama.hub_card.harness --model sorted-llama": "its own command line, with PATH: tests/hub_card",

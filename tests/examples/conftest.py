@@ -17,7 +17,6 @@ def _example(name):
     return module
 
 
-checks = _example("checks")
 demo = _example("demo")
 generate = _example("generate")
 merge = _example("merge")
@@ -25,4 +24,3 @@ plan = _example("plan")
 study = _example("study")
 train = _example("train")
 serve = _example("serve")
-serve_depths = _example("serve_depths")

@@ -164,7 +164,7 @@ def test_a_model_without_exits_runs_at_full_depth_and_drafts(run, tmp_path):
     "flags, message",
     [
         (["--exit_layers", "5"], "`exit_layers` must be an integer from 1 to 4, got 5"),
-        (["--exit_layers", "1,2"], "`exit_layers` must be an integer from 1 to 4, got '1,2'"),
+        (["--exit_layers", "1,2"], "`exit_layers` must be a list of integers from 1 to 4, .* got '1,2'"),
         (["--exit_layers", "every:0"], "`exit_layers` must be .* got 'every:0'"),
         (["--exit_threshold", "0.5", "0.6", "0.7"], "`exit_threshold` must be a number of at least 0, or a list of 2"),
         (["--exit_threshold", "nan"], "`exit_threshold` must be a number"),

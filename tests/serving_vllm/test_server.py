@@ -15,8 +15,8 @@ from openai import APIError, BadRequestError, OpenAI
 
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-from serve_depths import start_server, wait_until_up  # noqa: E402
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from _vllm import start_server, wait_until_up  # noqa: E402
 from test_vllm_sorted_llama import make  # noqa: E402
 
 
@@ -130,9 +130,9 @@ def test_two_servers_and_their_faults(path, serve):
 
 
 def test_a_bad_depth_ends_the_start_with_the_allowed_ones(path):
-    command = [sys.executable, "-c", "import sys; from serve_depths import start_server; "]
+    command = [sys.executable, "-c", "import sys; from _vllm import start_server; "]
     command[-1] += f"sys.exit(start_server({str(path)!r}, '9', 1, *{FLAGS!r}).wait())"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode != 0
     assert "`exit_layer` must be an integer from 1 to 4, got 9" in run.stdout + run.stderr
