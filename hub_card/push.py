@@ -1,13 +1,11 @@
 """A checkpoint with its page to the Hub."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from sorted_llama.trainer.escaping import one_line
 
@@ -49,18 +47,12 @@ def push(
     else nothing in the folder has changed.
 
     Args:
-        path (`str` or `Path`):
-            Folder of the checkpoint.
-        name (`str`):
-            Id on the Hub, `user/name`; made if it is not there.
-        private (`bool`, *optional*, defaults to `False`):
-            Whether a new repository is private.
-        revision (`str`, *optional*):
-            Branch, made if it is not there. Defaults to the main one.
-        create_pr (`bool`, *optional*, defaults to `False`):
-            Whether to open a pull request in place of a commit.
-        include (`Sequence[str]`, *optional*):
-            Patterns of other files to push: see [`files_to_push`].
+        path (`str` or `Path`): Folder of the checkpoint.
+        name (`str`): Id on the Hub, `user/name`; made if it is not there.
+        private (`bool`, *optional*, defaults to `False`): Whether a new repository is private.
+        revision (`str`, *optional*): Branch, made if it is not there. Defaults to the main one.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request in place of a commit.
+        include (`Sequence[str]`, *optional*): Patterns of other files to push: see [`files_to_push`].
 
     Returns:
         `str`: Address of the commit, or of the pull request.
@@ -92,28 +84,18 @@ def upload(
     """
     if name.count("/") != 1:
         raise ValueError(f"`name` must be an id on the Hub, user/name, got {name!r}.")
-    folder = Path(folder)
-    files = {file: folder / file for file in files_to_push(folder, include)}
+    files = {file: Path(folder, file) for file in files_to_push(folder, include)}
     if instead is not None:
         files |= {file.name: file for file in Path(instead).iterdir()}
     api = HfApi()
-    with TemporaryDirectory() as staged:  # holds these files and no others: nothing is left to a filter
-        for file, source in files.items():
-            _link(source, Path(staged) / file)
-        try:
-            api.create_repo(name, private=private, exist_ok=True)
-            if revision is not None and not create_pr:
-                api.create_branch(name, branch=revision, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=name,
-                folder_path=staged,
-                revision=revision,
-                create_pr=create_pr,
-                ignore_patterns=[],
-                commit_message=message,
-            )
-        except Exception as error:  # those of the Hub, its client and the line have no class of their own
-            raise OSError(f"The push to {name!r} failed: {one_line(error)}") from error
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        added = [CommitOperationAdd(file, source) for file, source in files.items()]
+        commit = api.create_commit(name, added, commit_message=message, revision=revision, create_pr=create_pr)
+    except Exception as error:  # those of the Hub, its client and the line have no class of their own
+        raise OSError(f"The push to {name!r} failed: {one_line(error)}") from error
     return commit.pr_url or commit.commit_url
 
 
@@ -155,14 +137,6 @@ def _matches(folder: Path, pattern: str) -> list[str]:
 
 def _is_private(file: str) -> bool:
     return any(fnmatch(part, pattern) for part in PurePosixPath(file).parts for pattern in NEVER)
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.symlink(source.resolve(), target)
-    except (OSError, NotImplementedError):  # Windows asks for a privilege
-        shutil.copyfile(source, target)
 
 
 __all__ = ["files_to_push", "push", "upload"]

@@ -8,10 +8,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 import torch
@@ -26,23 +27,11 @@ FILE_NAME = "evaluation.json"  # in the checkpoint's folder
 PACKAGES = ("sorted-llama", "torch", "transformers", "tokenizers", "datasets", "lm-eval")
 
 
-# What is checked
-
-
-@dataclass(frozen=True)
-class Value:
-    """What a value must be, in words, and whether it is."""
+class Value(NamedTuple):
+    """What a value must be, in words, and whether it is. As the key of a table it stands for all keys."""
 
     what: str
     holds: Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
-class Each:
-    """A mapping whose keys and values are alike."""
-
-    key: Value
-    value: Any
 
 
 def _is_setting(name: str) -> bool:
@@ -59,50 +48,44 @@ SHARE = Value("a number from 0 to 1", lambda value: is_number(value) and 0 <= va
 SPEED = Value("a number above 0", lambda value: is_number(value) and value > 0)
 EXIT = Value("the number of an exit", lambda value: _is_setting(f"exit {value}"))
 SETTING = Value(f"the name of a setting, one of {', '.join(MODES)} and a value", _is_setting)
+LIST = Value("a list", lambda value: isinstance(value, list))
+OBJECT = Value("an object", lambda value: isinstance(value, dict))
 
 # What the page and its plot read; `?`: a stopped run, or an older version, has none
 TIMED = {"prompts": COUNT, "prompt_tokens": COUNT, "max_new_tokens": COUNT, "runs": COUNT}
 TASK = {
     "metric": TEXT,
-    "settings": Each(SETTING, Each(TEXT, SHARE)),
+    "settings": {SETTING: {TEXT: SHARE}},
     # The reliability is of the exits below full depth
-    "exits": Each(EXIT, {"loss": NUMBER, "agreement": SHARE, "reliability?": {"expected_calibration_error": NUMBER}}),
+    "exits": {EXIT: {"loss": NUMBER, "agreement": SHARE, "reliability?": {"expected_calibration_error": NUMBER}}},
     "suggested_thresholds?": [{"wanted_agreement": SHARE, "exit_threshold": NUMBER, "mean_layers": NUMBER}],
 }
 RECORD = {
     "request": {
         "exit_layers": [COUNT],
-        "settings": Each(SETTING, {}),
-        "tasks": Each(TEXT, {"rows": COUNT}),
+        "settings": {SETTING: OBJECT},
+        "tasks": {TEXT: {"rows": COUNT}},
         "dtype": TEXT,
         "timed?": TIMED,
     },
     "made_by": {"machine": TEXT, "date": TEXT, "command": TEXT, "versions": {"torch": TEXT}},
-    "exits": Each(EXIT, {"parameters": COUNT, "flops": COUNT, "kv_bytes": COUNT}),
-    "tasks": Each(TEXT, TASK),
-    "harness": Each(TEXT, Each(TEXT, Each(EXIT, Each(TEXT, NUMBER)))),
-    "speed?": Each(SETTING, {"median": SPEED, "best": SPEED}),
-    "peers?": Each(TEXT, {}),  # records themselves
+    "exits": {EXIT: {"parameters": COUNT, "flops": COUNT, "kv_bytes": COUNT}},
+    "tasks": {TEXT: TASK},
+    "harness": {TEXT: {TEXT: {EXIT: {TEXT: NUMBER}}}},
+    "speed?": {SETTING: {"median": SPEED, "best": SPEED}},
+    "peers?": {TEXT: OBJECT},  # records themselves
 }
 
 
 def load_evaluation(path: str | Path) -> dict[str, Any]:
     """
-    Read an evaluation.
-
-    Args:
-        path (`str` or `Path`):
-            JSON file, or a folder with an `evaluation.json`.
-
-    Returns:
-        `dict`
+    Read an evaluation: a JSON file, or a folder with an `evaluation.json`.
 
     Raises:
         ValueError: If there is no such file, if it is no JSON, if it is of another schema than this version reads, or
             if a field is missing or holds what no evaluation writes; the message names the file and the field.
     """
-    path = Path(path)
-    file = path / FILE_NAME if path.is_dir() else path
+    file = Path(path, FILE_NAME) if Path(path).is_dir() else Path(path)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -110,10 +93,10 @@ def load_evaluation(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"The evaluation {str(file)!r} is no JSON: {error}.") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{str(file)!r} is no evaluation: it holds no object, but {_shown(record)}.")
-    if record.get("schema_version") != SCHEMA_VERSION:
-        found = record.get("schema_version")
-        raise ValueError(f"{str(file)!r} has schema version {_shown(found)}, this version reads {SCHEMA_VERSION}.")
+        raise ValueError(f"{str(file)!r} is no evaluation: it holds no object, but {shown(record)}.")
+    found = record.get("schema_version")
+    if found != SCHEMA_VERSION:
+        raise ValueError(f"{str(file)!r} has schema version {shown(found)}, this version reads {SCHEMA_VERSION}.")
     check_record(record, f"{str(file)!r}: ")
     return record
 
@@ -121,18 +104,16 @@ def load_evaluation(path: str | Path) -> dict[str, Any]:
 def check_record(record: dict[str, Any], source: str = "") -> None:
     """Check what is read of an evaluation, so that nothing else has to; an error names `source` and the field."""
     _check(record, RECORD, "", source)
-    full = check_exit_layers(record["request"]["exit_layers"], None, f"{source}request.exit_layers")[-1]
-    _check(record["exits"], {str(full): {}}, "exits", source)
+    # What the fields say of each other
+    full = str(check_exit_layers(record["request"]["exit_layers"], None, f"{source}request.exit_layers")[-1])
+    _check(record["exits"], {full: OBJECT}, "exits", source)
+    read = {k: {"reliability": OBJECT} if k != full else OBJECT for k in record["exits"]}
     for task, results in record["tasks"].items():
-        for setting, scores in results["settings"].items():
-            _check(scores, {results["metric"]: SHARE}, f"tasks.{task}.settings.{setting}", source)
-        read: dict[str, Any] = {k: {"reliability": {}} if k != str(full) else {} for k in record["exits"]}
-        _check(results["exits"], read, f"tasks.{task}.exits", source)
+        scores = dict.fromkeys(results["settings"], {results["metric"]: SHARE})
+        _check(results, {"settings": scores, "exits": read}, f"tasks.{task}", source)
     if "speed" in record:
-        measured: dict[str, Any] = dict.fromkeys(
-            [*record["request"]["settings"], *(f"exit {k}" for k in record["exits"])], {}
-        )
-        _check(record, {"speed": measured, "request": {"timed": TIMED}}, "", source)
+        measured = [*record["request"]["settings"], *(f"exit {k}" for k in record["exits"])]
+        _check(record, {"speed": dict.fromkeys(measured, OBJECT), "request": {"timed": TIMED}}, "", source)
         if not record["tasks"] or record["request"]["timed"]["prompts"] == 0:
             raise ValueError(f"{source}`speed` was measured, but `tasks` or `request.timed.prompts` is empty.")
     for name, peer in record.get("peers", {}).items():
@@ -140,34 +121,26 @@ def check_record(record: dict[str, Any], source: str = "") -> None:
 
 
 def _check(value: Any, shape: Any, name: str, source: str) -> None:
-    if isinstance(shape, Value):
-        if not shape.holds(value):
-            raise ValueError(f"{source}`{name}` must be {shape.what}, got {_shown(value)}.")
-        return
-    of_type, what = (list, "a list") if isinstance(shape, list) else (dict, "an object")
-    if not isinstance(value, of_type):
-        raise ValueError(f"{source}`{name}` must be {what}, got {_shown(value)}.")
+    """Check a value against a [`Value`], a list of one of these, or a table of fields."""
+    kind = shape if isinstance(shape, Value) else LIST if isinstance(shape, list) else OBJECT
+    if not kind.holds(value):
+        raise ValueError(f"{source}`{name}` must be {kind.what}, got {shown(value)}.")
     if isinstance(shape, list):
         for number, entry in enumerate(value):
             _check(entry, shape[0], f"{name}[{number}]", source)
-    elif isinstance(shape, Each):
-        for key, entry in dict(value).items():
-            _check(key, shape.key, f"{name}: its key", source)
-            _check(entry, shape.value, f"{name}.{key}", source)
-    else:
+    elif isinstance(shape, dict):
         for key, of_field in shape.items():
+            if isinstance(key, Value):
+                for found, entry in value.items():
+                    _check(found, key, f"{name}: its key", source)
+                    _check(entry, of_field, f"{name}.{found}", source)
+                continue
             field = key.removesuffix("?")
             inner = f"{name}.{field}" if name else field
             if field in value:
                 _check(value[field], of_field, inner, source)
             elif field == key:
                 raise ValueError(f"{source}`{inner}` is missing.")
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, cut short."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # What is read
@@ -244,7 +217,7 @@ def open_record(output: Path, request: dict, overwrite: bool, device: torch.devi
         "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_revision": _git_revision(),
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": _versions(),
         "machine": machine_name(device),
     }
     return {"schema_version": SCHEMA_VERSION, "request": request, "made_by": made_by, "tasks": {}, "harness": {}}
@@ -289,24 +262,22 @@ def _command() -> str:
     return shlex.join([*start, *sys.argv[1:]])
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def _git_revision() -> str | None:
     """Of the repository that this file is a file of; not of one whose environment it was installed into."""
-    folder = str(Path(__file__).parent)
+    file = Path(__file__)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", folder, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
-
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD")
+        for arguments in (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"]):
+            git = ["git", "-C", str(file.parent), *arguments]
+            done = subprocess.run(git, check=True, capture_output=True, text=True, env=environment)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return done.stdout.strip()

@@ -119,7 +119,7 @@ def test_a_file_that_could_not_be_looked_up_is_not_taken_for_missing(monkeypatch
     with pytest.raises(
         ValueError, match="the Hub could not be asked for tokenizer_config.json of 'user/name': offline"
     ):
-        extract_module._Source("user/name", None).file("tokenizer_config.json")
+        extract_module._find("user/name", None, "tokenizer_config.json")
 
 
 def test_wrong_arguments_of_an_extraction_leave_nothing_behind(tmp_path):

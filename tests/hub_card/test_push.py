@@ -32,11 +32,10 @@ class Api:
     def create_repo(self, name, **kwargs):
         pass
 
-    def upload_folder(self, folder_path, **kwargs):
+    def create_commit(self, name, operations, **kwargs):
         if Api.fails is not None:
             raise Api.fails
-        files = [file for file in Path(folder_path).rglob("*") if file.is_file()]
-        Api.sent = {file.relative_to(folder_path).as_posix(): file.read_bytes() for file in files}
+        Api.sent = {added.path_in_repo: Path(added.path_or_fileobj).read_bytes() for added in operations}
         return type("Commit", (), {"pr_url": None, "commit_url": "there"})
 
 
