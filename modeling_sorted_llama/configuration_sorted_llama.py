@@ -1,11 +1,14 @@
 """Configuration of Sorted LLaMA: a Llama whose first `k` decoder layers are a model for several `k`."""
 
+import copy
 import math
 import numbers
 import operator
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from transformers import LlamaConfig
@@ -20,7 +23,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_sorted_llama.SortedLlamaModel",
     "AutoModelForCausalLM": "modeling_sorted_llama.SortedLlamaForCausalLM",
 }
-
 
 # What this config adds to Llama's
 SORTED_FIELDS = ("exit_layers", "exit_layer", "exit_loss_weights", "exit_heads")
@@ -37,6 +39,12 @@ def as_int(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """The entries of a list, tuple, array or tensor; `None` for all else, a text among it."""
+    entries = value.tolist() if hasattr(value, "tolist") else value
+    return list(entries) if isinstance(entries, Sequence) and not isinstance(entries, str) else None
 
 
 def is_number(value: Any) -> bool:
@@ -60,10 +68,7 @@ def check_int(value: Any, name: str, least: int | None = None, most: int | None 
 def check_number(
     value: Any, name: str, least: float | None = None, most: float | None = None, exclusive: bool = False
 ) -> float:
-    """
-    `value` as a float; a `ValueError` that names the argument where it is no finite number, or out of range. With
-    `exclusive`, `least` itself is not allowed.
-    """
+    """As [`check_int`], for a finite number; with `exclusive`, `least` itself is not allowed."""
     too_small = is_number(value) and least is not None and (value < least or (exclusive and value == least))
     if not is_number(value) or too_small or (most is not None and value > most):
         raise ValueError(f"`{name}` must be a finite number{_range(least, most, exclusive)}, got {value!r}.")
@@ -96,74 +101,39 @@ def check_exit_layer(exit_layer: Any, num_hidden_layers: int, name: str = "exit_
 
 def check_exit_layers(exit_layers: Any, num_hidden_layers: int | None, name: str = "exit_layers") -> list[int]:
     """
-    The exits that SoFT trains: a list of them, or what `"every:N"` stands for; else a `ValueError` that says what is
-    wrong. Where `num_hidden_layers` is `None`, not known yet, the last exit may be any.
+    The exits that SoFT trains: a list of them, or what `"every:N"` stands for; else a `ValueError` that names them.
+    Where `num_hidden_layers` is `None`, not known yet, the last exit may be any, and `"every:N"` stands for none.
     """
-    try:
-        read = _exits_of_text if isinstance(exit_layers, str) else _exits_of_list
-        return read(exit_layers, num_hidden_layers)
-    except ValueError as error:
+    spacing = exit_spacing(exit_layers) if isinstance(exit_layers, str) else None
+    if spacing is not None and num_hidden_layers is not None:
+        return [*range(spacing, num_hidden_layers, spacing), num_hidden_layers]
+    exits = [as_int(entry) or 0 for entry in as_list(exit_layers) or ()]  # what is no integer is refused like 0
+    are_ascending = bool(exits) and all(a < b for a, b in pairwise([0, *exits]))
+    if not are_ascending or num_hidden_layers not in (None, exits[-1]):
         limit = "the full depth" if num_hidden_layers is None else num_hidden_layers
         raise ValueError(
             f"`{name}` must be a list of integers from 1 to {limit}, ascending and ending in the full depth, or "
-            f"'every:N', got {error}."
-        ) from None
-
-
-def _exits_of_text(text: str, num_hidden_layers: int | None) -> list[int]:
-    spacing = exit_spacing(text)
-    if spacing is None:
-        is_list = "," in text or text.isdecimal()
-        hint = f": a text is not taken apart, pass [{text.strip('[]() ')}]" if is_list else ""
-        raise ValueError(f"{text!r}{hint}")
-    if num_hidden_layers is None:
-        raise ValueError(f"{text!r}, which needs a model's depth, not known here: pass a list")
-    return [*range(spacing, num_hidden_layers, spacing), num_hidden_layers]
-
-
-def _exits_of_list(given: Any, num_hidden_layers: int | None) -> list[int]:
-    entries = given.tolist() if hasattr(given, "tolist") else given
-    if not isinstance(entries, Sequence):
-        raise ValueError(repr(given))
-    if len(entries) == 0:
-        raise ValueError(f"{given!r}, which is empty: full depth alone is [{num_hidden_layers or 'the full depth'}]")
-    exits: list[int] = []
-    for entry in entries:
-        number = as_int(entry)
-        if number is None or number < 1:
-            raise ValueError(f"{entry!r} in {given!r}")
-        if num_hidden_layers is not None and number > num_hidden_layers:
-            raise ValueError(f"{number} in {given!r}: the model has {num_hidden_layers} layers")
-        if exits and number <= exits[-1]:
-            what = f"{number} twice" if number == exits[-1] else f"{number} behind {exits[-1]}"
-            raise ValueError(f"{given!r}, which is not ascending: {what}")
-        exits.append(number)
-    if num_hidden_layers is not None and exits[-1] != num_hidden_layers:
-        raise ValueError(f"{given!r}, which ends in {exits[-1]}: pass {[*exits, num_hidden_layers]}")
+            f"'every:N' where a model's depth is known, got {exit_layers!r}."
+        )
     return exits
 
 
 def exit_spacing(text: str) -> int | None:
     """The `N` of `"every:N"`; `None` for any other text."""
-    spacing = text.strip().removeprefix("every:")
-    is_spacing = spacing != text.strip() and spacing.isascii() and spacing.isdecimal() and len(spacing) < 10
-    return int(spacing) if is_spacing and int(spacing) > 0 else None
+    spacing = re.fullmatch("every:0*([1-9][0-9]{0,8})", text.strip())
+    return int(spacing[1]) if spacing else None
 
 
 def check_exit_loss_weights(weights: Any, num_exits: int, name: str = "exit_loss_weights") -> list[float]:
     """One weight an exit, finite and not negative, at least one above 0; else a `ValueError` that names them."""
-    if (
-        isinstance(weights, str)
-        or not isinstance(weights, Sequence)
-        or len(weights) != num_exits
-        or not all(is_number(weight) and weight >= 0 for weight in weights)
-        or not any(weights)
-    ):
+    entries = as_list(weights) or []
+    are_weights = all(is_number(entry) and entry >= 0 for entry in entries) and any(entries)
+    if len(entries) != num_exits or not are_weights:
         raise ValueError(
             f"`{name}` must be a list of {num_exits} finite numbers of at least 0, one for each of `exit_layers` and "
             f"at least one above 0, got {weights!r}."
         )
-    return [float(weight) for weight in weights]
+    return [float(entry) for entry in entries]
 
 
 class ModelPath(str):
@@ -213,17 +183,7 @@ class SortedLlamaConfig(LlamaConfig):
             they start as the final norm and the identity, and cost `hidden_size ** 2` weights an exit.
 
     Raises:
-        ValueError: At construction, if a value is out of range; the message names the field, the value and the range.
-
-    Example:
-
-    ```python
-    >>> from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
-
-    >>> config = SortedLlamaConfig(num_hidden_layers=30, exit_layers=[10, 15, 20, 30])
-    >>> print(config.exit_layers)
-    [10, 15, 20, 30]
-    ```
+        ValueError: At construction, if a value is out of range.
     """
 
     model_type = "sorted_llama"
@@ -236,7 +196,6 @@ class SortedLlamaConfig(LlamaConfig):
         "exit_agreements",
         "exit_divergences",
     ]
-
     # `Any`: for another type transformers raises, before `__post_init__`, an error that is no `ValueError`
     exit_layers: Any = None
     exit_layer: Any = None
@@ -257,16 +216,12 @@ class SortedLlamaConfig(LlamaConfig):
             self.exit_layer = check_exit_layer(self.exit_layer, self.num_hidden_layers)
         if self.exit_loss_weights is not None:
             if self.exit_layers is None:
-                raise ValueError(
-                    f"`exit_loss_weights` weights the exits of `exit_layers`, which is None: got "
-                    f"{self.exit_loss_weights!r}, set `exit_layers` too."
-                )
+                raise ValueError(f"`exit_loss_weights` needs `exit_layers`, not None, got {self.exit_loss_weights!r}.")
             self.exit_loss_weights = check_exit_loss_weights(self.exit_loss_weights, len(self.exit_layers))
         check_choice(self.exit_heads, "exit_heads", EXIT_HEADS)
         if EXIT_HEADS[self.exit_heads].owned and len(self.exit_layers or ()) < 2:
             raise ValueError(
-                f"`exit_heads={self.exit_heads!r}` gives each exit below full depth weights of its own: set "
-                f"`exit_layers` too, got {self.exit_layers!r}."
+                f"`exit_heads={self.exit_heads!r}` needs `exit_layers` below full depth, got {self.exit_layers!r}."
             )
 
     @property
@@ -303,16 +258,35 @@ class SortedLlamaConfig(LlamaConfig):
         in_memory = getattr(kwargs.get("name_or_path"), "depth_fields", {})
         config_dict = {**{key: value for key, value in config_dict.items() if key != "model_type"}, **in_memory}
         if "num_hidden_layers" in overrides:
-            config_dict = _cut_exits(config_dict, overrides["num_hidden_layers"])
+            depth = check_int(config_dict.get("num_hidden_layers", cls.num_hidden_layers), "num_hidden_layers", 1)
+            whole = cls(**copy.deepcopy(config_dict) | {"num_hidden_layers": depth})
+            config_dict |= whole._cut_exits(overrides["num_hidden_layers"])
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def update(self, config_dict: dict[str, Any]) -> None:
         """See [`~transformers.PreTrainedConfig.update`]. `num_hidden_layers` cuts the exits above it off."""
         if "num_hidden_layers" in config_dict:
-            fields = {name: getattr(self, name) for name in DEPTH_FIELDS}
-            config_dict = {**_cut_exits(fields, config_dict["num_hidden_layers"]), **config_dict}
+            config_dict = {**self._cut_exits(config_dict["num_hidden_layers"]), **config_dict}
         super().update(config_dict)
         self._check_exits()
+
+    def _cut_exits(self, num_hidden_layers: Any) -> dict[str, Any]:
+        """The exits of the first `num_hidden_layers` layers: those up to the last of them, if it is one."""
+        layers = check_int(num_hidden_layers, "num_hidden_layers", 1)
+        if self.exit_heads != "shared" and layers != self.num_hidden_layers:
+            raise ValueError(
+                f"`num_hidden_layers={layers}` cuts off the layers that the final norm and head belong to, and with "
+                f"`exit_heads={self.exit_heads!r}` the exits do not read as it does: load the model whole, then "
+                f"`extract_submodel({layers})`."
+            )
+        exits = [k for k in self.exit_layers or () if k <= layers]
+        if layers not in exits:  # nothing is known of the new full depth's weight
+            exits = []
+        return {
+            "exit_layers": exits or None,
+            "exit_loss_weights": (self.exit_loss_weights or [])[: len(exits)] or None,
+            "exit_layer": self.exit_layer if (self.exit_layer or 0) <= layers else None,
+        }
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         # A checkpoint loaded from the Hub names the repository of its code here; the new folder has its own
@@ -324,73 +298,23 @@ class SortedLlamaConfig(LlamaConfig):
         return super().to_dict()
 
     def to_llama(self, num_hidden_layers: int | None = None) -> LlamaConfig:
-        """
-        The plain Llama configuration of a sub-model.
-
-        Args:
-            num_hidden_layers (`int`, *optional*):
-                Number of decoder layers, from 1 to all of them, which is the default; else a `ValueError`.
-
-        Returns:
-            [`~transformers.LlamaConfig`]: A new configuration without the fields of this class.
-        """
+        """A new plain Llama configuration, of the sub-model of `num_hidden_layers` layers (default: all of them)."""
         fields = self.to_dict()
         for name in ("model_type", "auto_map", "architectures", *SORTED_FIELDS):
             fields.pop(name, None)
         if num_hidden_layers is not None:
-            fields["num_hidden_layers"] = check_exit_layer(
-                num_hidden_layers, self.num_hidden_layers, "num_hidden_layers"
-            )
+            fields["num_hidden_layers"] = check_int(num_hidden_layers, "num_hidden_layers", 1, self.num_hidden_layers)
             if num_hidden_layers in self.own_exits:
                 fields["tie_word_embeddings"] = False
         return LlamaConfig(**fields, attn_implementation=self._attn_implementation)
 
     @classmethod
     def from_llama(cls, config: LlamaConfig, **kwargs: Any) -> "SortedLlamaConfig":
-        """
-        The sorted configuration of a plain Llama.
-
-        Args:
-            config ([`~transformers.LlamaConfig`]):
-                Configuration to start from; not changed.
-            kwargs (`Any`, *optional*):
-                Fields of this class, `exit_layers` for example; a `ValueError` where one is out of range.
-
-        Returns:
-            [`SortedLlamaConfig`]: A new configuration.
-        """
+        """A new sorted configuration of a plain Llama; `kwargs` are fields of this class (`exit_layers=[...]`)."""
         fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
         new = cls(**{**fields, **kwargs}, attn_implementation=config._attn_implementation)
         new.name_or_path = config.name_or_path
         return new
 
 
-def _cut_exits(fields: dict[str, Any], num_hidden_layers: Any) -> dict[str, Any]:
-    """What a checkpoint's configuration says where only its first `num_hidden_layers` are loaded: exits up to them."""
-    layers = check_int(num_hidden_layers, "num_hidden_layers", 1)
-    depth = check_int(fields.get("num_hidden_layers", LlamaConfig.num_hidden_layers), "num_hidden_layers")
-    exits, weights = fields.get("exit_layers"), fields.get("exit_loss_weights")
-    exit_layer, exit_heads = fields.get("exit_layer"), fields.get("exit_heads", "shared")
-    if exit_heads != "shared" and layers != depth:
-        raise ValueError(
-            f"`num_hidden_layers={layers}` cuts off the layers that the final norm and head belong to, and with "
-            f"`exit_heads={exit_heads!r}` the exits do not read as it does: load the model whole, then "
-            f"`extract_submodel({layers})`."
-        )
-    if exits is not None:
-        exits = check_exit_layers(exits, depth)
-    if weights is not None:
-        weights = check_exit_loss_weights(weights, len(exits or ()))
-    if exits is not None and layers not in exits:  # nothing is known of the new full depth's weight
-        exits = weights = None
-    elif exits is not None:
-        exits = exits[: exits.index(layers) + 1]
-        weights = weights and weights[: len(exits)]
-    if exit_layer is not None and check_exit_layer(exit_layer, max(depth, layers)) > layers:
-        exit_layer = None
-    return {**fields, "exit_layers": exits, "exit_loss_weights": weights, "exit_layer": exit_layer}
-
-
 SortedLlamaConfig.register_for_auto_class()
-
-__all__ = ["SortedLlamaConfig"]

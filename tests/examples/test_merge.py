@@ -146,7 +146,7 @@ def test_weights_of_checkpoints_that_sum_to_nothing_are_refused(merge, trained_a
         ({"combination_type": "ties"}, "`density`.*got None"),
         ({"combination_type": "dare_ties_svd", "density": 0.0}, "`density`.*got 0.0"),
         ({"combination_type": "ties", "density": float("nan")}, "`density`.*got nan"),
-        ({"exit_layers": [2, 3]}, "`exit_layers` must be.*ends in 3"),
+        ({"exit_layers": [2, 3]}, r"`exit_layers` must be.*got \[2, 3\]"),
     ],
     ids=str,
 )

@@ -187,7 +187,7 @@ def test_a_server_whose_weights_are_missing_ends_in_one_line(serve, tmp_path):
         ("{", "is not a valid JSON file"),
         ("[]", "its config.json is none of a Llama"),
         ({"model_type": "gpt2"}, "holds a model of type 'gpt2': a sorted model is made from"),
-        ({"exit_layers": [3, 2]}, "which is not ascending: 2 behind 3"),
+        ({"exit_layers": [3, 2]}, "ascending and ending in the full depth"),
         ({"num_hidden_layers": "four"}, "'num_hidden_layers'"),
     ],
 )

@@ -270,8 +270,11 @@ WRONG = {
     "not_a_llama": (["--model_name_or_path", "gpt2"], "gpt2"),
     "wrong_types": (["--model_name_or_path", "types"], "hidden_size"),
     "comma_list": (["--exit_layers", "1,2,4"], "'1,2,4'"),
-    "not_ascending": (["--exit_layers", "2", "1", "4"], "not ascending"),
-    "too_deep": (["--exit_layers", "2", "5"], "the model has 4 layers"),
+    "not_ascending": (
+        ["--exit_layers", "2", "1", "4"],
+        "from 1 to the full depth, ascending",
+    ),
+    "too_deep": (["--exit_layers", "2", "5"], "from 1 to 4, ascending"),
     "no_exits": ([], "--exit_layers is required"),
     "no_config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "broken_config": (["--config", "broken.yaml"], "broken.yaml"),
