@@ -157,6 +157,11 @@ def heads_of(config: Any, exit_layer: int) -> type[SharedHeads]:
     return EXIT_HEADS[config.exit_heads] if exit_layer in config.own_exits else SharedHeads
 
 
+def owned_modules(config: Any, exit_layer: int) -> list[str]:
+    """Names of the modules that an exit owns, in a model of this config: `model.exit_norms.12`."""
+    return [name.format(exit_layer).rpartition(".")[0] for name in heads_of(config, exit_layer).owned.values()]
+
+
 def _linear(weight: nn.Parameter) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight

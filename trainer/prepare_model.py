@@ -10,50 +10,40 @@ from trl.trainer.utils import create_model_from_path
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import gathered
-from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS, OWNING_HEADS
+from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS, OWNING_HEADS, owned_modules
 
 from .sorted_sft_config import SortedSFTConfig
 
 
+def load_sorted(model_id: str, args: SortedSFTConfig, quantization_config: Any) -> SortedLlamaForCausalLM:
+    """Load a model as `SFTTrainer` does, but as a sorted one: its own loading picks a plain Llama's class."""
+    model_init_kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in model_init_kwargs:
+            raise ValueError("`quantization_config` is in `args.model_init_kwargs` too: pass it to the trainer alone.")
+        model_init_kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        model_init_kwargs["device_map"] = None
+    return create_model_from_path(model_id, architecture=SortedLlamaForCausalLM, **model_init_kwargs)
+
+
 def prepare_model(
-    model: str | PreTrainedModel | PeftModel,
-    args: SortedSFTConfig,
-    quantization_config: Any = None,
-    peft_config: Any = None,
+    model: PreTrainedModel | PeftModel, args: SortedSFTConfig, peft_config: Any = None
 ) -> tuple[PreTrainedModel | PeftModel, list[int], list[float] | None]:
     """
-    The model to train, as [`SortedSFTTrainer`] takes its arguments.
+    The model to train, the exits that are trained and the weights of their losses (`None` for 1.0 each), from what
+    [`SortedSFTTrainer`] is given.
 
-    A model that is passed keeps its weights, which the returned one shares. Where it is sorted already and has the
-    heads that are asked for, it is returned itself: its config then says which exits it was trained for.
-
-    Args:
-        model (`str`, [`~transformers.LlamaForCausalLM`], [`SortedLlamaForCausalLM`] or [`~peft.PeftModel`]):
-            A model id or path, or the model.
-        args ([`SortedSFTConfig`]):
-            Configuration; not changed.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Quantization to load the model with, where `model` is an id or path.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapters that the model is about to get.
-
-    Returns:
-        `tuple` of the model, the exits that are trained (`list[int]`) and the weights of their losses (`list[float]`,
-        or `None` for 1.0 each).
-
-    Raises:
-        ValueError: If the model and `args` contradict each other.
-        TypeError: If `model` is no Llama.
+    The returned model shares the weights of the one that is passed. Where this is sorted and has the heads that are
+    asked for, it is returned itself: its config then says which exits it was trained for.
     """
-    if isinstance(model, str):
-        model = _load_sorted(model, args, quantization_config)
     model = _as_sorted(model)
     config = model.config
     exits = args.exits_of(config.num_hidden_layers) or config.exit_layers
     if exits is None:
         raise ValueError(
-            "`exit_layers` is not set, neither in the `SortedSFTConfig` nor in the model's config: pass a list "
-            f"that ends in the full depth, {config.num_hidden_layers}, or a spacing such as 'every:4'."
+            "`exit_layers` is not set, in `SortedSFTConfig` or the model's config: pass a list that ends in the full "
+            f"depth, {config.num_hidden_layers}, or a spacing such as 'every:4'."
         )
     same_exits = exits == config.exit_layers
     weights = args.weights_of(exits, config.exit_loss_weights if same_exits else None)
@@ -61,18 +51,13 @@ def prepare_model(
     _check_effects(args, exits, exit_heads)
     if exit_heads != config.exit_heads or (EXIT_HEADS[exit_heads].owned and not same_exits):
         if is_peft_model(model):
-            raise ValueError(
-                f"`exit_heads={exit_heads!r}` changes the heads of the model, which already has adapters: make "
-                "the sorted model first, then the `PeftModel`."
-            )
+            raise ValueError(f"`exit_heads={exit_heads!r}` changes what is below adapters: set it before `PeftModel`.")
         model = SortedLlamaForCausalLM.from_llama(
             model, exit_layers=exits, exit_loss_weights=None, exit_heads=exit_heads
         )
     if args.trainable == "exits":
         if is_peft_model(model) or peft_config is not None:
-            raise ValueError(
-                "`trainable='exits'` trains norm and head themselves, PEFT adapters instead: choose one of them."
-            )
+            raise ValueError("`trainable='exits'` trains norm and head themselves, PEFT adapters instead: choose one.")
         model = _freeze_backbone(model)
     model.config.exit_layers, model.config.exit_loss_weights = exits, weights  # what is saved with the weights
     return model, exits, weights
@@ -83,34 +68,16 @@ def _check_effects(args: SortedSFTConfig, exits: list[int], exit_heads: str) -> 
     others = len(exits) - 1
     if args.exit_schedule == "random" and args.exits_per_step > others:
         raise ValueError(
-            f"`exits_per_step={args.exits_per_step}` counts exits below full depth, and `exit_layers={exits}` has "
-            f"{others} of them."
+            f"`exits_per_step={args.exits_per_step}` counts exits below full depth: {exits} has {others} of them."
         )
     if args.self_distillation_weight and not others:
-        raise ValueError(
-            f"`self_distillation_weight={args.self_distillation_weight!r}` concerns exits below full depth: "
-            f"`exit_layers={exits}` has none."
-        )
+        weight = args.self_distillation_weight
+        raise ValueError(f"`self_distillation_weight={weight!r}` is for exits below full depth: {exits} has none.")
     if not EXIT_HEADS[exit_heads].owned and (args.detach_exits or args.exit_learning_rate is not None):
         raise ValueError(
             f"`detach_exits={args.detach_exits!r}` and `exit_learning_rate={args.exit_learning_rate!r}` concern "
             f"what the exits own, which is nothing with `exit_heads={exit_heads!r}`: choose {OWNING_HEADS}."
         )
-
-
-def _load_sorted(model_id: str, args: SortedSFTConfig, quantization_config: Any) -> SortedLlamaForCausalLM:
-    """Load a model as `SFTTrainer` does, but as a sorted one: its own loading picks a plain Llama's class."""
-    model_init_kwargs = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        if "quantization_config" in model_init_kwargs:
-            raise ValueError(
-                "`quantization_config` is set both as an argument of the trainer and in `args.model_init_kwargs`: "
-                "pass it once, preferably to the trainer."
-            )
-        model_init_kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        model_init_kwargs["device_map"] = None
-    return create_model_from_path(model_id, architecture=SortedLlamaForCausalLM, **model_init_kwargs)
 
 
 def _as_sorted(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
@@ -119,10 +86,8 @@ def _as_sorted(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMode
     if getattr(base.config, "model_type", None) == "sorted_llama":
         return model
     if not isinstance(base, LlamaForCausalLM):
-        raise TypeError(
-            "`model` must be a model id or path, a LlamaForCausalLM, a SortedLlamaForCausalLM or a PeftModel of one, "
-            f"got {type(base).__name__}."
-        )
+        got = type(base).__name__
+        raise TypeError(f"`model` must be a Llama's id or path, a LlamaForCausalLM or a PeftModel of one, got {got}.")
     sorted_model = SortedLlamaForCausalLM.from_llama(base)
     if base is model:
         return sorted_model
@@ -137,16 +102,12 @@ def _as_sorted(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMode
 
 def _freeze_backbone(model: SortedLlamaForCausalLM) -> SortedLlamaForCausalLM:
     """The model with gradients only for what reads the exits: shared norm and head, or those of the exits."""
-    trained: list[torch.nn.Module]
-    if model.model.exit_norms:
-        trained = [model.model.exit_norms, model.exit_lm_heads]
-    else:
-        if model.config.tie_word_embeddings:  # to train the head would change the embeddings
-            model = SortedLlamaForCausalLM.from_llama(model, tie_word_embeddings=False)
-            with gathered([model.lm_head]):
-                model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-        trained = [model.model.norm, model.lm_head]
+    owned = [name for k in model.config.own_exits for name in owned_modules(model.config, k)]
+    if not owned and model.config.tie_word_embeddings:  # to train the head would change the embeddings
+        model = SortedLlamaForCausalLM.from_llama(model, tie_word_embeddings=False)
+        with gathered([model.lm_head]):
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.requires_grad_(False)
-    for module in trained:
-        module.requires_grad_(True)
+    for name in owned or ["model.norm", "lm_head"]:
+        model.get_submodule(name).requires_grad_(True)
     return model

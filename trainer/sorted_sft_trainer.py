@@ -18,13 +18,14 @@ from transformers.utils import is_rich_available, logging
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
+from sorted_llama.modeling_sorted_llama.heads_sorted_llama import owned_modules
 from sorted_llama.modeling_sorted_llama.loss_sorted_llama import ExitLossOptions
 
 from .atomic_saves import STATE, AtomicSaves
 from .exit_metrics import ExitMetrics
 from .exit_table import ExitTableCallback
 from .model_card import new_page, set_block, training_block, update_page, use_block
-from .prepare_model import prepare_model
+from .prepare_model import load_sorted, prepare_model
 from .sorted_sft_config import SortedSFTConfig
 
 
@@ -68,9 +69,6 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
     Example:
 
     ```python
-    >>> from datasets import load_dataset
-    >>> from sorted_llama import SortedSFTConfig, SortedSFTTrainer
-
     >>> trainer = SortedSFTTrainer(
     ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
     ...     args=SortedSFTConfig(output_dir="out", exit_layers=[10, 15, 20, 30]),
@@ -94,9 +92,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         **kwargs: Any,
     ):
         if kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "`compute_loss_func` would replace the SoFT objective: pass None, or use `trl.SFTTrainer`."
-            )
+            raise ValueError("`compute_loss_func` would replace the objective: pass None, or use `trl.SFTTrainer`.")
         args = _own_args(args, model)
         if args.n_gpu > 1:
             raise ValueError(
@@ -104,16 +100,15 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
                 "process for each, `accelerate launch`, or show it one, `CUDA_VISIBLE_DEVICES=0`."
             )
         model_init_kwargs = args.model_init_kwargs
-        if isinstance(model, str) and processing_class is None:  # before the weights: it is told sooner what lacks
-            processing_class = AutoProcessor.from_pretrained(
-                model, revision=(model_init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
-            )
-        is_loaded_here = isinstance(model, str)
-        model, self.exit_layers, self.exit_loss_weights = prepare_model(model, args, quantization_config, peft_config)
-        if is_loaded_here:  # with these: `SFTTrainer` need not warn that it does not use them
-            quantization_config = args.model_init_kwargs = None
-        exit_heads = model.config.exit_heads
-        if exit_heads != "shared" and args.exit_schedule != "all" and args.ddp_find_unused_parameters is None:
+        if isinstance(model, str):
+            if processing_class is None:  # before the weights: it is told sooner what lacks
+                processing_class = AutoProcessor.from_pretrained(
+                    model, revision=(model_init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
+                )
+            model = load_sorted(model, args, quantization_config)
+            quantization_config = args.model_init_kwargs = None  # `SFTTrainer` need not warn that it does not use them
+        model, self.exit_layers, self.exit_loss_weights = prepare_model(model, args, peft_config)
+        if model.config.own_exits and args.exit_schedule != "all" and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # what an exit owns has no gradient in a step without it
         # PEFT saves the model's class for an adapter without a task, and refuses to import this one when it loads it
         if peft_config is not None and getattr(peft_config, "task_type", "") is None:
@@ -131,45 +126,39 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         )
         self.args.model_init_kwargs = model_init_kwargs
         self._check_trained_exits()
-        self._facts = _TrainedAs(
-            exit_layers=self.exit_layers,
-            exit_heads=exit_heads,
-            trainable=args.trainable,
-            exit_learning_rate=args.exit_learning_rate,
-        )
-        self.add_callback(self._facts)
+        self._facts = {"exit_layers": self.exit_layers, "exit_heads": self.model.config.exit_heads}
+        self._facts |= {"trainable": args.trainable, "exit_learning_rate": args.exit_learning_rate}
+        self.add_callback(_TrainedAs(**self._facts))
         if is_rich_available() and not args.disable_tqdm:
             self.add_callback(ExitTableCallback)
 
     def _check_trained_exits(self) -> None:
         """Refuse options for what the exits own where PEFT has frozen it, or where the optimizer is not ours."""
-        args = self.args
-        if not args.detach_exits and args.exit_learning_rate is None:
-            return
-        trained, others = " ".join(self._owned_by_exits()), self.exit_layers[:-1]
-        if not all(f"exit_norms.{k}." in trained or f"exit_lm_heads.{k}." in trained for k in others):
-            owned = ", ".join(repr(f"exit_norms.{k}") for k in others)
+        detach_exits, learning_rate = self.args.detach_exits, self.args.exit_learning_rate
+        trained = all(self._trained_of_exit(k) for k in self.exit_layers[:-1])
+        if (detach_exits or learning_rate is not None) and not trained:
+            owned = [name for k in self.exit_layers for name in owned_modules(self.model.config, k)]
             raise ValueError(
-                f"`detach_exits={args.detach_exits!r}` and `exit_learning_rate={args.exit_learning_rate!r}` "
-                "concern what every exit owns, which PEFT has frozen, or some of it: name it in "
-                f"`LoraConfig(modules_to_save=[{owned}])`, with separate heads also 'exit_lm_heads.{{exit}}'."
+                f"`detach_exits={detach_exits!r}` and `exit_learning_rate={learning_rate!r}` concern what every exit "
+                "owns, which PEFT has frozen, or some of it: name it in "
+                f"`LoraConfig(modules_to_save={[name.removeprefix('model.') for name in owned]})`."
             )
-        if args.exit_learning_rate is not None and self.optimizer is not None:
+        if learning_rate is not None and self.optimizer is not None:
             raise ValueError(
-                f"`exit_learning_rate={args.exit_learning_rate!r}` is for an optimizer that the trainer makes: "
-                "with `optimizers`, give the exits' weights a parameter group with their own `lr`."
+                f"`exit_learning_rate={learning_rate!r}` is for an optimizer that the trainer makes: with "
+                "`optimizers`, give the exits' weights a parameter group with their own `lr`."
             )
 
-    def _owned_by_exits(self) -> dict[str, torch.nn.Parameter]:
-        """What the exits below full depth own of the weights that are trained."""
-        owned = {n: p for n, p in self.model.named_parameters() if "exit_norms." in n or "exit_lm_heads." in n}
-        return {name: parameter for name, parameter in owned.items() if parameter.requires_grad}
+    def _trained_of_exit(self, exit_layer: int) -> list[torch.nn.Parameter]:
+        """Of the weights that an exit owns, those that are trained."""
+        owned, parameters = owned_modules(self.model.config, exit_layer), self.model.named_parameters()
+        return [p for name, p in parameters if p.requires_grad and any(f"{module}." in name for module in owned)]
 
     def create_optimizer(self, *args, **kwargs):
         learning_rate = self.args.exit_learning_rate if self.optimizer is None else None
         optimizer = super().create_optimizer(*args, **kwargs)
         if learning_rate is not None:
-            owned = {id(p) for p in self._owned_by_exits().values()}
+            owned = {id(p) for k in self.exit_layers for p in self._trained_of_exit(k)}
             for group in [*optimizer.param_groups]:
                 of_exits = [p for p in group["params"] if id(p) in owned]
                 if of_exits:
@@ -183,8 +172,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             self._check_resumed(resume_from_checkpoint)
         self._exit_metrics["train"].clear()  # steps that a former run was stopped after
         if not self.args.disable_tqdm:
-            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            total = sum(p.numel() for p in self.model.parameters())
+            trained, total = self.get_num_trainable_parameters(), sum(p.numel() for p in self.model.parameters())
             self.accelerator.print(
                 f"SoFT of exits {', '.join(map(str, self.exit_layers))}: {trained / 1e6:,.1f} M of "
                 f"{total / 1e6:,.1f} M parameters are trained ({trained / max(total, 1):.1%})."
@@ -193,19 +181,16 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
 
     def _check_resumed(self, checkpoint: Any) -> None:
         """Raise where a checkpoint's optimizer belongs to other weights than those that are trained now."""
-        if checkpoint is True:
-            folder = self.args.output_dir
-            checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-            if checkpoint is None:
-                return  # `Trainer` says so
-        then, now = _read_facts(Path(checkpoint)), self._facts.facts
-        if then is None:
+        checkpoint = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
+        if checkpoint is None:
+            return  # `Trainer` says so
+        then, now = _read_facts(Path(checkpoint)), self._facts
+        if not then:
             logger.warning(f"{checkpoint} does not say which exits it was trained with; those of now go on with it.")
             return
-        different = {name: value for name, value in then.items() if now[name] != value}
+        different = [name for name, value in then.items() if now[name] != value]
         if different:
-            as_then = ", ".join(f"{name}={value!r}" for name, value in different.items())
-            as_now = ", ".join(f"{name}={now[name]!r}" for name in different)
+            as_then, as_now = (", ".join(f"{name}={facts[name]!r}" for name in different) for facts in (then, now))
             raise ValueError(
                 f"`resume_from_checkpoint`: {str(checkpoint)!r} was trained with `{as_then}`, and this is `{as_now}`: "
                 f"its optimizer is not made for that. Go on with `{as_then}`, or train from its weights: pass the "
@@ -213,11 +198,10 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        exits, weights = self.exit_layers, self.exit_loss_weights
+        args, exits, weights = self.args, self.exit_layers, self.exit_loss_weights
         if self.model.training:
-            exits = self.args.exits_at_step(exits, self.state.global_step)
+            exits = args.exits_at_step(exits, self.state.global_step)
             weights = weights and [weights[self.exit_layers.index(k)] for k in exits]
-        args = self.args
         options = {f.name: getattr(args, f.name) for f in fields(ExitLossOptions) if hasattr(args, f.name)}
         options["exit_loss_weights"] = weights
         options["label_smoothing"] = args.label_smoothing_factor if args.loss_type == "nll" else 0.0  # as in SFT
@@ -242,12 +226,10 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         if labels is None:  # the first token has no logits before it, unless virtual tokens stand there
             labels = inputs["labels"] if self._has_virtual_tokens() else inputs["labels"][..., 1:]
         labelled = (labels != -100).sum().to(outputs.exit_losses.device)
-        if num_items is None:
-            num_items = labelled.clamp(min=1)
         mask = inputs.get("attention_mask")
         present = labelled.new_full((), inputs["input_ids"].numel()) if mask is None else mask.sum()
         metrics = self._exit_metrics["train" if self.model.training else "eval"]
-        metrics.add(exits, outputs, labelled, num_items, present)
+        metrics.add(exits, outputs, labelled, labelled.clamp(min=1) if num_items is None else num_items, present)
 
     def _has_virtual_tokens(self) -> bool:
         """Whether PEFT puts embeddings before the tokens; a prefix is put into the cache."""
@@ -300,8 +282,8 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             data = ModelCard.load(Path(temporary) / "README.md").data
         base = get_config_model_id(self.model.config) if is_peft_model(self.model) else None
         chat = getattr(self.processing_class, "chat_template", None) is not None
-        exit_heads = self.model.config.exit_heads
-        use = use_block(self.hub_model_id or self.args.output_dir, self.exit_layers, base, exit_heads, chat)
+        name = self.hub_model_id or self.args.output_dir
+        use = use_block(name, self.exit_layers, base, self.model.config.exit_heads, chat)
         page = set_block(new_page(data, model_name, dataset_name), "use", use)
         update_page(folder / "README.md", set_block(page, "training", training_block(self)))
 
@@ -319,17 +301,17 @@ class _TrainedAs(TrainerCallback, ExportableState):
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # resumed from an older checkpoint
 
 
-def _read_facts(checkpoint: Path) -> dict[str, Any] | None:
-    """What [`_TrainedAs`] wrote; else what the config says; `None` for an adapter that was trained without it."""
-    states = {}
-    if (checkpoint / STATE).is_file():
-        states = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["stateful_callbacks"]
+def _read_facts(checkpoint: Path) -> dict[str, Any]:
+    """What [`_TrainedAs`] wrote; else what the config says; nothing for an adapter that was trained without it."""
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((checkpoint / name).read_text(encoding="utf-8")) if (checkpoint / name).is_file() else {}
+
+    states, config = read(STATE).get("stateful_callbacks", {}), read("config.json")
     if _TrainedAs.__name__ in states:
         return states[_TrainedAs.__name__]["args"]
-    if not (checkpoint / "config.json").is_file():
-        return None
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    return {name: config.get(name, default) for name, default in (("exit_layers", None), ("exit_heads", "shared"))}
+    of_config = {"exit_layers": config.get("exit_layers"), "exit_heads": config.get("exit_heads", "shared")}
+    return of_config if config else {}
 
 
 def _own_args(args: SortedSFTConfig | TrainingArguments | None, model: str | PreTrainedModel) -> SortedSFTConfig:

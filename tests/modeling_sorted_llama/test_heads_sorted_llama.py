@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
+from sorted_llama.modeling_sorted_llama.heads_sorted_llama import owned_modules
 from tests.tiny import prompts, reference_llama, save_tiny, tiny_fields, tiny_llama, tiny_sorted
 
 
@@ -145,6 +146,8 @@ def test_from_llama_shares_the_backbone(exit_heads):
     own = {name for name, param in model.named_parameters() if param.data_ptr() not in shared}
     added = "exit_lm_heads.{}.weight" if exit_heads == "separate" else "model.exit_norms.{}.matrix"
     assert own == {name.format(k) for name in ("model.exit_norms.{}.weight", added) for k in EXITS[:-1]}
+    modules = [model.get_submodule(name) for k in EXITS for name in owned_modules(model.config, k)]
+    assert own == {n for n, p in model.named_parameters() if any(p is q for m in modules for q in m.parameters())}
     for k in EXITS:
         inputs = prompts()
         assert torch.equal(model(**inputs, exit_layer=k).logits, reference_llama(llama, k)(**inputs).logits)

@@ -58,7 +58,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
 
 def test_the_tokenizer_is_missed_before_the_weights_are_loaded(tmp_path, monkeypatch):
     tiny_sorted().save_pretrained(tmp_path / "model")  # and no tokenizer
-    monkeypatch.setattr("sorted_llama.trainer.sorted_sft_trainer.prepare_model", None)
+    monkeypatch.setattr("sorted_llama.trainer.sorted_sft_trainer.load_sorted", None)
     with pytest.raises((OSError, ValueError)):
         SortedSFTTrainer(str(tmp_path / "model"), SortedSFTConfig(str(tmp_path), exit_layers=[2, 4], use_cpu=True))
 
