@@ -9,18 +9,17 @@ python examples/study.py --report                 # only the tables and the plot
 ```
 
 Arms: `SFT`; `SFT+ICT` (on SFT's weights, separate norms and heads of the exits are trained, the backbone is frozen);
-`SoFT` (the paper's sum); recipes, which are SoFT with other options: `lenses`, with which exits train only what they
-own; `alone 10`, the sub-model of ten layers extracted and fine-tuned by itself. A run is an arm
-on a task with a seed, in a process of its own; data, steps, learning rate and seed are the same for all arms. Its
-result is a line of the results file, and what is there is not run again, so that the whole may take several sittings;
-an interrupted run goes on from its last checkpoint.
+`SoFT` (the paper's sum); `lenses` (exits train only what they own); `alone 10`, the sub-model of ten layers extracted
+and fine-tuned by itself. Another arm is an entry in `ARMS`. A run is an arm on a task with a seed, in a process of its
+own; data, steps, learning rate and seed are the same for all arms. Its result is a line of the results file, and what
+is there is not run again, so that the whole may take several sittings; an interrupted run goes on from its last
+checkpoint.
 """
 
 import argparse
 import itertools
 import json
 import random
-import re
 import resource
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +48,29 @@ from sorted_llama.trainer.escaping import one_line
 from sorted_llama.trainer.sorted_sft_config import read_exit_layers
 
 
-# Options of the trainer; what is not said is as in plain SoFT. Beside them there are the sub-models, `alone K`
-ARMS: dict[str, dict[str, Any]] = {
-    "SFT": {},  # of full depth alone
-    "SFT+ICT": {"trainable": "exits", "exit_heads": "separate"},
-    "SoFT": {},
-    "lenses": {
-        "exit_heads": "lens",
-        "detach_exits": True,
-        "exit_loss_weights": "budget:0.03",
-        "exit_learning_rate": 2e-3,
-    },
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: SoFT, but for what is said here."""
+
+    options: dict[str, Any] = field(default_factory=dict)  # of the trainer
+    starts_from: str | None = None  # the arm on whose weights it goes on
+    full_depth_only: bool = False
+    sub_model: int | None = None  # layers of the model that is extracted first
+
+
+LENSES = {"exit_heads": "lens", "detach_exits": True, "exit_loss_weights": "budget:0.03", "exit_learning_rate": 2e-3}
+# Beside them there are the sub-models, `alone K`
+ARMS = {
+    "SFT": Arm(full_depth_only=True),
+    "SFT+ICT": Arm({"trainable": "exits", "exit_heads": "separate"}, starts_from="SFT"),
+    "SoFT": Arm(),
+    "lenses": Arm(LENSES),
+}
+# How a generated text is scored, from 0 to 1, by the right answer
+SCORES: dict[str, Callable[[str, str], float]] = {
+    "exact match": lambda text, answer: exact_match(text, [answer])["exact_match"],
+    "final answer": lambda text, answer: final_answer(text, [answer])["final_answer"],
+    "token F1": lambda text, answer: token_f1(normalize_answer(text), normalize_answer(answer)),
 }
 
 INTRODUCTION = """\
@@ -80,59 +91,45 @@ class Task:
 
     train: list[dict]  # of `prompt` and `completion`
     held_out: list[dict]
-    score: Callable[[str, str], float]  # from generated text and right answer to a number from 0 to 1
-    metric: str  # what the score is called
+    metric: str  # one of `SCORES`
     max_new_tokens: int
     num_generated: int  # answers to generate and score, at most; losses are of all rows held out
     steps: int
     learning_rate: float  # peak of the cosine schedule
 
 
-def score_fact(text: str, answer: str) -> float:
-    return exact_match(text, [answer])["exact_match"]
-
-
-def score_problem(text: str, answer: str) -> float:
-    return final_answer(text, [answer])["final_answer"]
-
-
-def score_response(text: str, answer: str) -> float:
-    return token_f1(normalize_answer(text), normalize_answer(answer))
-
-
 def load_tasks(data: Path | None, num_held_out: int) -> dict[str, Task]:
     """The tasks that there is data for, each with a seeded split."""
-
-    def split(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-        random.Random(0).shuffle(rows)
-        return rows[num_held_out:], rows[:num_held_out]
-
-    def read(name: str, *fields: str) -> list[dict]:
-        return [] if data is None or not (data / name).exists() else read_lines(data / name, *fields)
-
     train, held_out = build_facts()
     random.Random(0).shuffle(held_out)
-    tasks = {"facts": Task(train, held_out[:num_held_out], score_fact, "exact match", 12, 200, 200, 5e-4)}
+    tasks = {"facts": Task(train, held_out[:num_held_out], "exact match", 12, 200, 200, 5e-4)}
+    if data is None:
+        return tasks
     problems = [
         {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
-        for row in read("gsm8k_train.jsonl", "question", "answer")
+        for row in read_lines(data / "gsm8k_train.jsonl", "question", "answer")
         if len(row["question"]) + len(row["answer"]) < 400
     ]
     instructions = [
         {"prompt": f"Instruction: {row['instruction']}\nResponse:", "completion": f" {row['response']}"}
-        for row in read("dolly_15k.jsonl", "instruction", "context", "response")
+        for row in read_lines(data / "dolly_15k.jsonl", "instruction", "context", "response")
         if not row["context"] and len(row["response"]) < 400
     ]
-    if problems:
-        tasks["gsm8k"] = Task(*split(problems), score_problem, "final answer", 128, 100, 80, 2e-4)
-    if instructions:
-        tasks["instructions"] = Task(*split(instructions), score_response, "token F1", 96, 100, 80, 2e-4)
+    for name, rows, metric, max_new_tokens in (
+        ("gsm8k", problems, "final answer", 128),
+        ("instructions", instructions, "token F1", 96),
+    ):
+        if rows:
+            random.Random(0).shuffle(rows)
+            tasks[name] = Task(rows[num_held_out:], rows[:num_held_out], metric, max_new_tokens, 100, 80, 2e-4)
     return tasks
 
 
 def read_lines(path: Path, *fields: str) -> list[dict]:
-    """The rows of a file of JSON lines, each with these fields."""
-    rows = []
+    """The rows of a file of JSON lines, each with these fields; none where there is no file."""
+    rows: list[dict] = []
+    if not path.exists():
+        return rows
     with path.open(encoding="utf-8") as file:  # `str.splitlines` would also split inside of strings
         for number, line in enumerate(file, start=1):
             try:
@@ -140,7 +137,7 @@ def read_lines(path: Path, *fields: str) -> list[dict]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}.") from error
             if not isinstance(rows[-1], dict) or not rows[-1].keys() >= set(fields):
-                raise ValueError(f"{path}, line {number}: there must be {', '.join(fields) or 'fields'}.")
+                raise ValueError(f"{path}, line {number}: there must be {', '.join(fields)}.")
     return rows
 
 
@@ -149,32 +146,38 @@ def read_exits(given: list[str] | None, depth: int) -> list[int]:
     return default_exits(depth) if given is None else check_exit_layers(read_exit_layers(given), depth)
 
 
-def run(args: argparse.Namespace, task_name: str, arm: str, seed: int) -> dict:
+def all_arms(exits: list[int]) -> dict[str, Arm]:
+    return {**ARMS, **{f"alone {k}": Arm(sub_model=k) for k in exits[:-1]}}
+
+
+def run(args: argparse.Namespace, task_name: str, arm_name: str, seed: int) -> dict:
     """Train one arm on one task with one seed, and evaluate every exit that it has."""
     task = load_tasks(args.data, args.num_held_out)[task_name]
-    folder = args.output_dir / task_name / f"{arm} {seed}"
+    folder = args.output_dir / task_name / f"{arm_name} {seed}"
     start = fetch_model(args.model)
     tokenizer = load_answering_tokenizer(start)
-    model = load_model(folder.with_name(f"SFT {seed}") / "final" if arm == "SFT+ICT" else start, "float32")
-    exits = read_exits(args.exit_layers, model.config.num_hidden_layers)
-    if arm.startswith("alone "):
-        exits = [int(arm.removeprefix("alone "))]
-        model = SortedLlamaForCausalLM.from_llama(model.extract_submodel(exits[0]))
-    options = {"exit_layers": exits[-1:] if arm == "SFT" else exits, **ARMS.get(arm, {})}
+    exits = read_exits(args.exit_layers, load_config(start).num_hidden_layers)
+    arm = all_arms(exits)[arm_name]
+    model = load_model(
+        folder.with_name(f"{arm.starts_from} {seed}") / "final" if arm.starts_from else start, "float32"
+    )
+    if arm.sub_model:
+        exits = [arm.sub_model]
+        model = SortedLlamaForCausalLM.from_llama(model.extract_submodel(arm.sub_model))
+    options = {"exit_layers": exits[-1:] if arm.full_depth_only else exits, **arm.options}
     trainer = make_trainer(args, task, model, tokenizer, folder, seed, options)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
-    reset_peak_memory()
     began, cpu_began = time.monotonic(), time.process_time()
     checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, cpu_seconds, memory = time.monotonic() - began, time.process_time() - cpu_began, peak_memory()
     model = trainer.model.to(torch.float32 if args.small else torch.bfloat16).eval()
-    if arm == "SFT":  # ICT starts from it
+    if any(other.starts_from == arm_name for other in ARMS.values()):
         model.save_pretrained(folder / "final")
     return {
         "task": task_name,
-        "arm": arm,
+        "arm": arm_name,
         "seed": seed,
         "metric": task.metric,
         "steps": trainer.state.global_step,
@@ -211,7 +214,7 @@ def make_trainer(
             report_to="none",
             **options,
         ),
-        train_dataset=Dataset.from_list([{k: row[k] for k in ("prompt", "completion")} for row in rows]),
+        train_dataset=Dataset.from_list(rows).select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
     )
 
@@ -224,33 +227,23 @@ def evaluate_exits(task: Task, model, tokenizer, exits: list[int]) -> dict[int, 
     found = {}
     for k, losses, agrees in zip(exits, read.losses, read.agrees, strict=True):
         texts = answers(model, tokenizer, prompts, task.max_new_tokens, exit_layer=k)
-        scores = [task.score(text, row["answer"]) for text, row in zip(texts, rows, strict=False)]
+        scores = [SCORES[task.metric](text, row["answer"]) for text, row in zip(texts, rows, strict=False)]
         agreement = agrees.float().mean().item()
         found[k] = {"loss": losses.mean().item(), "score": statistics.mean(scores), "agreement": agreement}
     return found
 
 
-def reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak_memory() -> float:
-    """MB since the reset, where the system can tell; else of the process."""
+    """MB of the GPU, or of the process, which runs one arm alone: training takes the most."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def report(results: list[dict]) -> str:
     """Markdown: a table a task, of means over the seeds, and their spread (standard deviation) behind "±"."""
-    order = [*ARMS]
-    results = sorted(results, key=lambda r: order.index(r["arm"]) if r["arm"] in order else len(order))
+    order = {arm: place for place, arm in enumerate(ARMS)}
+    results = sorted(results, key=lambda r: order.get(r["arm"], len(order)))
     lines = [INTRODUCTION]
     for task in dict.fromkeys(r["task"] for r in results):
         of_task = [r for r in results if r["task"] == task]
@@ -320,18 +313,18 @@ def plan(args: argparse.Namespace, done: set[tuple[str, str, int]]) -> list[tupl
         raise ValueError(f"--data must be a folder, got {args.data}.")
     tasks = [*load_tasks(args.data, args.num_held_out)]
     depth = load_config(fetch_model(args.model)).num_hidden_layers
-    arms = [*ARMS, *(f"alone {k}" for k in read_exits(args.exit_layers, depth)[:-1])]
+    arms = all_arms(read_exits(args.exit_layers, depth))
     for flag, given, known in (("--tasks", args.tasks, tasks), ("--arms", args.arms, arms)):
         for name in given or []:
             if name not in known:
                 raise ValueError(f"{flag} must be of {', '.join(known)}, got {name}.")
-    todo = []
+    todo: list[tuple[str, str, int]] = []
     for seed, task, arm in itertools.product(args.seeds, args.tasks or tasks, args.arms or arms):
-        started = (task, "SFT", seed) in todo or (args.output_dir / task / f"SFT {seed}").exists()
         if (task, arm, seed) in done:
             continue
-        if arm == "SFT+ICT" and not started:
-            raise ValueError(f"SFT+ICT goes on from SFT, which {task} with seed {seed} lacks: --arms SFT SFT+ICT.")
+        base = arms[arm].starts_from
+        if base and (task, base, seed) not in todo and not (args.output_dir / task / f"{base} {seed}").exists():
+            raise ValueError(f"{arm} goes on from {base}, which {task} with seed {seed} lacks: --arms {base} {arm}.")
         todo.append((task, arm, seed))
     return todo
 
@@ -375,7 +368,7 @@ def main() -> None:
         print(json.dumps(run(args, task, arm, int(seed))))
         return
     try:
-        results = read_lines(args.results, "task", "arm", "seed", "exits") if args.results.exists() else []
+        results = read_lines(args.results, "task", "arm", "seed", "exits")
         todo = [] if args.report else plan(args, {(r["task"], r["arm"], r["seed"]) for r in results})
         if not results and not todo:
             raise ValueError(f"There is nothing to report: {args.results} holds no runs.")

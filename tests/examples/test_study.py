@@ -100,19 +100,19 @@ def test_the_report_tells_the_spread_over_seeds(study):
 
 
 @pytest.mark.parametrize(
-    "score, text, answer, value",
+    "metric, text, answer, value",
     [
-        ("score_fact", " Paris\nQuestion", "Paris", 1.0),
-        ("score_fact", "Paris is", "Paris", 0.0),
-        ("score_fact", "", "Paris", 0.0),
-        ("score_problem", "so 2+2=4\n#### 4\nQuestion", "#### 4", 1.0),
-        ("score_problem", "#### 40", "#### 4", 0.0),
-        ("score_response", "The cat sat", "the cat", 2 / 3),
-        ("score_response", "", "the cat", 0.0),
+        ("exact match", " Paris\nQuestion", "Paris", 1.0),
+        ("exact match", "Paris is", "Paris", 0.0),
+        ("exact match", "", "Paris", 0.0),
+        ("final answer", "so 2+2=4\n#### 4\nQuestion", "#### 4", 1.0),
+        ("final answer", "#### 40", "#### 4", 0.0),
+        ("token F1", "The cat sat", "the cat", 2 / 3),
+        ("token F1", "", "the cat", 0.0),
     ],
 )
-def test_an_answer_is_scored_as_its_task_says(study, score, text, answer, value):
-    assert getattr(study, score)(text, answer) == pytest.approx(value)
+def test_an_answer_is_scored_as_its_task_says(study, metric, text, answer, value):
+    assert study.SCORES[metric](text, answer) == pytest.approx(value)
 
 
 def test_rows_held_out_are_not_trained_on(study, tmp_path):
