@@ -5,7 +5,8 @@ The demo's data: true facts with one short answer, and two tasks over them.
 - `recalling`: the same question without the sentence; only what the model knows can help.
 
 The facts are tables below `data/`, one entity a line; `relations.json` says what is asked about them. An empty cell is
-a fact left out because its answer can be argued about. `python examples/facts.py` prints the counts and a few rows.
+a fact left out because its answer can be argued about. Only what is widely `known` is asked for in `recalling`: the
+rest would measure memorising instead of knowledge. `python examples/facts.py` prints the counts and a few rows.
 """
 
 import csv
@@ -23,14 +24,8 @@ DATA = Path(__file__).parent / "data"
 NUM_SWAPS = 2
 
 
-class Entity(NamedTuple):
-    """
-    One line of a table: its columns by name, and whether it is widely known. Only what is known is asked for in
-    `recalling`: the rest would measure memorising instead of knowledge.
-    """
-
-    columns: dict[str, str]
-    known: bool
+Entity = dict[str, str]  # a line of a table, by column
+Tables = dict[str, list[Entity]]
 
 
 class Relation(NamedTuple):
@@ -48,10 +43,7 @@ class Relation(NamedTuple):
 
     def facts(self, entities: list[Entity]) -> list[Entity]:
         """The entities for which it holds."""
-        return [e for e in entities if e.columns[self.subject] and e.columns[self.answer]]
-
-
-Tables = dict[str, list[Entity]]
+        return [e for e in entities if e[self.subject] and e[self.answer]]
 
 
 def load_relations() -> list[Relation]:
@@ -63,13 +55,13 @@ def load_tables() -> Tables:
     tables: Tables = {}
     for name in dict.fromkeys(relation.table for relation in load_relations()):
         with (DATA / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-            tables[name] = [Entity(columns, columns.pop("known") == "yes") for columns in csv.DictReader(file)]
+            tables[name] = list(csv.DictReader(file))
     return tables
 
 
 def fill(template: str, relation: Relation, entity: Entity) -> str:
     """A sentence or a question of `relation` about `entity`, with a capital first letter."""
-    text = template.format(s=entity.columns[relation.subject], a=entity.columns[relation.answer])
+    text = template.format(s=entity[relation.subject], a=entity[relation.answer])
     return text[0].upper() + text[1:]
 
 
@@ -84,18 +76,15 @@ def build_facts(seed: int = 0, held_out: float = 0.2) -> tuple[list[dict], list[
     name, capital, ... may be the (wrong) answer that a training sentence gives of another.
 
     Args:
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the split, the wordings, the swapped answers and the order of the rows.
-        held_out (`float`, *optional*, defaults to 0.2):
-            Share of every table's entities that is kept for the test rows, between 0 and 1 (both excluded).
+        seed (`int`, *optional*, defaults to 0): Of the split, the wordings, the swapped answers and the order.
+        held_out (`float`, *optional*, defaults to 0.2): Share of every table's entities that is kept for the test.
 
     Returns:
-        `tuple[list[dict], list[dict]]`: training rows (every wording of a question; the sentences to read are
-        swapped, see `NUM_SWAPS`) and test rows (one wording a fact, all true). A row is
-        `{"prompt": str, "completion": str, "task": "reading" or "recalling"}`; the completion starts with a space.
+        `tuple[list[dict], list[dict]]`: rows to train on (every wording of a question) and to test with (one wording a
+        fact): `{"prompt": str, "completion": str, "task": "reading" or "recalling"}`, a space before the completion.
 
     Raises:
-        `ValueError`: if `held_out` is not between 0 and 1.
+        ValueError: If `held_out` is not between 0 and 1.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"`held_out` is {held_out!r}, but must lie between 0 and 1 (both excluded).")
@@ -119,7 +108,7 @@ def _split(tables: Tables, held_out: float, rng: random.Random) -> tuple[Tables,
     for name, table in tables.items():
         train[name], test[name] = [], []
         for known in (True, False):
-            group = [entity for entity in table if entity.known is known]
+            group = [entity for entity in table if (entity["known"] == "yes") is known]
             rng.shuffle(group)
             cut = round(len(group) * held_out)
             test[name] += group[:cut]
@@ -132,13 +121,11 @@ def _ask(relation: Relation, entity: Entity, swaps: list[Entity] | None, rng: ra
     rows = []
     for template in relation.questions if swaps else [rng.choice(relation.questions)]:
         for _ in range(NUM_SWAPS if swaps else 1):
-            told = entity
-            if swaps:
-                answer = rng.choice(swaps).columns[relation.answer]
-                told = Entity({**entity.columns, relation.answer: answer}, entity.known)
+            told = {**entity, relation.answer: rng.choice(swaps)[relation.answer]} if swaps else entity
             rows.append(_row(relation, told, template, rng.choice(relation.sentences)))
         recall = _row(relation, entity, template)
-        if entity.known and relation.recall and not contains(recall["prompt"], recall["completion"][1:]):
+        answered = contains(recall["prompt"], recall["completion"][1:])
+        if entity["known"] == "yes" and relation.recall and not answered:
             rows.append(recall)
     return rows
 
@@ -148,7 +135,7 @@ def _row(relation: Relation, entity: Entity, template: str, sentence: str | None
     question = f"Question: {fill(template, relation, entity)}\nAnswer:"
     prompt = question if sentence is None else f"{fill(sentence, relation, entity)}\n{question}"
     task = "recalling" if sentence is None else "reading"
-    return {"prompt": prompt, "completion": f" {entity.columns[relation.answer]}", "task": task}
+    return {"prompt": prompt, "completion": f" {entity[relation.answer]}", "task": task}
 
 
 def main() -> None:

@@ -158,9 +158,8 @@ def run(args: argparse.Namespace, task_name: str, arm_name: str, seed: int) -> d
     tokenizer = load_answering_tokenizer(start)
     exits = read_exits(args.exit_layers, load_config(start).num_hidden_layers)
     arm = all_arms(exits)[arm_name]
-    model = load_model(
-        folder.with_name(f"{arm.starts_from} {seed}") / "final" if arm.starts_from else start, "float32"
-    )
+    weights = folder.with_name(f"{arm.starts_from} {seed}") / "final" if arm.starts_from else start
+    model = load_model(weights, "float32")
     if arm.sub_model:
         exits = [arm.sub_model]
         model = SortedLlamaForCausalLM.from_llama(model.extract_submodel(arm.sub_model))
@@ -171,7 +170,9 @@ def run(args: argparse.Namespace, task_name: str, arm_name: str, seed: int) -> d
     began, cpu_began = time.monotonic(), time.process_time()
     checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds, cpu_seconds, memory = time.monotonic() - began, time.process_time() - cpu_began, peak_memory()
+    times = time.monotonic() - began, time.process_time() - cpu_began
+    seconds, cpu_seconds = (None, None) if checkpoint else times  # unknown for a run that was interrupted
+    memory = peak_memory()
     model = trainer.model.to(torch.float32 if args.small else torch.bfloat16).eval()
     if any(other.starts_from == arm_name for other in ARMS.values()):
         model.save_pretrained(folder / "final")
@@ -182,8 +183,8 @@ def run(args: argparse.Namespace, task_name: str, arm_name: str, seed: int) -> d
         "metric": task.metric,
         "steps": trainer.state.global_step,
         "exits": evaluate_exits(task, model, tokenizer, exits),
-        "seconds": None if checkpoint else seconds,  # unknown for a run that was interrupted
-        "cpu_seconds": None if checkpoint else cpu_seconds,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_memory_mb": memory,
         "trained_parameters": trained,
         "stored_parameters": sum(p.numel() for p in model.parameters()),

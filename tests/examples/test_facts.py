@@ -84,7 +84,7 @@ def test_training_sentences_are_shuffled_and_test_sentences_are_true(splits):
     for share, rows in zip(true, splits):
         for row in rows:
             ((relation, _, entity),) = ASKED[_question(row)]
-            share.append(row["completion"] == " " + entity.columns[relation.answer])
+            share.append(row["completion"] == " " + entity[relation.answer])
             assert row["task"] == "reading" or share[-1]
     assert all(true[1])
     assert sum(true[0]) < 0.5 * len(true[0])
@@ -100,8 +100,8 @@ def test_questions_are_unambiguous():
 
 
 def test_tables_are_complete():
-    assert len(TABLES["elements"]) == 118 and len({e.columns["symbol"] for e in TABLES["elements"]}) == 118
-    numbers = {e.columns["symbol"]: e.columns["number"] for e in TABLES["elements"]}
+    assert len(TABLES["elements"]) == 118 and len({e["symbol"] for e in TABLES["elements"]}) == 118
+    numbers = {e["symbol"]: e["number"] for e in TABLES["elements"]}
     assert [numbers[s] for s in ("H", "Ne", "Ca", "Kr", "Xe", "Au", "U", "Og")] == "1 10 20 36 54 79 92 118".split()
     assert len(TABLES["states"]) == 50
     assert len(TABLES["countries"]) >= 120
