@@ -16,7 +16,6 @@ import math
 from collections.abc import Sequence
 from os import PathLike
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoTokenizer
 
@@ -29,23 +28,21 @@ from sorted_llama.trainer.sorted_sft_config import read_exit_layers
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = ("linear", "cat", "svd", *PRUNING, *(f"{name}_svd" for name in PRUNING))
 
-# What checkpoints must share to be averaged weight by weight: the shapes, and what the weights mean
-EXITS = ("exit_layers", "exit_heads")
-SIZES = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "attention_bias", "mlp_bias")
-HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_parameters")
+# What checkpoints must share to be averaged weight by weight: the exits, the shapes, and what the weights mean
+SHARED = ("exit_layers", "exit_heads", "num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size")
+SHARED += ("attention_bias", "mlp_bias", "num_attention_heads", "num_key_value_heads", "head_dim")
+SHARED += ("tie_word_embeddings", "rope_parameters")
 
 
 def check_weights(weights: Sequence[float] | None, num_parts: int) -> list[float]:
     """The weights, equal ones of sum 1 by default; a ValueError unless there is one finite number a part."""
-    if weights is None:
-        return [1 / num_parts] * num_parts
+    weights = [1 / num_parts] * num_parts if weights is None else list(weights)
     if len(weights) != num_parts:
-        raise ValueError(
-            f"`weights` must hold one number for each of the {num_parts} parts, got {len(weights)}: {list(weights)}."
-        )
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"`weights` must be finite numbers, got {list(weights)}.")
-    return list(weights)
+        expected = f"one number for each of the {num_parts} parts"
+        raise ValueError(f"`weights` must be {expected}, got {len(weights)}: {weights}.")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"`weights` must be finite numbers, got {weights}.")
+    return weights
 
 
 def merge_adapters(
@@ -64,16 +61,14 @@ def merge_adapters(
         base (`str`): Model id or path.
         adapters (`Sequence[str]`): Folders or Hub ids of the adapters.
         weights (`Sequence[float]`, *optional*): Share of each. Default to equal ones that sum to 1.
-        combination_type (`str`, *optional*, defaults to `"linear"`):
-            `"linear"`, `"cat"`, `"svd"`, `"ties"`, `"dare_linear"`, `"dare_ties"`, `"magnitude_prune"`, or one of the
-            last four with `"_svd"` behind it.
-        density (`float`, *optional*): Share of the values that those four keep, above 0 and at most 1; they need it.
+        combination_type (`str`, *optional*, defaults to `"linear"`): One of `COMBINATIONS`, which PEFT explains.
+        density (`float`, *optional*): Share of the values that those of `PRUNING` keep, above 0 and at most 1.
         exit_layers (`Sequence[int]` or `str`, *optional*): The adapters' exits, or `"every:N"`. Default to the base's.
         exit_heads (`str`, *optional*): What the adapters' exits own. Defaults to the base's.
 
     Raises:
-        ValueError: Before a model is loaded, if neither the arguments nor the base say what the exits are, if there is
-            not one finite weight for each adapter, or if the adapters cannot be combined so.
+        ValueError: Before a model is loaded, if the exits are not known, if there is not one finite weight for each
+            adapter, or if the adapters cannot be combined so.
     """
     weights = check_weights(weights, len(adapters))
     check_adapters(adapters, combination_type, density)
@@ -97,10 +92,7 @@ def check_adapters(adapters: Sequence[str | PathLike], combination_type: str, de
         raise ValueError(f"`combination_type` must be one of {', '.join(COMBINATIONS)}, got {combination_type!r}.")
     prunes = combination_type.startswith(PRUNING)
     if prunes and (density is None or not 0 < density <= 1):
-        raise ValueError(
-            f"`density`, the share that `combination_type={combination_type!r}` keeps, must be above 0 and at most 1, "
-            f"got {density!r}."
-        )
+        raise ValueError(f"`density` of {combination_type!r} must be above 0 and at most 1, got {density!r}.")
     if not prunes and density is not None:
         raise ValueError(f"`density={density}` has no effect with `combination_type={combination_type!r}`.")
     configs = [PeftConfig.from_pretrained(str(folder)) for folder in adapters]
@@ -122,31 +114,29 @@ def average_checkpoints(
 
     Args:
         checkpoints (`Sequence[str]`): Model ids or paths.
-        weights (`Sequence[float]`, *optional*): Share of each, of any sum. Default to equal ones.
+        weights (`Sequence[float]`, *optional*): Share of each, of any sum but 0. Default to equal ones.
 
     Raises:
         ValueError: Before a model is loaded, if the checkpoints have different exits or shapes, or if there is not one
-            finite weight for each, of a sum that is not 0.
+            finite weight for each.
     """
     weights = check_weights(weights, len(checkpoints))
     if sum(weights) == 0:
         raise ValueError(f"`weights` must not sum to 0, which is what they are divided by, got {weights}.")
     first, *others = [load_config(folder) for folder in checkpoints]
     for folder, config in zip(checkpoints[1:], others, strict=True):
-        for field in (*EXITS, *SIZES, *HEADS):
-            if getattr(config, field) != getattr(first, field):
-                raise ValueError(
-                    f"All checkpoints need the same `{field}`, got {getattr(first, field)!r} ({checkpoints[0]}) and "
-                    f"{getattr(config, field)!r} ({folder})."
-                )
+        for field in SHARED:
+            ours, theirs = getattr(first, field), getattr(config, field)
+            if ours != theirs:
+                found = f"{ours!r} ({checkpoints[0]}) and {theirs!r} ({folder})"
+                raise ValueError(f"All checkpoints need the same `{field}`, got {found}.")
+    shares = [weight / sum(weights) for weight in weights]
     merged = SortedLlamaForCausalLM.from_pretrained(checkpoints[0])
-    total = {name: weights[0] / sum(weights) * w.float() for name, w in merged.state_dict().items()}
-    for folder, weight in zip(checkpoints[1:], weights[1:], strict=True):
-        model = SortedLlamaForCausalLM.from_pretrained(folder)
-        for name, values in model.state_dict().items():
-            total[name] += weight / sum(weights) * values.float()
-    with torch.no_grad():
-        merged.load_state_dict(total)
+    total = {name: shares[0] * values.float() for name, values in merged.state_dict().items()}
+    for folder, share in zip(checkpoints[1:], shares[1:], strict=True):
+        for name, values in SortedLlamaForCausalLM.from_pretrained(folder).state_dict().items():
+            total[name] += share * values.float()
+    merged.load_state_dict(total)
     return merged
 
 
@@ -163,19 +153,19 @@ def main() -> None:
     parser.add_argument("--density", type=float, help=f"of {', '.join(PRUNING)}")
     parser.add_argument("--output_dir", required=True)
     args = parser.parse_args()
-    of_adapters = ("base", "exit_layers", "exit_heads", "combination_type", "density")
-    given = [f"--{name}" for name in of_adapters if getattr(args, name) is not None]
-    if args.checkpoints and given:
-        parser.error(f"{', '.join(given)}: for --adapters, not for --checkpoints")
+    names = ("base", "exit_layers", "exit_heads", "combination_type", "density")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.checkpoints and options:
+        parser.error(f"{', '.join(f'--{name}' for name in options)}: for --adapters, not for --checkpoints")
     if args.adapters and args.base is None:
         parser.error("--adapters needs --base, the model that they were trained on")
     try:
-        if args.adapters:
-            exits = args.exit_layers and read_exit_layers(args.exit_layers)
-            options = args.weights, args.combination_type or "linear", args.density, exits, args.exit_heads
-            model = merge_adapters(args.base, args.adapters, *options)
-        else:
+        if args.checkpoints:
             model = average_checkpoints(args.checkpoints, args.weights)
+        else:
+            if args.exit_layers is not None:
+                options["exit_layers"] = read_exit_layers(args.exit_layers)
+            model = merge_adapters(adapters=args.adapters, weights=args.weights, **options)
     except (OSError, ValueError) as error:
         raise SystemExit(f"merge.py: {one_line(error)}") from error
     model.save_pretrained(args.output_dir)
