@@ -26,7 +26,6 @@ is refused: never another depth than asked for.
 import errno
 import functools
 import json
-import os
 import socket
 from typing import Any
 
@@ -50,12 +49,8 @@ from sorted_llama.trainer.escaping import one_line
 
 # What transformers uses where nothing is set, for the types; the model and `GenerationConfig` look at the others
 _DEFAULTS = {"max_new_tokens": 1, "min_new_tokens": 0, **GenerationConfig._get_default_generation_params()}
-_TYPES = {
-    name: type(default)
-    for name, default in _DEFAULTS.items()
-    if type(default) in (bool, int, float) and name not in ("early_stopping", "num_assistant_tokens")
-}
-_ARTICLES = {bool: "true or false", int: "an integer", float: "a number"}
+_OF_SEVERAL_TYPES = ("early_stopping", "num_assistant_tokens")
+_KINDS = {bool: "true or false", int: "an integer", float: "a number"}
 
 
 def read_generation_config(given: Any) -> dict[str, Any]:
@@ -72,10 +67,10 @@ def read_generation_config(given: Any) -> dict[str, Any]:
         raise ValueError(f"`generation_config` has unknown fields: {', '.join(map(repr, unknown))}.")
     fields.pop("_from_model_config", None)  # with it, transformers passes over the fields that it does not know
     for name, value in fields.items():
-        kind = _TYPES.get(name)
-        fits = type(value) is kind or (kind is float and type(value) is int)
-        if kind is not None and value is not None and not fits:
-            raise ValueError(f"`{name}` of `generation_config` must be {_ARTICLES[kind]}, got {value!r}.")
+        kind = type(_DEFAULTS.get(name))
+        fits = value is None or type(value) is kind or (kind is float and type(value) is int)
+        if kind in _KINDS and name not in _OF_SEVERAL_TYPES and not fits:
+            raise ValueError(f"`{name}` of `generation_config` must be {_KINDS[kind]}, got {value!r}.")
     try:
         GenerationConfig(**fields)
     except (TypeError, AttributeError) as error:
@@ -85,14 +80,14 @@ def read_generation_config(given: Any) -> dict[str, Any]:
 
 def check_depth(model, generation_config: GenerationConfig, batched: bool = False) -> None:
     """Refuse what decoding would refuse, before a stream has begun; `batched` requests have the config's depth."""
-    asked = [name for name in SORTED_GENERATION_FIELDS if getattr(generation_config, name, None) is not None]
-    if isinstance(model, SortedLlamaForCausalLM):
-        if batched:
-            check_continuous_batching(model, generation_config, {})
-        else:
-            choose_decoding(model, generation_config, read_decoding_fields(model, generation_config, {}))
-    elif asked:
-        raise ValueError(f"`{asked[0]}` is for sorted Llamas, and this model is a {type(model).__name__}.")
+    if not isinstance(model, SortedLlamaForCausalLM):
+        for name in SORTED_GENERATION_FIELDS:
+            if getattr(generation_config, name, None) is not None:
+                raise ValueError(f"`{name}` is for sorted Llamas, and this model is a {type(model).__name__}.")
+    elif batched:
+        check_continuous_batching(model, generation_config, {})
+    else:
+        choose_decoding(model, generation_config, read_decoding_fields(model, generation_config, {}))
 
 
 class CheckedManager(utils.GenerateManager):
@@ -148,10 +143,7 @@ def check_model(name: str) -> None:
     path, revision = utils.split_revision(name)
     classes = load_config(path, revision).architectures or ["model without a class"]
     if classes != [SortedLlamaForCausalLM.__name__]:
-        raise ValueError(
-            f"{path} is no sorted Llama but a {', '.join(classes)}: a request could not choose a depth. "
-            "`transformers serve` serves it."
-        )
+        raise ValueError(f"{path} is no sorted Llama but a {', '.join(classes)}: `transformers serve` serves it.")
 
 
 def check_port(host: str, port: int) -> None:
@@ -161,13 +153,9 @@ def check_port(host: str, port: int) -> None:
     try:
         for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             socket.create_server(address[:2], family=family).close()
-    except socket.gaierror as error:
-        raise ValueError(f"{host} is no address to listen at: {error}.") from error
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):  # what else there is, the server knows better
-            raise ValueError(
-                f"Port {port} of {host} cannot be used ({os.strerror(error.errno)}): pass another."
-            ) from error
+    except OSError as error:  # what else there is, the server knows better
+        if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise ValueError(f"Port {port} of {host} cannot be used: {error.strerror}.") from error
 
 
 @functools.wraps(Serve)

@@ -167,7 +167,7 @@ def test_the_server_ends_in_one_line_before_a_model_is_loaded(serve, path, tmp_p
     assert f"'{tmp_path}/nowhere'` is no folder here" in start(serve, f"{tmp_path}/nowhere")
     assert f"{plain} is no sorted Llama but a LlamaForCausalLM" in start(serve, plain)
     assert f"Port {taken} of localhost cannot be used" in start(serve, path, taken)
-    assert "no address" in start(serve, path, host="nowhere.invalid")
+    assert "Port 0 of nowhere.invalid cannot be used: " in start(serve, path, host="nowhere.invalid")
     assert "from 0 to 65535, got 70000" in start(serve, path, 70000)
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)
     assert 'pip install -e ".[serve]"' in start(serve, path)
