@@ -38,17 +38,16 @@ RAMP = (33, 69, 68, 104, 103, 139, 138, 174, 173, 209, 208)
 
 class DepthPrinter(BaseStreamer):
     """
-    Prints tokens as they come, each with the depth that it came from: `depth`, unless decoding says otherwise.
-
-    `colors` are those of the depths; `None` puts `[depth]` where it changes.
+    Prints tokens as they come, in the colour of the depth that each came from, `depth` unless decoding says otherwise;
+    without `colors`, `[depth]` stands where it changes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, depth: int, colors: dict[int, int] | None):
         self.tokenizer, self.depth, self.colors = tokenizer, depth, colors
         self.depths: list[int] = []  # of all tokens
         self.marked: int | None = None
-        self.tokens: list[int] | None = None  # those of the newest printed piece, and those not printed yet
-        self.num_printed = 0
+        self.shown: list[int] | None = None  # tokens of the newest printed piece; None before the prompt
+        self.waiting: list[int] = []
 
     def put_exits(self, exit_layers: list[int], confidences: list[float] | None) -> None:
         """The depth of the token that `put` is called with next; not called where all tokens have the same."""
@@ -56,10 +55,10 @@ class DepthPrinter(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         """The prompt, then token after token."""
-        if self.tokens is None:
-            self.tokens = []
+        if self.shown is None:
+            self.shown = []
             return
-        self.tokens += value.tolist()
+        self.waiting += value.tolist()
         self.depths.append(self.depth)
         self._print()
 
@@ -69,13 +68,11 @@ class DepthPrinter(BaseStreamer):
 
     def _print(self, final: bool = False) -> None:
         # Decoded together with the last piece: some tokenizers drop the space that a text begins with
-        text = self._decode(self.tokens)[len(self._decode(self.tokens[: self.num_printed])) :]
-        if not text or (text.endswith("\ufffd") and not final):  # more bytes of the character are to come
-            return
-        mark = f"[{self.depth}]" if self.colors is None and self.depth != self.marked else ""
-        print(mark + paint(text, self.depth, self.colors), end="", flush=True)
-        self.tokens, self.marked = self.tokens[self.num_printed :], self.depth
-        self.num_printed = len(self.tokens)
+        text = self._decode(self.shown + self.waiting)[len(self._decode(self.shown)) :]
+        if text and (final or not text.endswith("\ufffd")):  # else more bytes of the character are to come
+            mark = f"[{self.depth}]" if self.colors is None and self.depth != self.marked else ""
+            print(mark + paint(text, self.depth, self.colors), end="", flush=True)
+            self.shown, self.waiting, self.marked = self.waiting, [], self.depth
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -91,15 +88,15 @@ def number_or_auto(text: str) -> int | str:
 
 def choose_modes(config: SortedLlamaConfig, args: argparse.Namespace) -> list[dict]:
     """What `generate` is called with, mode by mode; `ValueError` where it would refuse, found without weights."""
-    exits, full, threshold = config.exit_layers or [], config.num_hidden_layers, args.exit_threshold
-    named = read_exit_layers(args.exit_layers or exits)
-    if isinstance(named, str):
-        named = check_exit_layers(named, full)
-    named = [check_exit_layer(k, full, "exit_layers") for k in named]
-    modes: list[dict] = [{}, *({"exit_layer": k} for k in named if k != full)]
-    if len(exits) > 1 or threshold:
-        threshold = threshold or [0.9]
-        modes.append({"exit_threshold": threshold if len(threshold) > 1 else threshold[0]})
+    exits, full = config.exit_layers or [], config.num_hidden_layers
+    depths = read_exit_layers(args.exit_layers or exits)
+    if isinstance(depths, str):
+        depths = check_exit_layers(depths, full)
+    depths = [check_exit_layer(k, full, "exit_layers") for k in depths]
+    modes: list[dict] = [{}, *({"exit_layer": k} for k in depths if k != full)]
+    if len(exits) > 1 or args.exit_threshold:
+        thresholds = args.exit_threshold or [0.9]
+        modes.append({"exit_threshold": thresholds if len(thresholds) > 1 else thresholds[0]})
     for draft in args.assistant_early_exit or [*exits[:-1][:1], "auto"]:
         fixed = {"num_assistant_tokens": args.num_assistant_tokens} if draft != "auto" else {}
         modes.append({"assistant_early_exit": draft, **fixed})
@@ -112,13 +109,10 @@ def choose_modes(config: SortedLlamaConfig, args: argparse.Namespace) -> list[di
     return modes
 
 
-def choose_colors(
-    config: SortedLlamaConfig, modes: list[dict], no_color: bool
-) -> tuple[list[int], dict[int, int] | None]:
+def choose_colors(config: SortedLlamaConfig, modes: list[dict], no_color: bool):
     """The depths that tokens may come from, shallow to deep, and a colour for each where colours are shown."""
     named = [mode.get(name) for mode in modes for name in ("exit_layer", "assistant_early_exit")]
-    numbers = {*(config.exit_layers or []), config.num_hidden_layers, *(k for k in named if isinstance(k, int))}
-    depths = sorted(numbers)
+    depths = sorted({*(config.exit_layers or []), config.num_hidden_layers, *(k for k in named if isinstance(k, int))})
     if no_color or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
         return depths, None
     scale = (len(RAMP) - 1) / max(len(depths) - 1, 1)
@@ -160,15 +154,9 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--exit_layers", nargs="+", help="numbers of layers, or every:N; default: the checkpoint's")
-    parser.add_argument(
-        "--exit_threshold", type=float, nargs="+", help="one, or one for each but the last exit; default: 0.9"
-    )
-    parser.add_argument(
-        "--assistant_early_exit", type=number_or_auto, nargs="+", help="default: the first exit, and auto"
-    )
-    parser.add_argument(
-        "--num_assistant_tokens", type=number_or_auto, default=3, help="drafts of a named exit, or auto"
-    )
+    parser.add_argument("--exit_threshold", type=float, nargs="+", help="one, or one an exit below full depth (0.9)")
+    parser.add_argument("--assistant_early_exit", type=number_or_auto, nargs="+", help="default: first exit, and auto")
+    parser.add_argument("--num_assistant_tokens", type=number_or_auto, default=3, help="of a named exit; or auto")
     parser.add_argument("--do_sample", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
