@@ -10,14 +10,22 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
-from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
 from sorted_llama.trainer.escaping import code_span, markdown, one_line
 from sorted_llama.trainer.model_card import get_block, new_page, open_page, set_block, use_block
 
 from .checkpoint import load_config
 from .plot import plot_quality_speed
-from .record import FILE_NAME, exit_scores, first_metric, full_depth, harness_results, load_evaluation, write_json
-from .settings import Setting
+from .record import (
+    FILE_NAME,
+    Measured,
+    exit_scores,
+    first_metric,
+    full_depth,
+    harness_results,
+    load_evaluation,
+    measured,
+    write_json,
+)
 
 
 PAGE_NAME = "README.md"
@@ -40,21 +48,17 @@ def write_card(
     hold is said not to be evaluated. Of a page that is there already, only our blocks and our metadata are replaced.
 
     Args:
-        path (`str` or `Path`):
-            Folder of the checkpoint.
+        path (`str` or `Path`): Folder of the checkpoint.
         evaluation (`str` or `Path`, *optional*):
             JSON file of [`evaluate`], which becomes the folder's `evaluation.json`. Defaults to what is there.
         name (`str`, *optional*):
             Id on the Hub, for the calls to paste. Defaults to the one that the page's calls name, then to the folder.
-        base_model (`str`, *optional*):
-            Id of the model that it was made from. Defaults to what the page says.
-        license (`str`, *optional*):
-            Licence, as the Hub names it. Defaults to what the page says.
+        base_model (`str`, *optional*): Id of the model that it was made from. Defaults to what the page says.
+        license (`str`, *optional*): Licence, as the Hub names it. Defaults to what the page says.
         peers (`Sequence[tuple[str, str | Path]]`, *optional*):
             Names and evaluations (folder or JSON file) of other models to show beside this one, at their full depth:
             of the same rows, on the same machine. They are kept in `evaluation.json`, and shown again later on.
-        target (`str` or `Path`, *optional*):
-            Folder for what is made. Defaults to that of the checkpoint.
+        target (`str` or `Path`, *optional*): Folder for what is made. Defaults to that of the checkpoint.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -68,12 +72,19 @@ def write_card(
         raise ValueError(f"`path` must be the folder of a checkpoint, with a config.json, got {str(path)!r}.")
     config = load_config(folder)
     exits = config.exit_layers or [config.num_hidden_layers]
-    record = _evaluation_of(folder, config, evaluation, peers)
-    content = _open_page(folder, base_model).content
+    record = _evaluation_of(folder, config.num_hidden_layers, evaluation, peers)
+    model_name = folder.resolve().name
+    data = ModelCardData(model_name=model_name, base_model=base_model, tags=TAGS)
+    try:
+        content = open_page(folder / PAGE_NAME, new_page(data, model_name)).content
+    except (OSError, ValueError, TypeError, YAMLError) as error:
+        raise ValueError(f"The page {str(folder / PAGE_NAME)!r} could not be read: {one_line(error)}") from error
     if name is not None or get_block(content, "use") == "":
         content = set_block(content, "use", use_block(name or str(folder), exits, chat=_has_chat_template(folder)))
     if get_block(content, "training") == "Not recorded.":
-        content = set_block(content, "training", _training_from_config(config))
+        weights = ", ".join(f"{weight:g}" for weight in config.exit_loss_weights or [1.0] * len(exits))
+        training = f"Exits {', '.join(map(str, exits))} with weights {weights}; exit heads: {config.exit_heads}."
+        content = set_block(content, "training", f"{training} Data and steps are not recorded.")
     with TemporaryDirectory() as made:
         if record is not None:
             if peers or evaluation is not None:
@@ -81,7 +92,7 @@ def write_card(
             pictured = plot_quality_speed(record, Path(made, PLOT_NAME))
             content = set_block(content, "exits", exits_block(record, exits, pictured))
         card = ModelCard(content)
-        _set_metadata(card.data, record, folder, base_model, license)
+        _set_metadata(card.data, record, model_name, base_model, license)
         card.save(Path(made, PAGE_NAME))
         install(made, folder if target is None else target)
     return card
@@ -97,36 +108,23 @@ def install(made: str | Path, folder: str | Path) -> None:
 
 
 def _evaluation_of(
-    folder: Path, config: SortedLlamaConfig, evaluation: str | Path | None, peers: Sequence[tuple[str, str | Path]]
+    folder: Path, depth: int, evaluation: str | Path | None, peers: Sequence[tuple[str, str | Path]]
 ) -> dict[str, Any] | None:
     """The evaluation to show, its peers in it."""
-    record = None
+    record: dict[str, Any] | None = None
     if evaluation is not None or (folder / FILE_NAME).is_file():
-        record = load_evaluation(evaluation if evaluation is not None else folder)
-        depth = full_depth(record).value
-        if depth != config.num_hidden_layers:
-            raise ValueError(
-                f"`evaluation` is of a model of {depth} layers, the checkpoint in {str(folder)!r} has "
-                f"{config.num_hidden_layers}."
-            )
+        record = load_evaluation(folder if evaluation is None else evaluation)
+        evaluated = full_depth(record).value
+        if evaluated != depth:
+            raise ValueError(f"`evaluation` is of a model of {evaluated} layers, {str(folder)!r} has {depth}.")
     compared = {peer: load_evaluation(file) for peer, file in peers} or (record or {}).get("peers", {})
     for peer, other in compared.items():
         _check_peer(record, peer, other)
-    return record and {**record, **({"peers": compared} if compared else {})}
-
-
-def _open_page(folder: Path, base_model: str | None) -> ModelCard:
-    """The page that is there, with our blocks; or a new one."""
-    model_name = folder.resolve().name
-    data = ModelCardData(model_name=model_name, base_model=base_model, tags=TAGS)
-    try:
-        return open_page(folder / PAGE_NAME, new_page(data, model_name))
-    except (OSError, ValueError, TypeError, YAMLError) as error:
-        raise ValueError(f"The page {str(folder / PAGE_NAME)!r} could not be read: {one_line(error)}") from error
+    return {**record, "peers": compared} if record and compared else record
 
 
 def _set_metadata(
-    data: Any, record: dict[str, Any] | None, folder: Path, base_model: str | None, license: str | None
+    data: Any, record: dict[str, Any] | None, model_name: str, base_model: str | None, license: str | None
 ) -> None:
     data.tags = list(dict.fromkeys([*(data.tags or []), *TAGS]))
     data.library_name = data.library_name or "transformers"
@@ -136,7 +134,7 @@ def _set_metadata(
     if getattr(data, "licence", None) == "license":  # TRL's place holder
         del data.licence
     if record is not None:
-        data.model_name = getattr(data, "model_name", None) or folder.resolve().name
+        data.model_name = getattr(data, "model_name", None) or model_name
         data.eval_results = eval_results(record) or None
 
 
@@ -159,10 +157,11 @@ def _check_peer(record: dict[str, Any] | None, name: str, peer: dict[str, Any]) 
 
     def conditions(of: dict[str, Any]) -> dict[str, Any]:
         request = of["request"]
-        timed = {key: value for key, value in request.get("timed", {}).items() if key != "prompt_tokens"}
         rows = {task: what.get("sha256") for task, what in request["tasks"].items()}
-        conditions = {"dtype": request["dtype"], "chat": request.get("chat"), "machine": of["made_by"]["machine"]}
-        return {"rows": rows, "timed": timed, **conditions}  # the tokens of a prompt are by the tokenizer
+        # The tokens of a prompt are by the tokenizer
+        timed = {key: value for key, value in request.get("timed", {}).items() if key != "prompt_tokens"}
+        same = {"dtype": request["dtype"], "chat": request.get("chat"), "machine": of["made_by"]["machine"]}
+        return {"rows": rows, "timed": timed, **same}
 
     ours, theirs = conditions(record), conditions(peer)
     different = [f"{key} ({theirs[key]}, not {value})" for key, value in ours.items() if theirs[key] != value]
@@ -175,33 +174,23 @@ def _check_peer(record: dict[str, Any] | None, name: str, peer: dict[str, Any]) 
             raise ValueError(f"`peers`: the evaluation of {name!r} lacks {results['metric']!r} of {task!r} at {full}.")
 
 
-def _training_from_config(config: SortedLlamaConfig) -> str:
-    exits = config.exit_layers or [config.num_hidden_layers]
-    weights = config.exit_loss_weights or [1.0] * len(exits)
-    return (
-        f"Exits {', '.join(map(str, exits))} with weights {', '.join(f'{w:g}' for w in weights)}; exit heads: "
-        f"{config.exit_heads}. Data and steps are not recorded."
-    )
-
-
 def exits_block(record: dict[str, Any], exits: list[int], pictured: bool) -> str:
     """
     Tables of the calls and of the exits, the plot, and which exit to take, in Markdown. Of the checkpoint's exits,
     those that the evaluation lacks are said not to be evaluated; `pictured` says whether there is a plot.
     """
     request, made = record["request"], record["made_by"]
-    blocks = [_table_of_calls(record, exits)]
-    notes = f"Scores: greedy answers{_rows(request)}."
+    rows = "".join(f", {task['rows']} rows of {markdown(name)}" for name, task in request["tasks"].items())
+    notes = f"Scores: greedy answers{rows}."
     if "speed" in record:
         timed, task = request["timed"], next(iter(record["tasks"]))
         notes += (
             f" Speed: {markdown(made['machine'])}, {markdown(request['dtype'])}, torch "
             f"{markdown(made['versions']['torch'])}; one row, answers of at most {timed['max_new_tokens']} tokens to "
-            f"{timed['prompts']} prompts of {markdown(task)}, "
-            f"{timed['prompt_tokens'] / timed['prompts']:.0f} tokens each on average; {timed['runs']} runs in turns, "
-            "median (best)."
+            f"{timed['prompts']} prompts of {markdown(task)}, {timed['prompt_tokens'] / timed['prompts']:.0f} tokens "
+            f"each on average; {timed['runs']} runs in turns, median (best)."
         )
-    blocks.append(notes)
+    blocks = [_table_of_calls(record, exits), notes]
     if pictured:
         blocks.append(f"![Score of every exit and mode against its speed-up over full depth]({PLOT_NAME})")
     choices = [*_choices_of_depth(record, [k for k in exits if str(k) in record["exits"]]), *_choice_of_draft(record)]
@@ -214,10 +203,6 @@ def exits_block(record: dict[str, Any], exits: list[int], pictured: bool) -> str
         f"Measured {markdown(made['date'][:10])} by {code_span(made['command'])}; all numbers are in `{FILE_NAME}`.",
     ]
     return "\n\n".join(blocks)
-
-
-def _rows(request: dict) -> str:
-    return "".join(f", {task['rows']} rows of {markdown(name)}" for name, task in request["tasks"].items())
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -233,37 +218,25 @@ def _table_of_calls(record: dict[str, Any], exits: list[int]) -> str:
     header += [markdown(f"{name}: {first_metric(task)}") for name, task in harness_results(record).items()]
     header += ["tokens/s (best)", "speed-up"] if "speed" in record else []
     names = dict.fromkeys([*(f"exit {k}" for k in exits), *record["request"]["settings"]])
-    rows = [_row_of_call(record, name) for name in names]
-    rows += [_row_of_peer(record, name, peer) for name, peer in record.get("peers", {}).items()]
-    return _table(header, rows)
+    return _table(header, [_row_of_call(record, way) for way in measured(record, names)])
 
 
-def _row_of_call(record: dict[str, Any], name: str) -> list[str]:
-    setting, full = Setting.read(name), full_depth(record)
-    if setting.kind == "exit" and str(setting.value) not in record["exits"]:
-        return [f"`{setting.call}`", "not evaluated"]
-    scored = full if setting.mode.lossless else setting
-    row = [f"`{setting.call}`" + (" (full)" if setting == full else "")]
-    for task in record["tasks"].values():
-        scores = task["settings"].get(str(full) if setting.mode.lossless else name)
-        row.append(f"{100 * scores[task['metric']]:.1f} %" if scores else "not evaluated")
-    for task in harness_results(record).values():
-        score = task.get(str(scored.value), {}).get(first_metric(task)) if scored.kind == "exit" else None
+def _row_of_call(record: dict[str, Any], way: Measured) -> list[str]:
+    setting, full = way.setting, full_depth(record)
+    row, scored = [markdown(way.name)], None
+    if setting is not None:
+        row = [f"`{setting.call}`" + (" (full)" if setting == full else "")]
+        scored = full if setting.mode.lossless else setting
+        if setting.kind == "exit" and str(setting.value) not in record["exits"]:
+            return [*row, "not evaluated"]
+    row += ["not evaluated" if score is None else f"{100 * score:.1f} %" for score in way.scores.values()]
+    for task in harness_results(record).values():  # which is run at exits alone
+        at_exit = task.get(str(scored.value), {}) if scored is not None and scored.kind == "exit" else {}
+        score = at_exit.get(first_metric(task))
         row.append("" if score is None else f"{score:.4g}")
-    return row + (_speed_cells(record["speed"][name], record) if "speed" in record else [])
-
-
-def _row_of_peer(record: dict[str, Any], name: str, peer: dict[str, Any]) -> list[str]:
-    theirs, row = str(full_depth(peer)), [markdown(name)]
-    for task, results in record["tasks"].items():
-        row.append(f"{100 * peer['tasks'][task]['settings'][theirs][results['metric']]:.1f} %")
-    row += [""] * len(harness_results(record))
-    return row + (_speed_cells(peer["speed"][theirs], record) if "speed" in record else [])
-
-
-def _speed_cells(speed: dict[str, float], record: dict[str, Any]) -> list[str]:
-    full = record["speed"][str(full_depth(record))]
-    return [f"{speed['median']:.1f} ({speed['best']:.1f})", f"{speed['median'] / full['median']:.2f}x"]
+    if way.speed is not None:
+        row += [f"{way.speed['median']:.1f} ({way.speed['best']:.1f})", f"{way.speed_up:.2f}x"]
+    return row
 
 
 def _table_of_exits(record: dict[str, Any], exits: list[int]) -> str:
@@ -285,18 +258,14 @@ def _table_of_exits(record: dict[str, Any], exits: list[int]) -> str:
 def _choices_of_depth(record: dict[str, Any], exits: list[int]) -> list[str]:
     """Which exit or threshold to take for what, from the numbers alone."""
     lines = []
-    share = f"at least {GOOD_ENOUGH:.0%} of full depth's score"
     for name, results in record["tasks"].items():
         task, metric = markdown(name), results["metric"]
         scores = {k: results["settings"].get(f"exit {k}", {}).get(metric, 0.0) for k in exits}
         if not scores[exits[-1]]:
             continue
         enough = next(k for k in exits if scores[k] >= GOOD_ENOUGH * scores[exits[-1]])
-        lines.append(
-            f"- {task}: `exit_layer={enough}` is the shallowest exit with {share}."
-            if enough != exits[-1]
-            else f"- {task}: no shallower exit has {share}."
-        )
+        which = f"`exit_layer={enough}` is the shallowest exit with" if enough < exits[-1] else "no shallower exit has"
+        lines.append(f"- {task}: {which} at least {GOOD_ENOUGH:.0%} of full depth's score.")
         shown = [
             f"{s['exit_threshold']:g} for {s['wanted_agreement']:.0%} ({s['mean_layers']:.1f} layers a token)"
             for s in results.get("suggested_thresholds", [])
@@ -309,14 +278,16 @@ def _choices_of_depth(record: dict[str, Any], exits: list[int]) -> list[str]:
 
 def _choice_of_draft(record: dict[str, Any]) -> list[str]:
     """How fast the best of the settings with full depth's answers is."""
-    speed, full = record.get("speed", {}), str(full_depth(record))
-    speed_ups = {Setting.read(name): of_name["median"] / speed[full]["median"] for name, of_name in speed.items()}
-    lossless = [setting for setting in speed_ups if setting.mode.lossless]
+    lossless = {
+        way.setting.call: way.speed_up
+        for way in measured(record, record["request"]["settings"])
+        if way.setting is not None and way.setting.mode.lossless and way.speed_up is not None
+    }
     if not lossless:
         return []
-    best = max(lossless, key=lambda setting: speed_ups[setting])
-    pays = "." if speed_ups[best] > 1.02 else ": drafting does not pay there."
-    return [f"- Full depth's answers: `{best.call}` was {speed_ups[best]:.2f}x as fast as plain decoding{pays}"]
+    best, speed_up = max(lossless.items(), key=lambda way: way[1])
+    pays = "." if speed_up > 1.02 else ": drafting does not pay there."
+    return [f"- Full depth's answers: `{best}` was {speed_up:.2f}x as fast as plain decoding{pays}"]
 
 
 def eval_results(record: dict[str, Any]) -> list[EvalResult]:

@@ -45,38 +45,24 @@ def evaluate(
     Evaluate a checkpoint. What is done is written at once: the same call goes on where a stopped one was.
 
     Args:
-        path (`str`):
-            Model id or path.
-        data (`Sequence[tuple[str, str]]`, *optional*):
-            Kind (see [`load_task`]) and file or dataset of each task.
-        harness_tasks (`Sequence[str]`, *optional*):
-            Tasks of lm-evaluation-harness.
+        path (`str`): Model id or path.
+        data (`Sequence[tuple[str, str]]`, *optional*): Kind (see [`load_task`]) and file or dataset of each task.
+        harness_tasks (`Sequence[str]`, *optional*): Tasks of lm-evaluation-harness.
         exit_layers (`Sequence[int]` or `str`, *optional*):
             Exits, ending in full depth, or `"every:N"`. Default to the checkpoint's.
-        exit_thresholds (`Sequence[float]`, *optional*, defaults to `(0.5, 0.8, 0.9, 0.97)`):
-            Thresholds of confidence to evaluate.
+        exit_thresholds (`Sequence[float]`, *optional*, defaults to `(0.5, 0.8, 0.9, 0.97)`): Of confidence.
         drafts (`Sequence[int]`, *optional*):
             Exits to let draft, for the speed. Default to all below full depth.
-        limit (`int`, *optional*):
-            Rows a task. Defaults to all.
-        num_timed (`int`, *optional*, defaults to 4):
-            Prompts of the first task to time.
-        max_new_tokens (`int`, *optional*, defaults to 64):
-            Length of their timed answers, at most.
-        runs (`int`, *optional*, defaults to 5):
-            Times to repeat it.
-        batch_size (`int`, *optional*, defaults to 32):
-            Rows a call, where no time is taken.
-        dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            Type of the weights.
-        device (`str`, *optional*):
-            Defaults to a GPU where there is one.
-        chat (`bool`, *optional*, defaults to `False`):
-            Whether questions are asked through the chat template.
-        output (`str` or `Path`, *optional*):
-            JSON file. Defaults to `evaluation.json` in the checkpoint's folder.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace a file of other settings.
+        limit (`int`, *optional*): Rows a task. Defaults to all.
+        num_timed (`int`, *optional*, defaults to 4): Prompts of the first task to time.
+        max_new_tokens (`int`, *optional*, defaults to 64): Length of their timed answers, at most.
+        runs (`int`, *optional*, defaults to 5): Times to repeat it.
+        batch_size (`int`, *optional*, defaults to 32): Rows a call, where no time is taken.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`): Type of the weights.
+        device (`str`, *optional*): Defaults to a GPU where there is one.
+        chat (`bool`, *optional*, defaults to `False`): Whether questions are asked through the chat template.
+        output (`str` or `Path`, *optional*): JSON file. Defaults to `evaluation.json` in the checkpoint's folder.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace a file of other settings.
 
     Returns:
         `dict`: The content of the file.
@@ -94,7 +80,7 @@ def evaluate(
     for threshold in exit_thresholds:
         check_number(threshold, "exit_thresholds", 0)
     check_device(device)
-    exits, drafts = _depths(load_config(path), exit_layers, drafts)
+    exits, settings = _settings(load_config(path), exit_layers, exit_thresholds, drafts)
     output = _output(path, output, overwrite)
     tokenizer = load_answering_tokenizer(path)
     tasks = _load_tasks(data, tokenizer, limit, chat)
@@ -105,139 +91,135 @@ def evaluate(
         task_manager = find_tasks(harness_tasks)
     model = load_model(path, dtype, device, exit_layers=exits)
 
-    run = _Run(
-        model=model,
-        tokenizer=tokenizer,
-        tasks=tasks,
-        harness_tasks=list(harness_tasks),
-        task_manager=task_manager,
-        exits=exits,
-        settings=_settings(exits, exit_thresholds, drafts),
-        timed=[row["prompt"] for row in tasks[0].rows[:num_timed]] if tasks else [],
-        max_new_tokens=min(max_new_tokens, tasks[0].max_new_tokens) if tasks else 0,
-        runs=runs,
-        batch_size=batch_size,
-        limit=limit,
-        chat=chat,
-    )
-    record = open_record(output, _request(run, path, dtype), overwrite, model.device)
+    request = {
+        "path": path,
+        "weights": fingerprint(model),
+        "exit_layers": exits,
+        "settings": {str(setting): setting.arguments for setting in settings},
+        "tasks": {
+            task.name: {"kind": task.kind, "source": task.source, "rows": len(task.rows), "sha256": task.digest}
+            for task in tasks
+        },
+        "harness_tasks": list(harness_tasks),
+        "limit": limit,
+        "timed": _timed(tasks, tokenizer, num_timed, max_new_tokens, runs),
+        "dtype": dtype,
+        "device": model.device.type,
+        "chat": chat,
+    }
+    record = open_record(output, request, overwrite, model.device)
     record["exits"] = {str(k): asdict(cost_of_exit(model, k)) for k in exits}
+    run = _Run(model, tokenizer, tasks, task_manager, batch_size)
     for step in STEPS:
-        for _ in step(run, record):
+        for _ in step(run, record["request"], record):
             write_record(output, record)
     return record
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What all steps of an evaluation share."""
+    """What the steps of an evaluation work with; what is asked for is the record's `request`."""
 
     model: Any
     tokenizer: Any
     tasks: list[Task]
-    harness_tasks: list[str]
-    task_manager: Any
-    exits: list[int]
-    settings: list[Setting]
-    timed: list[str]
-    max_new_tokens: int
-    runs: int
+    task_manager: Any  # of lm-evaluation-harness
     batch_size: int
-    limit: int | None
-    chat: bool
 
 
 # The steps. Each adds what the record lacks, and yields where that is to be written
 
 
-def _score_tasks(run: _Run, record: dict[str, Any]) -> Iterator[None]:
+def _score_tasks(run: _Run, request: dict[str, Any], record: dict[str, Any]) -> Iterator[None]:
     """What the exits make of the right answers of each task, and how the answers of each setting score."""
     for task in run.tasks:
         results = record["tasks"].setdefault(task.name, {"metric": task.metric, "settings": {}})
         if "exits" not in results:
-            results.update(_read_exits(run, task))
+            results.update(_read_exits(run, task, request["exit_layers"]))
             yield
         prompts = [row["prompt"] for row in task.rows]
-        for setting in run.settings:
-            if not setting.mode.lossless and str(setting) not in results["settings"]:
-                bar = one_line(f"{task.name}, {setting}")
+        for name in request["settings"]:
+            setting = Setting.read(name)
+            if not setting.mode.lossless and name not in results["settings"]:
+                bar = one_line(f"{task.name}, {name}")
                 length, batch_size = task.max_new_tokens, run.batch_size
                 texts = answers(run.model, run.tokenizer, prompts, length, batch_size, bar, **setting.arguments)
-                results["settings"][str(setting)] = task.score(texts)
+                results["settings"][name] = task.score(texts)
                 yield
 
 
-def _time_decoding(run: _Run, record: dict[str, Any]) -> Iterator[None]:
+def _read_exits(run: _Run, task: Task, exits: list[int]) -> dict[str, Any]:
+    """Loss, agreement and reliability, and suggested thresholds, from one pass over the right answers."""
+    read = teacher_forced(run.model, run.tokenizer, task.rows, exits, run.batch_size, progress=True)
+    found: dict[str, dict] = {}
+    for i, k in enumerate(exits):
+        found[str(k)] = {"loss": read.losses[i].mean().item(), "agreement": read.agrees[i].float().mean().item()}
+        if k != exits[-1]:
+            error = calibration_error(read.confidences[i], read.agrees[i])
+            found[str(k)]["reliability"] = {"expected_calibration_error": error}
+    return {"exits": found, "suggested_thresholds": [asdict(s) for s in suggest_thresholds(read, exits)]}
+
+
+def _time_decoding(run: _Run, request: dict[str, Any], record: dict[str, Any]) -> Iterator[None]:
     """Tokens per second of every setting."""
     if run.tasks and "speed" not in record:
-        ways = {str(setting): setting.arguments for setting in run.settings}
-        speeds = decoding_speeds(
-            run.model, run.tokenizer, run.timed, ways, run.max_new_tokens, run.runs, progress=True
-        )
+        timed, ways = request["timed"], request["settings"]
+        prompts = [row["prompt"] for row in run.tasks[0].rows[: timed["prompts"]]]
+        length, runs = timed["max_new_tokens"], timed["runs"]
+        speeds = decoding_speeds(run.model, run.tokenizer, prompts, ways, length, runs, progress=True)
         record["speed"] = {name: asdict(speed) for name, speed in speeds.items()}
         record["made_by"]["machine"] = machine_name(run.model.device)  # a run may go on elsewhere
         yield
 
 
-def _run_harness(run: _Run, record: dict[str, Any]) -> Iterator[None]:
+def _run_harness(run: _Run, request: dict[str, Any], record: dict[str, Any]) -> Iterator[None]:
     """What lm-evaluation-harness finds at every exit."""
-    missing = [name for name in run.harness_tasks if name not in record["harness"]]
+    missing = [name for name in request["harness_tasks"] if name not in record["harness"]]
     if missing:
         from .harness import SortedLlamaLM, evaluate_harness
 
-        lm = SortedLlamaLM(run.model, exit_layers=run.exits, tokenizer=run.tokenizer, batch_size=run.batch_size)
-        options = {"task_manager": run.task_manager, "limit": run.limit, "apply_chat_template": run.chat}
+        exits = request["exit_layers"]
+        lm = SortedLlamaLM(run.model, exit_layers=exits, tokenizer=run.tokenizer, batch_size=run.batch_size)
+        options = {"limit": request["limit"], "apply_chat_template": request["chat"], "bootstrap_iters": 0}
         for name in missing:
-            record["harness"][name] = evaluate_harness(lm, run.exits, name, bootstrap_iters=0, **options)
+            record["harness"][name] = evaluate_harness(lm, exits, name, task_manager=run.task_manager, **options)
             yield
 
 
 STEPS = (_score_tasks, _time_decoding, _run_harness)
 
 
-def _read_exits(run: _Run, task: Task) -> dict[str, Any]:
-    """Of each exit loss, agreement and reliability, and suggested thresholds, from one pass over the right answers."""
-    read = teacher_forced(run.model, run.tokenizer, task.rows, run.exits, run.batch_size, progress=True)
-    found: dict[str, dict] = {}
-    for i, k in enumerate(run.exits):
-        found[str(k)] = {"loss": read.losses[i].mean().item(), "agreement": read.agrees[i].float().mean().item()}
-        if k != run.exits[-1]:
-            error = calibration_error(read.confidences[i], read.agrees[i])
-            found[str(k)]["reliability"] = {"expected_calibration_error": error}
-    return {"exits": found, "suggested_thresholds": [asdict(s) for s in suggest_thresholds(read, run.exits)]}
-
-
 # What is asked for
 
 
-def _settings(exits: list[int], thresholds: Sequence[float], drafts: list[int]) -> list[Setting]:
-    values = {"exit": exits, "threshold": thresholds if len(exits) > 1 else [], "draft": drafts}
-    return [Setting(kind, value) for kind, of_kind in values.items() for value in of_kind]
+def _settings(
+    config: SortedLlamaConfig,
+    exit_layers: Sequence[int] | str | None,
+    thresholds: Sequence[float],
+    drafts: Sequence[int] | None,
+) -> tuple[list[int], list[Setting]]:
+    """The exits to evaluate, and the settings."""
+    depth = config.num_hidden_layers
+    exits = check_exit_layers(config.exit_layers or [depth] if exit_layers is None else exit_layers, depth)
+    if exits != config.exit_layers and config.exit_heads != "shared":
+        has = config.exit_layers
+        raise ValueError(f"`exit_layers` must be those that the checkpoint has weights for, {has}, got {exits}.")
+    if drafts and depth == 1:
+        raise ValueError(f"`drafts` are exits below full depth, of which a model of one layer has none, got {drafts}.")
+    drafting = exits[:-1] if drafts is None else [check_exit_layer(k, depth - 1, "drafts") for k in drafts]
+    values = {"exit": exits, "threshold": thresholds if len(exits) > 1 else [], "draft": drafting}
+    return exits, [Setting(kind, value) for kind, of_kind in values.items() for value in of_kind]
 
 
-def _request(run: _Run, path: str, dtype: str) -> dict[str, Any]:
-    """What a record is of: one of another request is not gone on with."""
+def _timed(tasks: list[Task], tokenizer: Any, num_timed: int, max_new_tokens: int, runs: int) -> dict[str, int]:
+    """The prompts to time, of the first task, and how."""
+    prompts = [row["prompt"] for row in tasks[0].rows[:num_timed]] if tasks else []
     return {
-        "path": path,
-        "weights": fingerprint(run.model),
-        "exit_layers": run.exits,
-        "settings": {str(setting): setting.arguments for setting in run.settings},
-        "tasks": {
-            task.name: {"kind": task.kind, "source": task.source, "rows": len(task.rows), "sha256": task.digest}
-            for task in run.tasks
-        },
-        "harness_tasks": run.harness_tasks,
-        "limit": run.limit,
-        "timed": {
-            "prompts": len(run.timed),
-            "prompt_tokens": sum(len(run.tokenizer(prompt)["input_ids"]) for prompt in run.timed),
-            "max_new_tokens": run.max_new_tokens,
-            "runs": run.runs,
-            "batch_size": 1,
-        },
-        "dtype": dtype,
-        "device": run.model.device.type,
-        "chat": run.chat,
+        "prompts": len(prompts),
+        "prompt_tokens": sum(len(tokenizer(prompt)["input_ids"]) for prompt in prompts),
+        "max_new_tokens": min(max_new_tokens, tasks[0].max_new_tokens) if tasks else 0,
+        "runs": runs,
+        "batch_size": 1,
     }
 
 
@@ -251,29 +233,10 @@ def _output(path: str, output: str | Path | None, overwrite: bool) -> Path:
     return output
 
 
-def _depths(
-    config: SortedLlamaConfig, exit_layers: Sequence[int] | str | None, drafts: Sequence[int] | None
-) -> tuple[list[int], list[int]]:
-    """The exits to evaluate, and those that draft."""
-    depth = config.num_hidden_layers
-    exits = check_exit_layers(config.exit_layers or [depth] if exit_layers is None else exit_layers, depth)
-    if exits != config.exit_layers and config.exit_heads != "shared":
-        raise ValueError(
-            f"`exit_layers` must be those that the checkpoint has weights for, {config.exit_layers}, got {exits}."
-        )
-    if drafts and depth == 1:
-        raise ValueError(f"`drafts` are exits below full depth, of which a model of one layer has none, got {drafts}.")
-    return exits, exits[:-1] if drafts is None else [check_exit_layer(k, depth - 1, "drafts") for k in drafts]
-
-
 def _load_tasks(data: Sequence[tuple[str, str]], tokenizer: Any, limit: int | None, chat: bool) -> list[Task]:
     tasks = [load_task(kind, source, tokenizer, limit, chat) for kind, source in data]
-    sources: dict[str, str] = {}
     for task in tasks:
-        if task.name in sources:
-            raise ValueError(
-                f"`data` has two tasks named {task.name!r}, {sources[task.name]!r} and {task.source!r}: a file is "
-                "called by its name without the folder, rename one."
-            )
-        sources[task.name] = task.source
+        sources = [other.source for other in tasks if other.name == task.name]
+        if len(sources) > 1:  # a file is called by its name without the folder
+            raise ValueError(f"`data` has two tasks named {task.name!r}, {' and '.join(sources)}: rename a file.")
     return tasks

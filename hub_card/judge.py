@@ -6,13 +6,12 @@ import json
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_int
 from sorted_llama.trainer.escaping import one_line
@@ -87,9 +86,7 @@ class Replies(dict[str, str]):
             except ValueError:
                 continue  # empty, or that half a line
             if not isinstance(entry, dict) or entry.keys() != {"key", "reply"} or not isinstance(entry["reply"], str):
-                raise ValueError(
-                    f"`cache` must be a file of cached replies, got {str(path)!r}, whose line {number} is none."
-                )
+                raise ValueError(f"`cache` must be a file of replies, got {str(path)!r}, whose line {number} is none.")
             self[entry["key"]] = entry["reply"]
 
     def make_file(self) -> None:
@@ -132,24 +129,18 @@ def judge_pairs(
     may still sway the judge; if that is "take the first", the two orders disagree and it is a tie.
 
     Args:
-        instructions, answers_a, answers_b (`Sequence[str]`):
-            What was asked, and two answers to each.
-        model (`str`):
-            Name of the judge at the endpoint.
-        base_url (`str`, *optional*):
-            The endpoint, such as `"http://localhost:8000/v1"`. Defaults to `OPENAI_BASE_URL`, then to OpenAI's.
-        api_key (`str`, *optional*):
-            Its key; any text if it takes none. Defaults to `OPENAI_API_KEY`.
+        instructions, answers_a, answers_b (`Sequence[str]`): What was asked, and two answers to each.
+        model (`str`): Name of the judge at the endpoint.
+        base_url (`str`, *optional*): The endpoint. Defaults to `OPENAI_BASE_URL`, then to OpenAI's.
+        api_key (`str`, *optional*): Its key; any text if it takes none. Defaults to `OPENAI_API_KEY`.
         sampling (`dict[str, Any]`, *optional*):
             Arguments of the `openai` client's `chat.completions.create`, which go before `SAMPLING`. `None` as a value
             sends none: some models refuse a `temperature`, or take `max_completion_tokens` in place of `max_tokens`.
         cache (`str` or `os.PathLike`, *optional*):
             JSON Lines file that every reply is appended to as it arrives. What it holds for the same judge, prompt and
             sampling, from whichever endpoint, is not asked again.
-        concurrency (`int`, *optional*, defaults to 8):
-            Number of requests under way at a time.
-        max_retries, timeout (*optional*, default to 5 and 60 seconds):
-            See the `openai` client.
+        concurrency (`int`, *optional*, defaults to 8): Number of requests under way at a time.
+        max_retries, timeout (*optional*, default to 5 and 60 seconds): See the `openai` client.
 
     Raises:
         ValueError, TypeError: Before any request, if an argument is out of range or of another type, the sequences
@@ -160,35 +151,35 @@ def judge_pairs(
     _check_texts({"instructions": instructions, "answers_a": answers_a, "answers_b": answers_b})
     options = {name: value for name, value in {**SAMPLING, **(sampling or {})}.items() if value is not None}
 
-    asked = []  # for each pair and order, the request's key and nonce
-    requests = {}
+    requests, asked = {}, []  # the requests by their keys; of each pair and order, the key and the nonce
     for instruction, a, b in zip(instructions, answers_a, answers_b, strict=True):
         for answer_1, answer_2 in ((a, b), (b, a)):
             nonce = _nonce(instruction, answer_1, answer_2)
             prompt = TEMPLATE.format(nonce=nonce, instruction=instruction, answer_1=answer_1, answer_2=answer_2)
             request = {**options, "model": model, "messages": [{"role": "user", "content": prompt}]}
-            key = digest_of(request)
-            requests[key] = request
-            asked.append((key, nonce))
+            asked.append((digest_of(request), nonce))
+            requests[asked[-1][0]] = request
 
     replies = Replies(cache)
-    missing = {key: request for key, request in requests.items() if key not in replies}
+    missing = [key for key in requests if key not in replies]
     if missing:
         client = connect(base_url, api_key, max_retries, timeout)
         replies.make_file()
+
+        def ask(key: str) -> None:
+            replies.add(key, _ask(client, requests[key]))
+
         try:
-            with client:
-                _ask_all(client, missing, replies, concurrency)
+            with client:  # after a failure, those under way are waited for, and kept
+                thread_map(ask, missing, max_workers=concurrency, desc="Judging")
         except Exception as error:
-            done = sum(key in replies for key in requests)
-            advice = (
-                "They are lost: pass `cache` to keep them."
-                if cache is None
-                else f"They are in cache={os.fspath(cache)!r}: run again with the same arguments to go on from there."
-            )
+            advice = "They are lost: pass `cache` to keep them."
+            if cache is not None:
+                advice = f"They are in cache={os.fspath(cache)!r}: run again to go on from there."
             raise JudgeError(
                 f"A request to model={model!r} failed with max_retries={max_retries}: {type(error).__name__}: "
-                f"{one_line(error)} {done} of {len(requests)} replies had arrived. {advice}"
+                f"{one_line(error)} {sum(key in replies for key in requests)} of {len(requests)} replies had arrived. "
+                f"{advice}"
             ) from error
 
     read = [parse_verdict(replies[key], nonce) for key, nonce in asked]
@@ -230,17 +221,6 @@ def _ask(client: Any, request: dict[str, Any]) -> str:
     return completion.choices[0].message.content or ""
 
 
-def _ask_all(client: Any, requests: dict[str, dict], replies: Replies, concurrency: int) -> None:
-    """Add the reply to each of `requests` to `replies`."""
-    pool = ThreadPoolExecutor(concurrency)
-    try:
-        futures = [pool.submit(lambda key: replies.add(key, _ask(client, requests[key])), key) for key in requests]
-        for future in tqdm(as_completed(futures), "Judging", len(futures)):
-            future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # those under way are waited for, and kept
-
-
 def parse_verdict(reply: str, nonce: str) -> str | None:
     """
     Read the verdict off a judge's reply, and never guess one: `"1"`, `"2"` or `"TIE"` if the last line is exactly that
@@ -256,8 +236,7 @@ def bootstrap_interval(wins: int, ties: int, losses: int, resamples: int = 10_00
     """Percentile bootstrap interval of `(wins - losses) / (wins + ties + losses)` over pairs, always the same."""
     judged = wins + ties + losses
     # Drawing pairs with replacement draws their three counts from a multinomial distribution
-    shares = np.array([wins, ties, losses]) / judged
-    counts = np.random.default_rng(0).multinomial(judged, shares, size=resamples)
+    counts = np.random.default_rng(0).multinomial(judged, np.array([wins, ties, losses]) / judged, size=resamples)
     scores = (counts[:, 0] - counts[:, 2]) / judged
     lower, upper = np.quantile(scores, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(lower), float(upper)
@@ -283,9 +262,7 @@ def _check_texts(sequences: dict[str, Sequence[str]]) -> None:
             if not isinstance(text, str):
                 raise TypeError(f"`{name}[{i}]` must be a string, got {text!r}.")
         if len(texts) != length:
-            raise ValueError(
-                f"`{name}` must have one element for each of the {length} `instructions`, got {len(texts)}."
-            )
+            raise ValueError(f"`{name}` must have one for each of the {length} `instructions`, got {len(texts)}.")
     if length == 0:
         raise ValueError("`instructions` must hold at least one instruction, got none.")
 

@@ -15,7 +15,7 @@ from .checkpoint import check_device, load_answering_tokenizer, load_config, loa
 from .judge import PairwiseResult, Replies, check_judge, digest_of, judge_pairs
 from .measure import answers
 from .record import check_output, fingerprint, write_json
-from .tasks import load_task
+from .tasks import Task, load_task
 
 
 _BATCH_SIZE = 64  # answers that are made, and kept, at once
@@ -40,20 +40,13 @@ def judge_exits(
     the result: a stopped run goes on, and answers are not generated again.
 
     Args:
-        path, limit, dtype, device, chat:
-            See [`evaluate`].
-        exits (`Sequence[int]`):
-            Two exits, of the model and of what it is against.
-        data (`tuple[str, str]`):
-            Kind (see [`load_task`]) and file or dataset of what to answer.
-        judge, base_url (`str`):
-            Name of the judge, and the endpoint: see [`judge_pairs`].
-        against (`str`, *optional*):
-            Id or path of another model. Defaults to the same.
-        max_new_tokens (`int`, *optional*, defaults to 256):
-            Length of an answer, at most.
-        output (`str` or `Path`, *optional*, defaults to `"judging.json"`):
-            JSON file of the result.
+        path, limit, dtype, device, chat: See [`evaluate`].
+        exits (`Sequence[int]`): Two exits, of the model and of what it is against.
+        data (`tuple[str, str]`): Kind (see [`load_task`]) and file or dataset of what to answer.
+        judge, base_url (`str`): Name of the judge, and the endpoint: see [`judge_pairs`].
+        against (`str`, *optional*): Id or path of another model. Defaults to the same.
+        max_new_tokens (`int`, *optional*, defaults to 256): Length of an answer, at most.
+        output (`str` or `Path`, *optional*, defaults to `"judging.json"`): JSON file of the result.
 
     Raises:
         ValueError: If an argument is out of range, or if a file cannot be read; before a model is loaded.
@@ -78,9 +71,7 @@ def judge_exits(
         if not texts or name != path:
             model = None  # before the next one comes
             model = load_model(name, dtype, device)
-        prompts = [row["prompt"] for row in task.rows]
-        bar = one_line(f"{name}, exit {exit_layer}")
-        texts.append(_answers(model, tokenizer, prompts, exit_layer, max_new_tokens, kept, bar, ask_judge))
+        texts.append(_answers(model, tokenizer, task, exit_layer, max_new_tokens, kept, ask_judge))
     prompts = [row["prompt"] for row in tasks[0].rows]
     result = judge_pairs(prompts, *texts, model=judge, base_url=base_url, cache=replies.path)
     write_json(output, {"exits": list(exits), "path": path, "against": against, **asdict(result)})
@@ -88,23 +79,18 @@ def judge_exits(
 
 
 def _answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: list[str],
-    exit_layer: int,
-    max_new_tokens: int,
-    kept: Replies,
-    bar: str,
-    before: Callable[[], None],
+    model: Any, tokenizer: Any, task: Task, exit_layer: int, max_new_tokens: int, kept: Replies, before: Callable
 ) -> list[str]:
     """Greedy answers of an exit: those that are kept, and the others, which are kept as they are made."""
     made_by = {"weights": fingerprint(model), "dtype": str(model.dtype), "max_new_tokens": max_new_tokens}
+    prompts = [row["prompt"] for row in task.rows]
     keys = [digest_of({**made_by, "exit_layer": exit_layer, "prompt": prompt}) for prompt in prompts]
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in kept}
     if missing:
         before()
         kept.make_file()
         asked = sorted(missing, key=lambda key: len(missing[key]))  # alike lengths: little padding
+        bar = one_line(f"{model.name_or_path}, exit {exit_layer}")
         for start in tqdm(range(0, len(asked), _BATCH_SIZE), desc=bar):
             batch = asked[start : start + _BATCH_SIZE]
             questions = [missing[key] for key in batch]

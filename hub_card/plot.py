@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sorted_llama.trainer.escaping import one_line
 
-from .record import full_depth
-from .settings import MODES, Setting, Style
+from .record import measured
+from .settings import MODES, Style
 
 
 PEER = Style("#CC79A7", "D", "none", 0)  # of other models
@@ -41,7 +43,7 @@ def plot_quality_speed(record: dict[str, Any], path: str | Path) -> bool:
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.4), dpi=150, squeeze=False)
     points: list[Point] = []
     for panel, task in zip(panels[0], tasks, strict=True):
-        points += [*_draw_settings(panel, record, task), *_draw_peers(panel, record, task)]
+        points += _draw(panel, record, task)
         _dress(panel, task, tasks[task]["metric"])
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, fontsize=8, frameon=False, labelcolor=GREY, loc="lower center", ncols=len(names))
@@ -52,37 +54,20 @@ def plot_quality_speed(record: dict[str, Any], path: str | Path) -> bool:
     return True
 
 
-def _draw_settings(panel: Any, record: dict[str, Any], task: str) -> list[Point]:
-    """A curve for each kind of setting that was measured."""
-    results, full = record["tasks"][task], str(full_depth(record))
+def _draw(panel: Any, record: dict[str, Any], task: str) -> list[Point]:
+    """A curve for each kind of setting that was measured, and other models."""
     points = []
-    for name, speed in record["speed"].items():
-        setting = Setting.read(name)
-        scores = results["settings"].get(full if setting.mode.lossless else name)
-        if scores is not None:
-            at = (speed["median"] / record["speed"][full]["median"], 100 * scores[results["metric"]])
-            points.append(Point(panel, str(setting.value), at, setting.mode.style))
-    for mode in MODES.values():
-        curve = sorted(point.at for point in points if point.style == mode.style)
+    for way in measured(record, record["speed"]):
+        name, style = (str(way.setting.value), way.setting.mode.style) if way.setting else (way.name, PEER)
+        score = way.scores[task]
+        if score is not None and way.speed_up is not None:
+            points.append(Point(panel, name, (way.speed_up, 100 * score), style))
+    for style, label in [*((mode.style, mode.label) for mode in MODES.values()), (PEER, None)]:
+        curve = sorted(point.at for point in points if point.style == style)
         if curve:
-            _draw(panel, curve, mode.style, label=mode.label)
+            look = {"color": style.color, "marker": style.marker, "linestyle": style.linestyle, "label": label}
+            panel.plot(*zip(*curve, strict=True), clip_on=False, **look)
     return points
-
-
-def _draw_peers(panel: Any, record: dict[str, Any], task: str) -> list[Point]:
-    points = []
-    for name, peer in record.get("peers", {}).items():
-        theirs, ours = str(full_depth(peer)), str(full_depth(record))
-        speed_up = peer["speed"][theirs]["median"] / record["speed"][ours]["median"]
-        score = peer["tasks"][task]["settings"][theirs][record["tasks"][task]["metric"]]
-        points.append(Point(panel, name, (speed_up, 100 * score), PEER))
-        _draw(panel, [points[-1].at], PEER)
-    return points
-
-
-def _draw(panel: Any, curve: list[tuple[float, float]], style: Style, **options: Any) -> None:
-    xs, ys = zip(*curve, strict=True)
-    panel.plot(xs, ys, color=style.color, marker=style.marker, linestyle=style.linestyle, clip_on=False, **options)
 
 
 def _dress(panel: Any, task: str, metric: str) -> None:
@@ -106,37 +91,37 @@ def _place_labels(figure: Any, points: list[Point]) -> None:
     taken = []
     for panel in figure.axes:
         for line in panel.get_lines():
-            at = panel.transData.transform(line.get_xydata())
-            taken += [_box(x, y, 8 * pixels, 8 * pixels) for x, y in at]
-            for (x0, y0), (x1, y1) in zip(at, at[1:], strict=False) if line.get_linestyle() != "None" else ():
-                steps = int(math.hypot(x1 - x0, y1 - y0) / (4 * pixels)) + 1
-                taken += [_box(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps, 1, 1) for i in range(steps)]
+            ends = panel.transData.transform(line.get_xydata())
+            taken += [_box(end, 8 * pixels) for end in ends]
+            for start, end in itertools.pairwise(ends) if line.get_linestyle() != "None" else ():
+                steps = int(math.dist(start, end) / (4 * pixels)) + 1
+                taken += [_box(at, 1) for at in np.linspace(start, end, steps, endpoint=False)]
     for panel, name, at, style in points:
         font = {"fontsize": 8, "color": style.color, "ha": "center", "va": "center", "parse_math": False}
         text = panel.text(0, 0, one_line(name), **font)
-        _, _, width, height = text.get_window_extent(renderer).bounds
+        size = text.get_window_extent(renderer).size + np.array([4, 1]) * pixels  # apart from the next one
         text.remove()
-        width, height = width + 4 * pixels, height + pixels  # apart from the next one
-        ground, (x, y) = panel.get_window_extent(renderer).extents, panel.transData.transform(at)
-        tried: list[tuple] = []
+        ground, center = panel.get_window_extent(renderer).extents, panel.transData.transform(at)
+        tried = []
         for away, turn in itertools.product((6, 14, 24, 36, 50), (0, 45, -45, 90, -90, 135, -135, 180)):
             angle = math.radians(style.direction + turn)
-            dx, dy = (math.cos(angle) * (away * pixels + width / 2), math.sin(angle) * (away * pixels + height / 2))
-            box = _box(x + dx, y + dy, width, height)
-            covered = sum(_shared(box, other) for other in taken) + width * height - _shared(box, ground)
-            tried.append((round(covered), len(tried), away, (dx / pixels, dy / pixels), box))
-        _, _, away, place, box = min(tried, key=lambda one: one[:2])
+            offset = np.array([math.cos(angle), math.sin(angle)]) * (away * pixels + size / 2)
+            box = _box(center + offset, size)
+            covered = _shared(box, taken) + size.prod() - _shared(box, [ground])
+            tried.append((round(covered), away, offset / pixels, box))
+        _, away, place, box = min(tried, key=lambda place: place[0])
         arrow = {"arrowstyle": "-", "color": style.color, "lw": 0.5, "shrinkB": 4} if away > 6 else None
         panel.annotate(one_line(name), at, place, textcoords="offset points", arrowprops=arrow, **font)
         taken.append(box)
 
 
-def _box(x: float, y: float, width: float, height: float) -> tuple[float, ...]:
+def _box(center: np.ndarray, size: np.ndarray | float) -> np.ndarray:
     """Left, bottom, right and top of a box around a point."""
-    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+    return np.concatenate([center - size / 2, center + size / 2])
 
 
-def _shared(box: tuple[float, ...], other: tuple[float, ...]) -> float:
-    """Area that two boxes share."""
-    width = min(box[2], other[2]) - max(box[0], other[0])
-    return max(width, 0) * max(min(box[3], other[3]) - max(box[1], other[1]), 0)
+def _shared(box: np.ndarray, others: list[np.ndarray]) -> float:
+    """Area that a box shares with others."""
+    found = np.stack(others)
+    sides = np.minimum(box[2:], found[:, 2:]) - np.maximum(box[:2], found[:, :2])
+    return sides.clip(0).prod(axis=1).sum()

@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -149,6 +149,31 @@ def _check(value: Any, shape: Any, name: str, source: str) -> None:
 def full_depth(record: dict[str, Any]) -> Setting:
     """What an evaluation compares the other settings with."""
     return Setting("exit", record["request"]["exit_layers"][-1])
+
+
+class Measured(NamedTuple):
+    """What was measured of a setting, or of another model at its full depth."""
+
+    name: str
+    setting: Setting | None  # none of another model
+    scores: dict[str, float | None]  # by task, the metric that the page shows
+    speed: dict[str, float] | None
+    speed_up: float | None  # over our full depth
+
+
+def measured(record: dict[str, Any], names: Iterable[str]) -> Iterator[Measured]:
+    """What was measured of the settings of these names, then of the other models."""
+    ways = [(name, Setting.read(name), record) for name in names]
+    for name, setting, source in [*ways, *((name, None, peer) for name, peer in record.get("peers", {}).items())]:
+        full = str(full_depth(source))
+        speed = source.get("speed", {}).get(name if setting else full) if "speed" in record else None
+        scored = full if setting is None or setting.mode.lossless else name
+        scores = {
+            task: source["tasks"][task]["settings"].get(scored, {}).get(results["metric"])
+            for task, results in record["tasks"].items()
+        }
+        speed_up = speed["median"] / record["speed"][str(full_depth(record))]["median"] if speed else None
+        yield Measured(name, setting, scores, speed, speed_up)
 
 
 class Score(NamedTuple):
