@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, eager_mask, sdpa_mask
 
@@ -92,23 +92,6 @@ class SortedCache(Cache):
         pending (`dict[int, torch.Tensor]`): By exit layer, states of shape `(batch_size, slots, hidden_size)`; row
             `r`'s tokens from the first that its next layer has not seen.
         layer_token_passes (`int`): Number of times that any layer was run for any token.
-
-    Example:
-
-    ```python
-    >>> from sorted_llama import SortedLlamaForCausalLM
-    >>> from transformers import AutoTokenizer
-
-    >>> model = SortedLlamaForCausalLM.from_pretrained("user/sorted-llama")
-    >>> tokenizer = AutoTokenizer.from_pretrained("user/sorted-llama")
-    >>> messages = [{"role": "user", "content": "What is the capital of Peru?"}]
-    >>> inputs = tokenizer.apply_chat_template(
-    ...     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    ... )
-    >>> turn = model.generate(**inputs, assistant_early_exit=10, max_new_tokens=8, return_dict_in_generate=True)
-    >>> next_turn = model.generate(turn.sequences, cache=turn.cache, exit_threshold=0.9, max_new_tokens=8)
-    >>> print(tokenizer.decode(next_turn[0], skip_special_tokens=True))
-    ```
     """
 
     layers: list[Any]
@@ -145,8 +128,8 @@ class SortedCache(Cache):
         """Forget the newest `-tokens_to_remove` tokens of every row (transformers counts them negative)."""
         if tokens_to_remove > 0:
             raise ValueError(
-                f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}: `crop(-2)` forgets the two newest "
-                "tokens of every row, and `rollback(lengths)` keeps a number of tokens of each."
+                f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}: `rollback(lengths)` keeps a "
+                "number of tokens of each row."
             )
         self.rollback([max(length + tokens_to_remove, 0) for length in self.lengths])
 
@@ -188,14 +171,8 @@ class SortedCache(Cache):
 
     def rollback(self, lengths: Sequence[int]) -> None:
         """
-        Keep the first `lengths[r]` tokens of row `r`, in every layer and among the pending states alike.
-
-        Args:
-            lengths (`Sequence[int]`):
-                One number of tokens a row; a row that holds fewer is left as it is.
-
-        Raises:
-            ValueError: If there is not one for each row, or if one is no integer of at least 0.
+        Keep the first `lengths[r]` tokens of row `r`, if it holds more, in every layer and among the pending states;
+        a `ValueError` if there is not an integer of at least 0 for each row.
         """
         lengths = [as_int(length) for length in lengths]  # type: ignore[misc]
         if len(lengths) != len(self.lengths) or any(length is None or length < 0 for length in lengths):
@@ -222,9 +199,6 @@ class SortedCache(Cache):
 
         `inputs_embeds`, `(num_rows, num_tokens, hidden_size)`, are tokens of `rows`, of which `counts` are real, the
         first ones. A mask may begin with the cached tokens. `one_by_one` and `rotary_emb`: see `_write_angles`.
-
-        Raises:
-            ValueError: If the number of rows or the mask's shape is not that of the cache.
         """
         num_rows, num_tokens = inputs_embeds.shape[:2]
         known = self.lengths or (0,) * num_rows
@@ -232,7 +206,12 @@ class SortedCache(Cache):
         if num_rows != len(starts):
             raise ValueError(f"The cache holds {len(starts)} rows, but the input has {num_rows}.")
         block = Block(rows, starts, [num_tokens] * num_rows if counts is None else counts)
-        self._check_mask(attention_mask, block)
+        shapes = [(num_rows, block.width), (num_rows, block.end if block.even else block.width)]
+        if attention_mask is not None and tuple(attention_mask.shape) not in shapes:
+            raise ValueError(
+                f"`attention_mask` must be of shape ({num_rows}, {block.end}), the cached tokens and the new ones "
+                f"where rows are of one length, or ({num_rows}, {block.width}), got {tuple(attention_mask.shape)}."
+            )
         self.lengths = known
         if num_tokens == 0:
             return block
@@ -247,15 +226,6 @@ class SortedCache(Cache):
             self._write_angles(rotary_emb, position_ids, block, inputs_embeds, one_by_one)
         self.lengths = block.count_in(known)
         return block
-
-    def _check_mask(self, attention_mask: torch.Tensor | None, block: Block) -> None:
-        num_rows = len(block.starts)
-        shapes = [(num_rows, block.width), (num_rows, block.end if block.even else block.width)]
-        if attention_mask is not None and tuple(attention_mask.shape) not in shapes:
-            raise ValueError(
-                f"`attention_mask` must be of shape ({num_rows}, {block.end}), the cached tokens and the new ones "
-                f"where rows are of one length, or ({num_rows}, {block.width}), got {tuple(attention_mask.shape)}."
-            )
 
     def _next_positions(self, block: Block, device: torch.device) -> torch.Tensor:
         """Positions of a block's tokens, each behind the one before it in its row."""
@@ -303,12 +273,7 @@ class SortedCache(Cache):
         self._angles = block.store(self._angles, angles, len(self.lengths), STORAGE_STEP)
 
     def segments(self, depth: int, rows: list[int] | None = None) -> list[tuple[int, int]]:
-        """
-        The stretches of layers, `(first, last)`, that a pass to `depth` runs: cut where rows have pending states.
-
-        Raises:
-            ValueError: If upper layers have seen fewer tokens than lower ones and nothing is pending there.
-        """
+        """The stretches of layers, `(first, last)`, that a pass to `depth` runs: cut where states are pending."""
         cuts = [0]
         for cut in range(1, depth):
             below, above = self.lengths_in(cut - 1), self.lengths_in(cut)
@@ -319,9 +284,8 @@ class SortedCache(Cache):
             if short and cut not in self.pending:
                 raise ValueError(
                     f"The cache holds {below[short[0]]} tokens in layer {cut} but {above[short[0]]} in layer "
-                    f"{cut + 1}, and not the hidden states to go on from: it was filled by a model of {cut} layers "
-                    f"and cannot be continued at `exit_layer={depth}`. Go on at `exit_layer={cut}`, or start from an "
-                    "empty cache."
+                    f"{cut + 1}: it was filled by a model of {cut} layers and cannot be continued at `exit_layer="
+                    f"{depth}`. Go on at `exit_layer={cut}`, or start from an empty cache."
                 )
         return list(zip(cuts, [*cuts[1:], depth], strict=True))
 
@@ -390,9 +354,6 @@ class SortedCache(Cache):
 
         The implementation's own function makes it: through `create_causal_mask` it would be given rows of different
         lengths as an `and_mask_function`, which takes a millisecond (`torch.vmap`), and wait to read the padding.
-
-        Raises:
-            ValueError: If the implementation cannot attend to rows of different lengths.
         """
         implementation, device = config._attn_implementation, hidden_states.device
         make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)  # a user's own may share sdpa's
@@ -446,10 +407,9 @@ def is_sorted_cache(cache: Any) -> bool:
 def as_sorted_cache(cache: Any) -> Any:
     """`cache`, if it is a [`SortedCache`]; an error that says how to get one otherwise."""
     if not is_sorted_cache(cache):
-        kind = "an empty DynamicCache" if isinstance(cache, DynamicCache) and not len(cache) else type(cache).__name__
         raise ValueError(
-            f"Decoding at moving depth continues from a `SortedCache`, got {kind}: pass `SortedCache()` (it works "
-            "with every mode of `generate`), or the cache that a call with `return_dict_in_generate=True` returned."
+            f"Decoding at moving depth continues from a `SortedCache`, got {type(cache).__name__}: pass "
+            "`SortedCache()` or the cache that a call with `return_dict_in_generate=True` returned."
         )
     return cache
 
@@ -469,6 +429,5 @@ def check_cache_depth(cache: Cache, depth: int, synchronize: bool = False) -> No
     if last < first:
         raise ValueError(
             f"The cache holds {first} tokens in its first layer but {last} in layer {depth}: it was filled at a "
-            f"smaller `exit_layer` and cannot be continued at `exit_layer={depth}`. Go on at the exit that filled it, "
-            "or start from an empty cache."
+            f"smaller `exit_layer`. Go on at that one, or start from an empty cache."
         )

@@ -24,15 +24,6 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation) -> Sorte
     """
     Cycles of drafting and verifying. Drafting runs the lowest layers token by token, and leaves their states pending
     in the cache; verifying runs the rest for all of them in one pass. So no layer runs twice for a token that stays.
-
-    Args:
-        sequences ([`Sequences`]):
-            The tokens of the call.
-        decoding ([`SelfSpeculation`]):
-            Which exit drafts, and which depth verifies.
-
-    Returns:
-        [`SortedGenerateOutput`] or `torch.Tensor`: What `generate` returns.
     """
     depth, statistics, passes_before = decoding.depth, DraftStatistics(), sequences.cache.layer_token_passes
     policy = draft_policy(sequences, decoding)
@@ -108,9 +99,8 @@ def _verify(
     scores = scores.view(len(rows), width, -1)
     accept = accept_sampled if sequences.do_sample else accept_greedy
     accepted, newest = accept(scores, drafts.tokens, drafts.probabilities)
-    found = torch.cat(
-        [accepted[:, None], drafts.tokens, newest], dim=1
-    ).tolist()  # a row's count, drafts and new token: the one wait of a cycle
+    # A row's count, drafts and new token: the one wait of a cycle
+    found = torch.cat([accepted[:, None], drafts.tokens, newest], dim=1).tolist()
     sequences.write(rows, [length + row[0] for length, row in zip(lengths, found, strict=True)], newest)
     choices = []
     for count, *proposed, token in found:
@@ -153,16 +143,8 @@ def accept_sampled(
     Speculative sampling (arXiv 2211.17192): keep each draft with probability `min(1, p / q)`, up to the first that is
     not kept, and draw the next token from what `p` has more than `q`. The tokens are distributed as by `p` alone.
 
-    Args:
-        scores (`torch.Tensor` of shape `(num_rows, num_drafts + 1, vocab_size)`):
-            Processed scores of the verifying depth, float32: `p` is their softmax.
-        drafts (`torch.LongTensor` of shape `(num_rows, num_drafts)`):
-            Draft tokens.
-        probabilities (`torch.Tensor` of shape `(num_rows, num_drafts, vocab_size)`, *optional*):
-            `q`, the processed distributions that they were drawn from; `None` without drafts.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Number of drafts kept, `(num_rows,)`, and next tokens, `(num_rows, 1)`.
+    `p` is the softmax of `scores`, `(num_rows, num_drafts + 1, vocab_size)`; `drafts`, `(num_rows, num_drafts)`, were
+    drawn from `q`, `probabilities`. Returns numbers of drafts kept, `(num_rows,)`, and next tokens, `(num_rows, 1)`.
     """
     p = scores.softmax(-1, dtype=torch.float32)
     if probabilities is None:
@@ -213,13 +195,8 @@ class LearnedDrafts:
     probability `a`, brings `1 + a + ... + a^n` tokens for the time of a plain step and `n` drafts: acceptance is an
     average that forgets, times are medians of the newest. Where nothing pays it decodes plainly, and tries a single
     draft again after 2, 4, ... 256 steps, exit after exit. A draft must be affordable, too: what drafts in vain may
-    cost is a share of the tokens that were asked for, and what accepted drafts have brought.
-
-    Args:
-        costs (`dict[int, float]`):
-            By exit, what a draft is expected to cost, in plain steps.
-        max_tokens (`float`):
-            Number of tokens that are asked for.
+    cost is a share of the `max_tokens` that were asked for, and what accepted drafts have brought. `costs` are what a
+    draft of each exit is expected to cost, in plain steps.
     """
 
     MAX_DRAFTS = 8
@@ -253,19 +230,7 @@ class LearnedDrafts:
         return exit_layer, 0
 
     def learn(self, exit_layer: int, num_drafts: int, accepted: list[int], seconds: float) -> None:
-        """
-        What has become of a cycle.
-
-        Args:
-            exit_layer (`int`):
-                The exit that drafted.
-            num_drafts (`int`):
-                Number of drafts, of each row; 0 for a plain step.
-            accepted (`list[int]`):
-                Those that were kept, row by row.
-            seconds (`float`):
-                What the cycle took.
-        """
+        """What has become of a cycle of `num_drafts` a row, of which `accepted` were kept; none are a plain step."""
         if num_drafts == 0:
             self.plain_seconds.append(seconds)
             return

@@ -12,15 +12,6 @@ def decode_with_exits(
     """
     One token a step; each row leaves at its exit, the others go on to the next one: the paper's instance-aware
     inference, but exact. What a row skips stays pending in the cache, until a later token of it takes it along.
-
-    Args:
-        sequences ([`Sequences`]):
-            The tokens of the call.
-        decoding ([`ConfidenceExit`] or [`RowDepths`]):
-            Which row leaves where.
-
-    Returns:
-        [`SortedGenerateOutput`] or `torch.Tensor`: What `generate` returns.
     """
     row_depths: list[int] | None = None
     if isinstance(decoding, RowDepths):

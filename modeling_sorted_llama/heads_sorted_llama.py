@@ -42,16 +42,13 @@ class ExitHead(nn.Module):
 
 class ExitLens(LlamaRMSNorm):
     """
-    Norm of an exit with `exit_heads="lens"`: `(I + A) RMSNorm(h)`, with a gain and a square matrix `A` of its own.
-
-    This is a tuned lens (arXiv 2303.08112) put behind the norm, where it folds into the head of a plain Llama. At the
-    start `A` is 0: the exit is read as full depth is.
+    Norm of an exit with `exit_heads="lens"`: `(I + A) RMSNorm(h)`, with a gain and a square matrix `A`, at first 0, of
+    its own. This is a tuned lens (arXiv 2303.08112) put behind the norm, where it folds into a plain Llama's head.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__(hidden_size, eps)
-        # No `nn.Linear`, as in `ExitHead`
-        self.matrix = nn.Parameter(torch.zeros(hidden_size, hidden_size))
+        self.matrix = nn.Parameter(torch.zeros(hidden_size, hidden_size))  # no `nn.Linear`, as in `ExitHead`
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = super().forward(hidden_states)
@@ -69,12 +66,10 @@ class SharedHeads:
     @staticmethod
     def make_norm(config: LlamaConfig) -> nn.Module | None:
         """The norm that an exit owns, its weights not yet set."""
-        return None
 
     @staticmethod
     def make_head(config: LlamaConfig) -> nn.Module | None:
         """The LM head that an exit owns, its weights not yet set."""
-        return None
 
     @staticmethod
     def init_norm(norm: Any, shared: Any) -> None:
@@ -89,9 +84,8 @@ class SharedHeads:
     @staticmethod
     def copy_head(shared: nn.Module) -> nn.Module:
         """A head for an exit that does what the LM head does."""
-        return (
-            ExitHead(whole_copy(shared).get_parameter("weight")) if is_matrix_product(shared) else whole_copy(shared)
-        )
+        copied = whole_copy(shared)
+        return ExitHead(copied.get_parameter("weight")) if is_matrix_product(shared) else copied
 
     @staticmethod
     def to_plain(norm: nn.Module, head: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -236,6 +230,3 @@ def is_matrix_product(head: nn.Module) -> bool:
         and getattr(head, "bias", None) is None
         and not is_hooked(head)
     )
-
-
-__all__ = ["EXIT_HEADS", "ExitHead", "ExitLens", "fold_lens", "is_matrix_product", "submodel_weights"]

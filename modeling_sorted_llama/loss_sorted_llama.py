@@ -13,8 +13,7 @@ from .configuration_sorted_llama import check_choice, check_exit_loss_weights, c
 from .heads_sorted_llama import OWNING_HEADS, is_matrix_product
 
 
-# Size of the one float32 tile of logits. On a CPU 64 MiB already keep the matrix products near their peak; an
-# accelerator needs more rows for that.
+# Size of the one float32 tile of logits, from which on the matrix products are near their peak
 _TILE_BYTES_CPU = 2**26
 _TILE_BYTES_ACCELERATOR = 2**29
 
@@ -28,8 +27,7 @@ LOSS_TYPES = {
 @dataclass(frozen=True)
 class ExitLossOptions:
     """
-    Options of the SoFT loss. [`SortedLlamaForCausalLM`] takes each as a keyword argument of its `forward`, beside
-    `labels`.
+    Options of the SoFT loss: keyword arguments of [`SortedLlamaForCausalLM`]'s `forward`, beside `labels`.
 
     Args:
         exit_loss_weights (`Sequence[float]`, *optional*):
@@ -47,9 +45,6 @@ class ExitLossOptions:
         detach_exits (`bool`, *optional*, defaults to `False`):
             Whether the exits before the last train nothing but what they own (`config.exit_heads`): no gradient of
             theirs reaches a layer, the final norm or the shared LM head.
-
-    Raises:
-        ValueError: If an option has a value that is not allowed.
     """
 
     exit_loss_weights: Sequence[float] | None = None
@@ -75,7 +70,7 @@ class ExitLossOptions:
         if kwargs.get("self_distillation_temperature") is not None:
             raise ValueError(
                 f"`self_distillation_temperature={kwargs['self_distillation_temperature']!r}` is no option any more: "
-                "the divergence is that of the distributions as they are. Scale it by `self_distillation_weight`."
+                "scale the divergence by `self_distillation_weight`."
             )
         given = {name: kwargs.pop(name, None) for name in _OPTIONS}
         return {name: value for name, value in given.items() if value is not None}
@@ -88,7 +83,7 @@ class ExitLossOptions:
         return [weight / num_exits for weight in weights] if self.exit_loss_reduction == "mean" else weights
 
     def check(self, exits: list[int], own_exits: list[int]) -> None:
-        """Refuse, with a `ValueError`, what does not fit the exits of a call, of which `own_exits` own weights."""
+        """Refuse what does not fit the exits of a call, of which `own_exits` own weights."""
         self.weights(len(exits))
         if self.detach_exits and not {*exits[:-1]} <= {*own_exits}:
             raise ValueError(
@@ -143,28 +138,23 @@ def multi_exit_loss(
     with `z_e = lm_head(hidden_states[e])`, the distillation's weight `a`, and no gradient into the last exit from the
     divergence of the others.
 
-    The logits exist as one tile at a time, `[tile, vocab]` in float32. The gradients of the hidden states and of the
-    head are made in the same sweep, which takes three matrix products where recomputing the logits takes four, and a
+    The logits exist as one tile at a time, `[tile, vocab]` in float32. The gradients are made in the same sweep, and a
     single head-gradient buffer in float32 serves all exits. Because that buffer is handed out, `backward` runs once.
 
     Args:
         hidden_states (`Sequence[torch.Tensor]`, each of shape `(num_tokens, hidden_size)`):
             Normed hidden states of each exit, shallow to deep; row `t` predicts `labels[t]`.
         lm_head (`torch.nn.Module` or `Sequence[torch.nn.Module]`):
-            The head, or one for each exit. What [`is_matrix_product`] knows to be one takes the fused products, also
-            where FSDP or DeepSpeed shards its weight. Any other module (adapters, quantization, hooks, a bias) is
-            called: with one row, which tells its vocabulary and what it trains, then with the `(1, rows, hidden_size)`
-            of each tile and exit.
+            The head, or one for each exit. What [`is_matrix_product`] knows to be one takes the fused products. Any
+            other module (adapters, quantization, hooks, a bias) is called: with one row, which tells its vocabulary
+            and what it trains, then with the `(1, rows, hidden_size)` of each tile and exit.
         labels (`torch.Tensor` of shape `(num_tokens,)`, int64):
             Token to predict for each row, within the vocabulary. There may be none: the loss is then 0.
         options ([`ExitLossOptions`], *optional*):
-            Options of the loss. With `detach_exits`, the last exit's head gets no gradient from the other exits; their
-            hidden states are the caller's to detach, before the norms that the exits own.
+            With `detach_exits`, the last exit's head gets no gradient from the other exits; their hidden states are
+            the caller's to detach, before the norms that the exits own.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             What the sums over tokens are divided by. Defaults to `num_tokens`.
-
-    Returns:
-        [`MultiExitLossOutput`]
 
     Raises:
         ValueError: If there is not one weight an exit, or, on a CPU, if a label is no token (an accelerator asserts).
@@ -179,10 +169,10 @@ def multi_exit_loss(
         device = deepest.params[0].device if isinstance(deepest, _MatrixHead) else hidden_states[-1].device
         # With the model split across devices the backbone can end on another one than the head's
         hidden_states, labels = [states.to(device) for states in hidden_states], labels.to(device)
-        _check_labels(labels, min(head.vocab_size for head in distinct))
+        _check_labels(labels, distinct)
         exits = [_Exit(*of_exit) for of_exit in zip(hidden_states, heads, weights)]
-        if options.detach_exits:
-            _keep_head_of_last(exits)
+        for exit_ in exits[:-1]:
+            exit_.trains_head = not options.detach_exits or exit_.head is not deepest
         losses, correct, agreeing, divergences = _sweep(exits, labels, options)
         num_tokens = max(labels.numel(), 1)
         num_items = _as_tensor(num_tokens if num_items_in_batch is None else num_items_in_batch, device).clamp(min=1)
@@ -190,20 +180,11 @@ def multi_exit_loss(
         objectives = losses + options.self_distillation_weight * divergences
         # Numbers, no tensor of them: to copy one to an accelerator would wait for all of the above
         loss = sum((part * weight for part, weight in zip(objectives, weights)), losses.new_zeros(()))
-        loss = _WithGradients.apply(
-            loss,
-            num_items,
-            [exit_.grad for exit_ in exits] + [grad for head in distinct for grad in head.grads],
-            *hidden_states,
-            *(param for head in distinct for param in head.params),
-        )
-    return MultiExitLossOutput(
-        loss,
-        losses,
-        correct / num_tokens,
-        agreeing / num_tokens,
-        exit_divergences=divergences if options.self_distillation_weight else None,
-    )
+        tensors = [*hidden_states, *(param for head in distinct for param in head.params)]
+        grads = [*(exit_.grad for exit_ in exits), *(grad for head in distinct for grad in head.grads)]
+        loss = _WithGradients.apply(loss, num_items, grads, *tensors)
+    distilled = divergences if options.self_distillation_weight else None
+    return MultiExitLossOutput(loss, losses, correct / num_tokens, agreeing / num_tokens, distilled)
 
 
 def labelled_rows(labels: torch.Tensor, shift_labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,23 +204,19 @@ def _heads(modules: Sequence[nn.Module], hidden_states: Sequence[torch.Tensor]) 
     return [heads[id(module)] for module in modules]
 
 
-def _keep_head_of_last(exits: "list[_Exit]") -> None:
-    for exit_ in exits[:-1]:
-        exit_.trains_head = exit_.head is not exits[-1].head
-
-
 def _as_tensor(number: torch.Tensor | int, device: torch.device) -> torch.Tensor:
     # `torch.tensor` would copy the number to an accelerator, and wait for it
     tensor = number if isinstance(number, torch.Tensor) else torch.full((), number, device=device)
     return tensor.to(device, torch.float32)
 
 
-def _check_labels(labels: torch.Tensor, vocab_size: int) -> None:
+def _check_labels(labels: torch.Tensor, heads: Sequence[Any]) -> None:
     if labels.device.type != "cpu" or labels.numel() == 0:  # elsewhere to read them would wait for the device
         return
+    last = min(head.vocab_size for head in heads) - 1
     for label in (labels.min().item(), labels.max().item()):
-        if not 0 <= label < vocab_size:
-            raise ValueError(f"`labels` must be tokens from 0 to {vocab_size - 1}, which the head knows, got {label}.")
+        if not 0 <= label <= last:
+            raise ValueError(f"`labels` must be tokens from 0 to {last}, which the head knows, got {label}.")
 
 
 class _WithGradients(torch.autograd.Function):
@@ -256,8 +233,7 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx, grad_loss):
         if ctx.grads is None:
             raise RuntimeError(
-                "The SoFT loss hands out its gradients once: call `backward` on one forward a single time "
-                "(`retain_graph=True` is not supported)."
+                "The SoFT loss hands out its gradients once: call `backward` a single time, without `retain_graph`."
             )
         grads, ctx.grads = ctx.grads, None
         scale = grad_loss / ctx.num_items
@@ -306,11 +282,7 @@ def _sweep(exits: "Sequence[_Exit]", labels: torch.Tensor, options: ExitLossOpti
 
 
 def _losses_of_tokens(
-    logits: torch.Tensor,
-    greedy: torch.Tensor,
-    target: torch.Tensor,
-    teacher: torch.Tensor | None,
-    options: ExitLossOptions,
+    logits: torch.Tensor, greedy: torch.Tensor, target: torch.Tensor, teacher: Any, options: ExitLossOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """
     What a tile's losses are, each `(rows, 1)`: the loss, its derivative by -log p_y, and the cross-entropy with the
@@ -337,15 +309,7 @@ def _losses_of_tokens(
     return loss, slope, cross_entropy, exp_sum
 
 
-def _to_gradient(
-    exps: torch.Tensor,
-    exp_sum: torch.Tensor,
-    target: torch.Tensor,
-    teacher: torch.Tensor | None,
-    weight: torch.Tensor,
-    distillation: float,
-    label_smoothing: float,
-) -> None:
+def _to_gradient(exps, exp_sum, target, teacher, weight, distillation: float, label_smoothing: float) -> None:
     """
     What a tile's gradient is: `exps`, as `_losses_of_tokens` leaves it, becomes d loss / d z.
 
@@ -388,9 +352,7 @@ class _MatrixHead:
         with torch.autocast(states.device.type, enabled=False):
             return (self.states @ self.weight.t()).float()
 
-    def accumulate(
-        self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice, trains_head: bool
-    ) -> None:
+    def accumulate(self, grad_logits: torch.Tensor, grad_states: Any, tile: slice, trains_head: bool) -> None:
         grad_logits, grad_weight = grad_logits.to(self.dtype), self.grads[0] if trains_head else None
         with torch.autocast(grad_logits.device.type, enabled=False):
             if grad_states is not None:
@@ -420,9 +382,7 @@ class _CalledHead:
             self.output = self.module(self.states).to(states.device)  # hooks may run it on another device
         return self.output.detach().squeeze(0).to(torch.float32, copy=True)
 
-    def accumulate(
-        self, grad_logits: torch.Tensor, grad_states: torch.Tensor | None, tile: slice, trains_head: bool
-    ) -> None:
+    def accumulate(self, grad_logits: torch.Tensor, grad_states: Any, tile: slice, trains_head: bool) -> None:
         output, self.output = self.output, None
         if not output.requires_grad:  # a hook may cut it off
             return
@@ -430,9 +390,8 @@ class _CalledHead:
         grad_output = grad_logits.to(output.dtype).view_as(output)
         # What the head reads may have been computed once for all of its calls: its graph has to stay
         with without_hooks(params):  # they are for the gradient that `backward` hands out
-            grads = torch.autograd.grad(
-                output, (self.states, *params), grad_output, retain_graph=True, allow_unused=True
-            )
+            inputs = self.states, *params
+            grads = torch.autograd.grad(output, inputs, grad_output, retain_graph=True, allow_unused=True)
         if grad_states is not None and grads[0] is not None:
             grad_states[tile] = grads[0].squeeze(0)
         for total, grad in zip(self.grads, grads[1:]):
@@ -465,6 +424,3 @@ def _leaves(output: torch.Tensor) -> list[torch.Tensor]:
             if hasattr(node, "variable"):  # where gradients accumulate
                 found.append(node.variable)
     return found
-
-
-__all__ = ["ExitLossOptions", "MultiExitLossOutput", "multi_exit_loss"]

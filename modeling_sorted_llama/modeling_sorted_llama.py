@@ -45,8 +45,7 @@ class SortedModelOutputWithPast(BaseModelOutputWithPast):
 
     Args:
         exit_hidden_states (`tuple[torch.Tensor]`, *optional*, returned when `exit_layers` is passed):
-            Output of each exit's last layer, *before* the final norm, each of shape
-            `(batch_size, sequence_length, hidden_size)`.
+            Output of each exit's last layer, before its norm, of shape `(batch_size, sequence_length, hidden_size)`.
     """
 
     exit_hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -55,12 +54,8 @@ class SortedModelOutputWithPast(BaseModelOutputWithPast):
 @dataclass
 class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
-    [`~transformers.modeling_outputs.CausalLMOutputWithPast`] with what the SoFT loss knows of each exit, returned when
-    `labels` are passed and the loss is that of several exits.
-
-    Args:
-        exit_losses, exit_token_accuracies, exit_agreements, exit_divergences (`torch.Tensor` of shape `(num_exits,)`):
-            See [`MultiExitLossOutput`].
+    [`~transformers.modeling_outputs.CausalLMOutputWithPast`] with what the SoFT loss knows of each exit, each of shape
+    `(num_exits,)`: see [`MultiExitLossOutput`].
     """
 
     exit_losses: torch.Tensor | None = None
@@ -70,13 +65,7 @@ class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class SortedLlamaModel(SavedAsItsModel, LlamaModel):
-    """
-    [`~transformers.LlamaModel`] that runs as many of its layers as it is asked to.
-
-    Args:
-        config ([`SortedLlamaConfig`] or [`~transformers.LlamaConfig`]):
-            Configuration; a plain Llama's becomes a sorted one.
-    """
+    """[`~transformers.LlamaModel`] that runs as many of its layers as it is asked to."""
 
     config: SortedLlamaConfig
     config_class = SortedLlamaConfig
@@ -153,9 +142,6 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
             [`SortedCache`], tokens that were pending below `exit_layer` are taken along and come before the new ones;
             an input of no tokens takes along what is pending and nothing else. Where rows had different numbers of
             tokens pending, the newest are in the last columns.
-
-        Raises:
-            ValueError: If `exit_layer` or `exit_layers` is out of range, or if `cache` was filled by a shallower run.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -245,11 +231,8 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
     [`~transformers.LlamaForCausalLM`] whose first `k` layers, with the same final norm and LM head, are a model of
     their own: `exit_layer=k` in `forward` and in `generate` runs them and nothing more.
 
-    Parameter names are Llama's own, so any Llama checkpoint loads as a sorted model and the other way round.
-
-    Args:
-        config ([`SortedLlamaConfig`] or [`~transformers.LlamaConfig`]):
-            Configuration; a plain Llama's becomes a sorted one.
+    Parameter names are Llama's own, so any Llama checkpoint loads as a sorted model and the other way round. `config`
+    may be a plain Llama's, too.
 
     Example:
 
@@ -352,11 +335,6 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
             [`SortedCausalLMOutputWithPast`]: `logits` are those of the deepest layer that ran. With a [`SortedCache`],
             those of the tokens that were pending below it come before the input's, unless `labels` or a tensor of
             `logits_to_keep` count the input's tokens; a number of `logits_to_keep` keeps the newest of both.
-
-        Raises:
-            ValueError: If an exit or an option is out of range, if two contradict each other or have no effect, if
-                `cache` was filled by a shallower run, if `labels` are not of the input's shape, or if states of all
-                layers are asked for where tokens are pending in the cache.
         """
         exits = self._loss_exits(exit_layer, exit_layers, labels)
         loss_arguments = self._loss_arguments(kwargs, exits)
@@ -402,9 +380,8 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
         asked = [n for n in ("output_hidden_states", "output_attentions") if kwargs.get(n, getattr(self.config, n))]
         if asked and is_sorted_cache(cache) and len(cache.segments(depth)) > 1:
             raise ValueError(
-                f"`{asked[0]}=True` would return tokens that are pending in the cache among those of the input, in "
-                "some layers and not in others: take them along first, with an input of no tokens "
-                f"(`input_ids[:, :0]`) at `exit_layer={depth}`."
+                f"`{asked[0]}=True` would return tokens that are pending in the cache among those of the input: take "
+                f"them along first, with an input of no tokens (`input_ids[:, :0]`) at `exit_layer={depth}`."
             )
 
     def _loss_exits(self, exit_layer, exit_layers, labels) -> list[int] | None:
@@ -414,8 +391,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
             exit_layers = None if of_one_exit else self.config.exit_layers
         elif exit_layer is not None:
             raise ValueError(
-                f"`exit_layer={exit_layer!r}` (one exit's loss) and `exit_layers={exit_layers!r}` (the sum of several)"
-                " contradict each other: pass one of them."
+                f"`exit_layer={exit_layer!r}` and `exit_layers={exit_layers!r}` contradict each other: pass one."
             )
         elif labels is None:
             raise ValueError(f"`exit_layers={exit_layers!r}` chooses the exits of the loss: pass `labels` too.")
@@ -427,8 +403,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
         if exits is None:
             if given:
                 raise ValueError(
-                    f"{given} are arguments of the SoFT loss: it needs `labels` and `exit_layers` (here or in the "
-                    "config), and no `exit_layer`."
+                    f"{given} are for the SoFT loss, which needs `labels` and `exit_layers`, and no `exit_layer`."
                 )
             return {}
         if exits == self.config.exit_layers:
@@ -450,19 +425,10 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
 
     def extract_submodel(self, exit_layer: int) -> LlamaForCausalLM:
         """
-        The sub-model of an exit as a plain Llama that *shares* its tensors with this model: no copy is made, and
+        The first `exit_layer` layers as a plain Llama that *shares* its tensors with this model: no copy is made, and
         training either trains both. `save_pretrained` then writes a vanilla Llama checkpoint for any engine. The head
-        of an exit with `exit_heads="lens"` alone is new: the shared head times the exit's matrix.
-
-        Args:
-            exit_layer (`int`):
-                Number of decoder layers, from 1 to the number of layers.
-
-        Returns:
-            [`~transformers.LlamaForCausalLM`]: A model of `exit_layer` layers.
-
-        Raises:
-            ValueError: If `exit_layer` is out of range, or if the head cannot be multiplied (it is quantized, ...).
+        of an exit with `exit_heads="lens"` alone is new: the shared head, which may not be quantized, times the exit's
+        matrix.
         """
         check_exit_layer(exit_layer, len(self.model.layers))
         return plain_submodel(self, exit_layer)
@@ -470,17 +436,8 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
     @classmethod
     def from_llama(cls, model: LlamaForCausalLM, **kwargs: Any) -> "SortedLlamaForCausalLM":
         """
-        A sorted model that *shares* its tensors with a plain Llama: no copy is made, and training either trains both.
-
-        Args:
-            model ([`~transformers.LlamaForCausalLM`]):
-                The Llama, as loaded, quantized or with adapters injected.
-            kwargs (`Any`, *optional*):
-                Fields of [`SortedLlamaConfig`], `exit_layers=[...]` for example.
-
-        Raises:
-            ValueError: If a field is out of range, or if `exit_heads` would drop what the exits of `model` own.
-            TypeError: If `model` is no [`~transformers.LlamaForCausalLM`].
+        A sorted model that *shares* its tensors with a Llama (as loaded, quantized or with adapters injected): no copy
+        is made, and training either trains both. `kwargs` are fields of [`SortedLlamaConfig`] (`exit_layers=[...]`).
         """
         if not isinstance(model, LlamaForCausalLM):
             raise TypeError(f"`model` must be a LlamaForCausalLM, got {type(model).__name__}.")
@@ -508,10 +465,3 @@ def _as_sorted_config(config: LlamaConfig) -> SortedLlamaConfig:
 
 SortedLlamaModel.register_for_auto_class("AutoModel")
 SortedLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-
-__all__ = [
-    "SortedCausalLMOutputWithPast",
-    "SortedLlamaForCausalLM",
-    "SortedLlamaModel",
-    "SortedModelOutputWithPast",
-]

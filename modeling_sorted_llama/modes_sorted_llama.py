@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from .compat_sorted_llama import CACHE_NAME
-from .configuration_sorted_llama import as_int, check_exit_layer, check_number
+from .configuration_sorted_llama import as_int, as_list, check_exit_layer, check_number
 
 
 def _margin(probabilities: torch.Tensor) -> torch.Tensor:
@@ -68,24 +68,22 @@ class RowDepths:
     def __post_init__(self, model):
         if isinstance(self.exit_layer, str) and self.exit_layer == "auto":
             raise ValueError(
-                '`exit_layer="auto"` was removed: a depth chosen from the prompt was slower than full depth. Let each '
-                "token choose its own with `exit_threshold`, or pass a depth for each row, `exit_layer=[...]`."
+                '`exit_layer="auto"` was removed, as slower than full depth: let each token choose its depth with '
+                "`exit_threshold`, or pass one for each row, `exit_layer=[...]`."
             )
-        layers, depths = len(model.model.layers), _plain(self.exit_layer)
-        if not _is_list(depths) or not depths:
+        layers, depths = len(model.model.layers), as_list(self.exit_layer)
+        if not depths:
             raise ValueError(
-                f"`exit_layer` must be an integer from 1 to {layers} or a list of them, one a row of the batch, got "
-                f"{self.exit_layer!r}."
+                f"`exit_layer` must be an integer from 1 to {layers} or a list of them, got {self.exit_layer!r}."
             )
         self.exit_layer = [check_exit_layer(depth, layers) for depth in depths]
 
     def of_batch(self, batch_size: int, num_return_sequences: int | None) -> list[int]:
         """The depth of every sequence; `ValueError` where there is not one for each prompt."""
-        repeats = max(num_return_sequences or 1, 1)
+        repeats = num_return_sequences or 1
         if len(self.exit_layer) * repeats != batch_size:
             raise ValueError(
-                f"`exit_layer={self.exit_layer}` must name one depth for each of the {batch_size // repeats} rows of "
-                "the batch."
+                f"`exit_layer={self.exit_layer}` must name a depth for each of {batch_size // repeats} rows."
             )
         return [depth for depth in self.exit_layer for _ in range(repeats)]
 
@@ -119,20 +117,17 @@ class ConfidenceExit:
                 f"{self.exit_confidence!r}."
             )
         deepest = layers if self.exit_layer is None else check_exit_layer(self.exit_layer, layers)
-        thresholds = zip(exits, self._threshold_of_each(exits[:-1], -math.inf if is_users else 0), strict=False)
+        thresholds = zip(exits[:-1], self._threshold_of_each(exits[:-1], -math.inf if is_users else 0), strict=True)
         # The confidences above are 1 at most: an exit that asks for more is never taken, and need not be looked at
         self.thresholds = {k: float(t) for k, t in thresholds if k < deepest and (t <= 1 or is_users)}
         self.depths = [*self.thresholds, deepest]
 
-    def _threshold_of_each(self, exits: list[int], least: float) -> Sequence[Any]:
-        given = _plain(self.exit_threshold)
-        thresholds: Any = [given] * len(exits) if isinstance(given, Real) else given
-        if (
-            not _is_list(thresholds)
-            or len(thresholds) != len(exits)
-            or any(isinstance(t, bool) or not isinstance(t, Real) for t in thresholds)
-            or not all(t >= least for t in thresholds)  # NaN is not
-        ):
+    def _threshold_of_each(self, exits: list[int], least: float) -> list[Any]:
+        given: Any = self.exit_threshold
+        given = given.tolist() if hasattr(given, "tolist") else given
+        thresholds = as_list(given) or [given] * len(exits)
+        are_numbers = all(isinstance(t, Real) and not isinstance(t, bool) for t in thresholds)
+        if len(thresholds) != len(exits) or not are_numbers or not all(t >= least for t in thresholds):  # NaN is not
             raise ValueError(
                 f"`exit_threshold` must be a number of at least {least}, or a list of {len(exits)}, one for each exit "
                 f"below full depth ({exits}), got {self.exit_threshold!r}."
@@ -177,23 +172,14 @@ class SelfSpeculation:
             self.exits = [as_int(draft) or 0]
             if not 1 <= self.exits[0] < self.depth:
                 raise ValueError(
-                    f"`assistant_early_exit` must be an integer from 1 to {self.depth - 1}, below the {self.depth} "
-                    f'layers that verify, or "auto", got {draft!r}.'
+                    f'`assistant_early_exit` must be "auto" or an integer from 1 to {self.depth - 1}, below the '
+                    f"{self.depth} layers that verify, got {draft!r}."
                 )
         if num_tokens != "auto" and (as_int(num_tokens) or 0) < 1:
             raise ValueError(f'`num_assistant_tokens` must be a positive integer or "auto", got {num_tokens!r}.')
         if self.assistant_confidence_threshold is not None:
             threshold = check_number(self.assistant_confidence_threshold, "assistant_confidence_threshold")
             self.assistant_confidence_threshold = threshold or None  # no draft is below 0
-
-
-def _plain(value: Any) -> Any:
-    """Arrays and tensors as Python's lists and numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 Mode = OneDepth | RowDepths | ConfidenceExit | SelfSpeculation
@@ -230,14 +216,8 @@ def read_decoding_fields(model, generation_config: GenerationConfig | None, kwar
     What a call says about the depth of its tokens: its keyword arguments, then its generation config, then the
     model's, then the default depth of the model's config. The most specific that names a mode decides on it; what is
     more general gives this mode's other fields alone. Read before transformers fills in its defaults, which would pass
-    for the user's.
-
-    Returns:
-        `dict`: The fields that are set, and `use_cache`: `False` where the caller says so, and not where a checkpoint
-        does, which was trained without a cache.
-
-    Raises:
-        ValueError: If a field is set that was removed.
+    for the user's. Beside the fields that are set stands `use_cache`: `False` where the caller says so, and not where
+    a checkpoint does, which was trained without a cache.
     """
     found: dict[str, Any] = {}
     configs = (generation_config, model.generation_config, model.config)
@@ -256,9 +236,7 @@ def read_decoding_fields(model, generation_config: GenerationConfig | None, kwar
     for name, instead in REMOVED_FIELDS.items():
         value = next((source[name] for source in asked if source.get(name) is not None), None)
         if value is not None:
-            raise ValueError(
-                f"`{name}={value!r}`: `{name}` was removed, also from generation_config.json. Instead, {instead}."
-            )
+            raise ValueError(f"`{name}={value!r}` was removed, also from generation_config.json. Instead, {instead}.")
     of_checkpoint = model.generation_config.use_cache is False
     by_caller = kwargs.get("use_cache", None if of_checkpoint else getattr(generation_config, "use_cache", None))
     return {**found, "use_cache": by_caller}
@@ -268,21 +246,17 @@ def choose_decoding(model, generation_config: GenerationConfig, fields: dict[str
     """
     The mode that a call asks for, checked; `None` where it says nothing of depth. `fields` are what
     [`read_decoding_fields`] has found, `generation_config` is the call's, with what it takes over from the model's.
-
-    Raises:
-        ValueError: If a value is out of range, or if two contradict each other.
     """
-    asked = {name: fields.get(name) for name in ("exit_threshold", "assistant_early_exit")}
-    if _mode_of({"exit_layer": fields.get("exit_layer")}) is RowDepths:
+    asked = {name: fields[name] for name in fields if name in ("exit_threshold", "assistant_early_exit")}
+    if type(fields.get("exit_layer", 0)) is not int:
         asked["exit_layer"] = fields["exit_layer"]
-    asked = {name: value for name, value in asked.items() if value is not None}
     if len(asked) > 1:
         calls = " and ".join(f"`{name}={value!r}`" for name, value in asked.items())
         raise ValueError(f"{calls} contradict each other: each chooses the depth of a token. Pass one of them.")
     mode: Any = _mode_of(fields)
     options = [] if mode is None else _options(mode)
     for name in SORTED_GENERATION_FIELDS:
-        if fields.get(name) is not None and name not in options:
+        if name in fields and name not in options:
             owner = next(m for m in MODES if name in _options(m))
             raise ValueError(f"`{name}={fields[name]!r}` has a meaning only together with `{owner.chosen_by}`.")
     if mode is None:
@@ -297,10 +271,11 @@ def choose_decoding(model, generation_config: GenerationConfig, fields: dict[str
 
 
 # transformers' options that decoding at moving depth cannot honour: what they may be, and why
+_NOT_EVERY_LAYER = "not every layer has attentions and hidden states of every token"
 _REFUSED = {
     "cache_implementation": ((None, "dynamic", "static"), "its cache is 'dynamic' or 'static'"),
-    "output_attentions": ((None, False), "not every layer has attentions for every token"),
-    "output_hidden_states": ((None, False), "not every layer has hidden states for every token"),
+    "output_attentions": ((None, False), _NOT_EVERY_LAYER),
+    "output_hidden_states": ((None, False), _NOT_EVERY_LAYER),
 }
 _LOOKUP = "the exit alone drafts, and prompt lookup works without it and at a fixed `exit_layer=k`: pass one of them"
 _REFUSED_WITH_DRAFTS = {
@@ -330,43 +305,39 @@ def _check_generation_config(generation_config: GenerationConfig, decoding: Mode
 STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 
 
+_AT_ONE_DEPTH = "generate with `exit_layer=k` or without it"
+
+
 def check_model_and_processors(model, logits_processor: LogitsProcessorList) -> None:
     """Refuse, before the first pass, what decoding at moving depth cannot do exactly and no argument tells of."""
     for processor in logits_processor:
         if isinstance(processor, STATEFUL_PROCESSORS):
             raise ValueError(
-                f"Decoding at moving depth does not work with {type(processor).__name__} (`guidance_scale`, SynthID's "
-                "`watermarking_config`), which counts on one call a token: generate with `exit_layer=k` or without it."
+                f"Decoding at moving depth does not work with {type(processor).__name__} (`guidance_scale`, "
+                f"`watermarking_config`), which counts on one call a token: {_AT_ONE_DEPTH}."
             )
     if model._forward_hooks or model._forward_pre_hooks:
         raise ValueError(
-            "Decoding at moving depth calls the parts of the model, and so passes over the forward hooks of the model "
-            "itself (`fully_shard` sets one): register them on `model.model`, its layers or `model.lm_head`."
+            "Decoding at moving depth passes over the forward hooks of the model itself (`fully_shard` sets one): "
+            "register them on `model.model`, its layers or `model.lm_head`."
         )
     if any("alora_offsets" in hook.keywords for _, _, hook in row_hooks(model)):
         raise ValueError(
             "Decoding at moving depth does not work with activated LoRA (`alora_invocation_tokens`), which counts "
-            "tokens from the end of a block: generate with `exit_layer=k` or without it."
+            f"tokens from the end of a block: {_AT_ONE_DEPTH}."
         )
 
 
 def check_continuous_batching(model, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
-    """
-    Refuse a depth that continuous batching would pass over: it runs all requests at the depth of the model's config.
-    `generation_config`, and the keyword arguments beside it, are those of the requests.
-
-    Raises:
-        ValueError: If another depth than the config's, or a mode of decoding at moving depth, is asked for; if
-            transformers is older than 5.24.
-    """
+    """Refuse requests of a depth that continuous batching would pass over: all run at that of the model's config."""
     if CACHE_NAME != "cache":  # an argument that continuous batching had before for a cache of another kind
         raise ValueError("Continuous batching of a sorted model needs transformers 5.24 or newer.")
-    fields = read_decoding_fields(model, generation_config, kwargs)
+    fields, depth = read_decoding_fields(model, generation_config, kwargs), model.model.depth()
     asked = {name: fields[name] for name in dict.fromkeys(mode.chosen_by for mode in MODES) if name in fields}
-    if asked and asked != {"exit_layer": model.model.depth()}:
+    if asked and asked != {"exit_layer": depth}:
         raise ValueError(
-            f"Continuous batching runs all requests at the depth of the model's config, {model.model.depth()} layers "
-            f"now, and cannot honour {asked}: load the model with `exit_layer=k`, or generate without it."
+            f"Continuous batching runs all requests at the depth of the model's config, {depth} layers now, and "
+            f"cannot honour {asked}: load the model with `exit_layer=k`, or generate without it."
         )
 
 
@@ -381,10 +352,7 @@ def make_plain(generation_config: GenerationConfig) -> None:
 
 
 def row_hooks(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int, Any]]:
-    """
-    PEFT's hooks that tell its layers what is each row's, `adapter_names` and `alora_offsets`: modules, keys among
-    their hooks, and hooks. PEFT has no other sign of them, and takes them out where a call succeeds only.
-    """
+    """PEFT's hooks that tell its layers what is each row's: modules, keys among their hooks, and hooks."""
     names = {"adapter_names", "alora_offsets"}
     return [
         (module, key, hook)

@@ -90,12 +90,7 @@ class SortedGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 class Sequences:
-    """
-    The tokens of one call. Rows are numbered as in the batch; lengths count the prompt.
-
-    Raises:
-        ValueError: If the cache is no [`SortedCache`] or holds the whole prompt, or if the prompt has keys and values.
-    """
+    """The tokens of one call. Rows are numbered as in the batch; lengths count the prompt."""
 
     def __init__(
         self,
@@ -156,16 +151,15 @@ class Sequences:
             new_tokens = input_ids.shape[1] - past
         if new_tokens is not None and new_tokens < 1:
             raise ValueError(
-                f"The cache holds {past} tokens and the prompt has no more: it needs at least one new token. "
-                "`cache.crop(-1)` forgets the newest."
+                f"The cache holds {past} tokens and the prompt has no new one: `cache.crop(-1)` forgets the newest."
             )
         inputs = self.model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=new_tokens, is_first_iteration=True, **model_kwargs
         )
         if any(inputs.get(name) not in (None, self.cache) for name in ("past_key_values", "cache")):
             raise ValueError(
-                "Decoding at moving depth keeps keys and values in its `SortedCache`, and cannot take those that "
-                "prefix tuning brings along for all layers: generate with `exit_layer=k` or without it."
+                "Decoding at moving depth cannot take the keys and values that prefix tuning brings along for all "
+                "layers: generate with `exit_layer=k` or without it."
             )
         names = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
         return {name: inputs[name] for name in names if inputs.get(name) is not None}
@@ -178,21 +172,17 @@ class Sequences:
         chunk = self.config.prefill_chunk_size or size
         for start in range(0, size, chunk):
             end = min(start + chunk, size)
-            inputs = {
-                name: value[:, : past + end]
-                if name == "attention_mask" and value.shape[1] > size
-                else value[:, start:end]
-                for name, value in self.prompt.items()
-            }
+            inputs = {name: value[:, start:end] for name, value in self.prompt.items()}
+            mask = self.prompt.get("attention_mask")
+            if mask is not None and mask.shape[1] > size:  # it begins with the cached tokens
+                inputs["attention_mask"] = mask[:, : past + end]
             outputs = self._run(range(self.batch_size), depth, **inputs)
         return outputs
 
     def forward(self, tokens: torch.Tensor, rows: Sequence[int], depth: int) -> torch.Tensor:
         """
-        Run `tokens`, `(num_rows, num_tokens)`, and what is pending below `depth` to `depth`.
-
-        Returns:
-            `torch.Tensor`: Normed states, `(num_rows, at least num_tokens, hidden_size)`, those of `tokens` last.
+        Run `tokens`, `(num_rows, num_tokens)`, and what is pending below `depth` to `depth`: normed states,
+        `(num_rows, at least num_tokens, hidden_size)`, those of `tokens` last.
         """
         if not self.rows_have_adapters or len(rows) == self.batch_size:
             return self._run(rows, depth, input_ids=tokens, one_by_one=True).last_hidden_state
@@ -304,9 +294,7 @@ class Sequences:
     def advance(self, rows: Sequence[int], choices: Sequence[Sequence[Choice]]) -> list[int]:
         """
         Take over the new tokens of `rows`, already written, one by one and as far as the row goes; stream them.
-
-        Returns:
-            `list[int]`: Number of tokens taken over, of each row.
+        Returned is the number of tokens taken over, of each row.
         """
         before = [self.length(row) for row in rows]
         going = dict(zip(rows, choices, strict=True))
@@ -394,14 +382,13 @@ class Sequences:
                 for values in store[end - self.prompt_length : new_tokens]:
                     values[row] = 0
         depths, confidences = zip(*(self._exits_of(step) for step in range(new_tokens)), strict=True)
+        are_measured = confidences[0] is not None
         return SortedGenerateOutput(
             sequences=sequences,
             scores=None if self.scores is None else tuple(self.scores[:new_tokens]),
             logits=None if self.logits is None else tuple(self.logits[:new_tokens]),
             exit_layers_used=torch.tensor(depths, device=self.device).T.contiguous(),
-            exit_confidences=None
-            if confidences[0] is None
-            else torch.tensor(confidences, device=self.device).T.contiguous(),
+            exit_confidences=torch.tensor(confidences, device=self.device).T.contiguous() if are_measured else None,
             draft_statistics=draft_statistics,
             **{CACHE_NAME: self.cache},
         )

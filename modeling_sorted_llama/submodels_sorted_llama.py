@@ -82,6 +82,3 @@ def _share_layers(
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
     return target, share
-
-
-__all__ = ["plain_submodel", "sorted_model"]
