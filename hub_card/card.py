@@ -60,9 +60,6 @@ def write_card(
             of the same rows, on the same machine. They are kept in `evaluation.json`, and shown again later on.
         target (`str` or `Path`, *optional*): Folder for what is made. Defaults to that of the checkpoint.
 
-    Returns:
-        [`~huggingface_hub.ModelCard`]
-
     Raises:
         ValueError: If `path` is no folder of a sorted Llama, if its page or an evaluation cannot be read, if the
             evaluation is of another depth, or if a peer was not measured as the checkpoint was.
@@ -304,6 +301,3 @@ def eval_results(record: dict[str, Any]) -> list[EvalResult]:
         )
         for score in exit_scores(record)
     ]
-
-
-__all__ = ["eval_results", "exits_block", "write_card"]

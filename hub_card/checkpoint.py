@@ -13,15 +13,11 @@ from sorted_llama.trainer.escaping import one_line
 
 
 def load_config(path: str | Path, revision: str | None = None, **fields: Any) -> SortedLlamaConfig:
-    """
-    The configuration of a checkpoint, in a folder or on the Hub; `fields` go before those in the file. `ValueError` if
-    there is no such checkpoint, if the Hub cannot be reached, or if the configuration is none of a Llama.
-    """
+    """The configuration of a checkpoint, changed by `fields`; `ValueError` if it is none of a Llama, or not there."""
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
-        hint = ""
-        if (folder / "adapter_config.json").is_file():
-            hint = ", which holds an adapter: merge it into its base first"
+        is_adapter = (folder / "adapter_config.json").is_file()
+        hint = ", which holds an adapter: merge it into its base first" if is_adapter else ""
         raise ValueError(f"`path` must be the folder of a checkpoint, with a config.json, got {str(path)!r}{hint}.")
     try:
         return SortedLlamaConfig.from_pretrained(path, revision=revision, **fields)
@@ -56,9 +52,8 @@ def load_model(path: str | Path, dtype: str, device: str | None = None, exit_lay
     A model to evaluate, on a GPU where there is one; `exit_layers` go before the exits and the depth of its config.
     `ValueError` if there are no weights, if their files are broken, or if some are missing.
     """
-    fields: dict[str, Any] = {}
-    if exit_layers is not None:
-        fields = {"exit_layers": exit_layers, "exit_loss_weights": None, "exit_layer": None}
+    exits: Any = {"exit_layers": exit_layers, "exit_loss_weights": None, "exit_layer": None}
+    fields = {} if exit_layers is None else exits
     try:
         model, info = SortedLlamaForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **fields)
     except (OSError, RuntimeError, SafetensorError) as error:  # also of other shapes than the config says
@@ -76,6 +71,5 @@ def check_device(device: str | None) -> None:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"`device` must be one that torch finds here, got {device!r}: {one_line(error)[:200]}"
-        ) from error
+        reason = one_line(error)[:200]
+        raise ValueError(f"`device` must be one that torch finds here, got {device!r}: {reason}") from error

@@ -98,9 +98,7 @@ def push_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--revision", help="branch")
     parser.add_argument("--create_pr", action="store_true", help="as a pull request")
-    parser.add_argument(
-        "--include", action="append", default=[], metavar="PATTERN", help="other files; may be repeated"
-    )
+    parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="other files; repeatable")
 
     def run(path: str, include: list[str], **options: Any) -> None:
         from .push import files_left, files_to_push, push

@@ -42,7 +42,8 @@ def evaluate(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """
-    Evaluate a checkpoint. What is done is written at once: the same call goes on where a stopped one was.
+    Evaluate a checkpoint; returns the content of the file that it writes. What is done is written at once: the same
+    call goes on where a stopped one was.
 
     Args:
         path (`str`): Model id or path.
@@ -63,9 +64,6 @@ def evaluate(
         chat (`bool`, *optional*, defaults to `False`): Whether questions are asked through the chat template.
         output (`str` or `Path`, *optional*): JSON file. Defaults to `evaluation.json` in the checkpoint's folder.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace a file of other settings.
-
-    Returns:
-        `dict`: The content of the file.
 
     Raises:
         ValueError: If an argument is out of range, if a file, a row or a task cannot be read, all that before the

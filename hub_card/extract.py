@@ -16,14 +16,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from yaml import YAMLError
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
+from sorted_llama.modeling_sorted_llama import heads_sorted_llama as heads
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
-from sorted_llama.modeling_sorted_llama.heads_sorted_llama import (
-    EMBEDDINGS,
-    HEAD,
-    fold_lens,
-    folded_matrix,
-    submodel_name,
-)
 from sorted_llama.modeling_sorted_llama.modes_sorted_llama import make_plain
 from sorted_llama.trainer.escaping import hub_links, markdown, one_line, python_literal
 from sorted_llama.trainer.model_card import QUESTION, START
@@ -55,9 +49,6 @@ def extract(
         revision (`str`, *optional*): Branch, tag or commit on the Hub. Defaults to the main branch.
         name (`str`, *optional*): What the page calls it: its id on the Hub. Defaults to the folder.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Size of a file, at most.
-
-    Returns:
-        `Path`: The folder.
 
     Raises:
         ValueError: If `exit_layer` is out of range, if `output` is there already, if there are no safetensors in
@@ -129,7 +120,7 @@ def _read_weights(
 ) -> dict[str, torch.Tensor]:
     """The tensors of the plain Llama. They map their files: it is the writing that reads them."""
     names = _names_of_submodel(weight_map, config, exit_layer)
-    matrix = folded_matrix(config, exit_layer)
+    matrix = heads.folded_matrix(config, exit_layer)
     if matrix is not None:
         names[matrix] = matrix
     weights: dict[str, torch.Tensor] = {}
@@ -138,18 +129,18 @@ def _read_weights(
             of_file = {target: name for target, name in names.items() if weight_map[name] == file}
             weights |= {target: opened.get_tensor(name) for target, name in of_file.items()}
     if matrix is not None:
-        weights[HEAD] = fold_lens(weights[HEAD], weights.pop(matrix))
+        weights[heads.HEAD] = heads.fold_lens(weights[heads.HEAD], weights.pop(matrix))
     return {target: weights[target] for target in names if target != matrix}
 
 
 def _names_of_submodel(tensors: Iterable[str], config: SortedLlamaConfig, exit_layer: int) -> dict[str, str]:
     """Of each tensor of the plain Llama, the tensor of the checkpoint that it is."""
-    targets = {name: submodel_name(name, config, exit_layer) for name in tensors}
+    targets = {name: heads.submodel_name(name, config, exit_layer) for name in tensors}
     names = {target: name for name, target in targets.items() if target is not None}
-    if folded_matrix(config, exit_layer) is not None:
-        names.setdefault(HEAD, EMBEDDINGS)
+    if heads.folded_matrix(config, exit_layer) is not None:
+        names.setdefault(heads.HEAD, heads.EMBEDDINGS)
     elif config.tie_word_embeddings and exit_layer not in config.own_exits:
-        names.pop(HEAD, None)
+        names.pop(heads.HEAD, None)
     return names
 
 
@@ -194,6 +185,3 @@ def _scores(record: dict[str, Any], exit_layer: int) -> list[str]:
         if score.exit_layer == exit_layer
     ]
     return ["| task | metric | score |", "|---|---|---:|", *rows] if rows else []
-
-
-__all__ = ["extract"]

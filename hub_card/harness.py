@@ -41,15 +41,12 @@ class SortedLlamaLM(HFLM):
     come from the same pass and are kept, so that a second run at another `exit_layer` finds them.
 
     Args:
-        pretrained (`str` or [`SortedLlamaForCausalLM`]):
-            Model id, path or model.
+        pretrained (`str` or [`SortedLlamaForCausalLM`]): Model id, path or model.
         exit_layer (`int`, *optional*):
             Exit whose results are returned, and that generates unless `gen_kwargs` choose a mode. Can be assigned.
             Defaults to the model's full depth.
-        exit_layers (`list[int]`, *optional*):
-            Exits to score, `exit_layer` among them. Defaults to `exit_layer` alone.
-        kwargs (`Any`, *optional*):
-            Arguments of the harness's `hf` model.
+        exit_layers (`list[int]`, *optional*): Exits to score, `exit_layer` among them. Defaults to it alone.
+        kwargs (`Any`, *optional*): Arguments of the harness's `hf` model.
     """
 
     def __init__(
@@ -93,29 +90,24 @@ class SortedLlamaLM(HFLM):
         """Score the continuations of a batch of inputs at every exit."""
         width = len(inputs[0])  # the longest comes first; what pads a row on the right, nothing before it sees
         padded = torch.tensor([tokens + (0,) * (width - len(tokens)) for tokens in inputs], device=self.device)
-        with torch.autocast(
-            self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
-        ):
-            outputs = self.model.model(
-                padded, exit_layer=self.exit_layers[-1], exit_layers=self.exit_layers, use_cache=False
-            )
+        dtype, exits = self.mixed_precision_dtype, self.exit_layers
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            outputs = self.model.model(padded, exit_layer=exits[-1], exit_layers=exits, use_cache=False)
             # Only the places that predict a continuation reach a head
-            spans: list[tuple[Key, int]] = []
+            asked = [(row, key, key[1][-len(inputs[row]) :]) for row, of_row in enumerate(keys) for key in of_row]
             places: list[tuple[int, int]] = []
             targets: list[int] = []
-            for row, (tokens, of_input) in enumerate(zip(inputs, keys, strict=True)):
-                for key in of_input:
-                    continuation = key[1][-len(tokens) :]
-                    spans.append((key, len(continuation)))
-                    places += [(row, len(tokens) - len(continuation) + i) for i in range(len(continuation))]
-                    targets += continuation
+            for row, _, continuation in asked:
+                end = len(inputs[row])
+                places += [(row, place) for place in range(end - len(continuation), end)]
+                targets += continuation
             at = torch.tensor(places, device=self.device).unbind(1)
             wanted = torch.tensor(targets, device=self.device)
-            for k, states in zip(self.exit_layers, outputs.exit_hidden_states, strict=True):
+            for k, states in zip(exits, outputs.exit_hidden_states, strict=True):
                 log_probs, greedy, _ = read_at_exit(self.model, k, states[at], wanted, self.softmax_dtype)
-                lengths = [length for _, length in spans]
-                by_key = zip(log_probs.cpu().split(lengths), (greedy == wanted).cpu().split(lengths), strict=True)
-                for (key, _), (of_key, right) in zip(spans, by_key, strict=True):
+                lengths = [len(continuation) for *_, continuation in asked]
+                by_key = log_probs.cpu().split(lengths), (greedy == wanted).cpu().split(lengths)
+                for (_, key, _), of_key, right in zip(asked, *by_key, strict=True):
                     self._scores.setdefault(key, {})[k] = (float(of_key.sum()), bool(right.all()))
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
@@ -125,18 +117,12 @@ class SortedLlamaLM(HFLM):
 
 
 def find_tasks(names: Sequence[str]) -> TaskManager:
-    """
-    Make the tasks, by their names or the paths of YAML files, before any of them is run; `ValueError` if there is no
-    such task, or if it cannot be made: its YAML is broken, its data is not there.
-    """
+    """Make the tasks, by their names or paths of YAML files, before any is run; `ValueError` if one cannot be made."""
     manager = TaskManager()
-    unknown = [name for name in names if not Path(name).is_file() and not manager.match_tasks([name])]
-    if unknown:
-        raise ValueError(
-            f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}: `lm_eval ls tasks` lists them; or "
-            "pass a YAML file."
-        )
     for name in names:
+        if not Path(name).is_file() and not manager.match_tasks([name]):
+            advice = "`lm_eval ls tasks` lists them; or pass a YAML file"
+            raise ValueError(f"lm-evaluation-harness has no task {name!r}: {advice}.")
         try:
             manager.load([name])
         except Exception as error:  # the harness, the file and the data have each their own
@@ -145,14 +131,9 @@ def find_tasks(names: Sequence[str]) -> TaskManager:
     return manager
 
 
-def evaluate_harness(
-    model: SortedLlamaLM, exit_layers: Sequence[int], task: str, **kwargs: Any
-) -> dict[str, dict[str, dict]]:
-    """
-    Of a task or a group, by its tasks and the exits, the metrics as the harness names them (`"acc,none"`), as far as
-    they are finite numbers. `model` was made with these `exit_layers`: the first run scores them all.
-    """
-    found: dict[str, dict[str, dict]] = {}
+def evaluate_harness(model: SortedLlamaLM, exit_layers: Sequence[int], task: str, **kwargs: Any) -> dict[str, dict]:
+    """Of a task or a group, by its tasks and the exits, the metrics (`"acc,none"`) that are finite numbers."""
+    found: dict[str, dict] = {}
     for exit_layer in exit_layers:
         model.exit_layer = exit_layer
         results: Any = simple_evaluate(model=model, tasks=[task], **kwargs)

@@ -98,6 +98,3 @@ def _answers(
             for key, text in zip(batch, texts, strict=True):
                 kept.add(key, text)
     return [kept[key] for key in keys]
-
-
-__all__ = ["judge_exits"]

@@ -34,10 +34,7 @@ def teacher_forced(
     batch_size: int = 32,
     progress: bool = False,
 ) -> TeacherForced:
-    """
-    Read the right answers, `rows` of `prompt` and `completion` as text, at each of `exits` (ascending, full depth
-    last), from one backbone pass.
-    """
+    """Read the right answers, `rows` of `prompt` and `completion` as text, at each of `exits` in one backbone pass."""
     rows = sorted(rows, key=lambda row: len(row["prompt"]) + len(row["completion"]))  # alike lengths: little padding
     found: list[list[torch.Tensor]] = []
     for start in tqdm(range(0, len(rows), batch_size), desc="reading answers", disable=not progress):
@@ -64,18 +61,16 @@ def read_at_exit(
     dtype: torch.dtype | None = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    What an exit predicts behind hidden states `(num_tokens, hidden_size)`, before the norm, a tile of logits at a
-    time: the log-probability of the `wanted` tokens, the greedy tokens, and their log-probability, each
-    `(num_tokens,)`. `dtype` is the softmax's; `None` is that of the logits.
+    What an exit predicts behind hidden states `(num_tokens, hidden_size)`, before the norm: the log-probability of the
+    `wanted` tokens, the greedy tokens, and theirs, each `(num_tokens,)`. `dtype` is the softmax's; `None` the logits'.
     """
     head, norm = model.exit_head(exit_layer), model.model.exit_norm(exit_layer)
     rows = max(1, _LOGITS // model.config.vocab_size)
     found = []
-    for start in range(0, len(wanted), rows):
-        tile = slice(start, start + rows)
-        log_probs = head(norm(states[tile])).log_softmax(-1, dtype=dtype)
+    for tile, targets in zip(states.split(rows), wanted.split(rows), strict=True):
+        log_probs = head(norm(tile)).log_softmax(-1, dtype=dtype)
         highest, greedy = log_probs.max(-1)
-        found.append((log_probs.gather(-1, wanted[tile, None])[:, 0], greedy, highest))
+        found.append((log_probs.gather(-1, targets[:, None])[:, 0], greedy, highest))
     of_wanted, greedy, highest = (torch.cat(parts) for parts in zip(*found, strict=True))
     return of_wanted, greedy, highest
 
@@ -90,10 +85,7 @@ def answers(
     progress: str | None = None,
     **decoding: Any,
 ) -> list[str]:
-    """
-    Greedy answers to `prompts`, without special tokens. `progress` names a bar to show; `decoding` is a mode of
-    `generate`, such as `exit_layer=k`.
-    """
+    """Greedy answers, without special tokens; `progress` names a bar, `decoding` is a mode such as `exit_layer=k`."""
     found = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
     for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None):
@@ -137,11 +129,9 @@ def decoding_speeds(
     progress: bool = False,
 ) -> dict[str, Speed]:
     """
-    Speed of several ways to decode, by the names of `settings`, which hold arguments of `generate`. They take turns,
-    so that a machine that gets slower is fair to all, `runs` after one to warm up.
-
-    A text may end, unless `ends` is `False`: it should where modes are compared that depend on what the model has to
-    say. The answers have at most `max_new_tokens`; each prompt is continued alone.
+    Speed of several ways to decode, by the names of `settings`, which hold arguments of `generate`. Each prompt is
+    continued alone. They take turns, so that a machine that gets slower is fair to all, `runs` after one to warm up.
+    A text may end, unless `ends` is `False`: it should where modes depend on what the model has to say.
     """
     inputs = [tokenizer(prompt, return_tensors="pt").to(model.device) for prompt in prompts]
     least = None if ends else max_new_tokens

@@ -43,8 +43,8 @@ def push(
     include: Sequence[str] = (),
 ) -> str:
     """
-    Push a checkpoint, its page and its evaluation. The page in the folder is that of the push once it has succeeded;
-    else nothing in the folder has changed.
+    Push a checkpoint, its page and its evaluation; returns the address of the commit, or of the pull request. The page
+    in the folder is that of the push once it has succeeded; else nothing in the folder has changed.
 
     Args:
         path (`str` or `Path`): Folder of the checkpoint.
@@ -53,9 +53,6 @@ def push(
         revision (`str`, *optional*): Branch, made if it is not there. Defaults to the main one.
         create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request in place of a commit.
         include (`Sequence[str]`, *optional*): Patterns of other files to push: see [`files_to_push`].
-
-    Returns:
-        `str`: Address of the commit, or of the pull request.
 
     Raises:
         ValueError: If `path` is no folder of a checkpoint, or if what is to be pushed is not a file in it.
@@ -101,10 +98,9 @@ def upload(
 
 def files_to_push(folder: str | Path, include: Sequence[str] = ()) -> list[str]:
     """
-    The files of a folder that make a checkpoint, and those that are asked for, as paths with `/`. `include` holds
-    patterns as `Path.glob` reads them: `"notes.txt"`, `"images/*"`, `"**/*.md"`; states of a training, checkpoints in
-    it, hidden files and what looks like a secret are never among them. `ValueError` if a pattern matches nothing that
-    may be pushed, or if a file is a link that leaves the folder.
+    The files of a folder that make a checkpoint, and those that `include` asks for, by patterns of `Path.glob`, as
+    paths with `/`; states of a training, checkpoints in it, hidden files and what looks like a secret are never among
+    them. `ValueError` if a pattern matches nothing that may be pushed, or if a file is a link that leaves the folder.
     """
     folder = Path(folder)
     found = {file for pattern in CHECKPOINT for file in _matches(folder, pattern)}
@@ -115,9 +111,7 @@ def files_to_push(folder: str | Path, include: Sequence[str] = ()) -> list[str]:
         found.update(asked)
     outside = [file for file in sorted(found) if not (folder / file).resolve().is_relative_to(folder.resolve())]
     if outside:
-        raise ValueError(
-            f"{outside[0]!r} is a link that leaves {str(folder)!r}, which is not followed: put a copy in its place."
-        )
+        raise ValueError(f"{outside[0]!r} is a link that leaves {str(folder)!r}: put a copy in its place.")
     return sorted(found)
 
 
@@ -137,6 +131,3 @@ def _matches(folder: Path, pattern: str) -> list[str]:
 
 def _is_private(file: str) -> bool:
     return any(fnmatch(part, pattern) for part in PurePosixPath(file).parts for pattern in NEVER)
-
-
-__all__ = ["files_to_push", "push", "upload"]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -46,21 +47,17 @@ def load_task(
     kind: str, source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, chat: bool = False
 ) -> Task:
     """
-    A task from a file or dataset.
+    A task from a file or dataset, of which `limit` rows are taken, asked through the chat template with `chat`.
 
     Args:
         kind (`str`):
             `"qa"`: rows of `question` and `answers` (or `answer`): text, a number, a list of them, or TriviaQA's and
             SQuAD's own form; `"gsm8k"`: of `question` and `answer`, whose number stands behind `####`;
             `"completions"`: of `prompt` and `completion`, text or chat messages.
-        source (`str`):
-            A .json, .jsonl, .csv or .parquet file, or a dataset of the Hub (its `test` split, else `train`).
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's.
-        limit (`int`, *optional*):
-            Number of rows, from the first. Defaults to all.
-        chat (`bool`, *optional*, defaults to `False`):
-            Whether questions are asked through the chat template.
+        source (`str`): A .json, .jsonl, .csv or .parquet file, or a dataset of the Hub: see [`load_rows`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
+        limit (`int`, *optional*): Number of rows, from the first. Defaults to all.
+        chat (`bool`, *optional*, defaults to `False`): Whether questions are asked through the chat template.
 
     Raises:
         ValueError: If an argument or a row is none of those, or if `chat` is asked for and there is no chat template.
@@ -77,7 +74,7 @@ def load_task(
     texts = []
     for number, row in enumerate(rows):
         try:
-            texts.append(_as_asked(_read(row, kind), tokenizer, chat))
+            texts.append(_as_asked(row, KINDS[kind], tokenizer, chat))
         except ValueError as error:
             raise ValueError(f"Row {number} of {source!r}: {error}") from error
     longest = max(len(tokenizer(row["answer"])["input_ids"]) for row in texts) + 2
@@ -92,17 +89,12 @@ def load_task(
     )
 
 
-def _read(row: dict, kind: str) -> dict:
-    """The row as its kind reads it, `prompt` and `completion` text or chat messages."""
-    fields = KINDS[kind].fields
-    missing = [names for names in fields if not any(row.get(name) is not None for name in names.split(" or "))]
-    if missing:
-        raise ValueError(f"It lacks {', '.join(missing)}, which `{kind}` reads.")
-    return KINDS[kind].read(row)
-
-
-def _as_asked(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict:
+def _as_asked(row: dict, kind: "Kind", tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict:
     """The row as the model reads it, and the answers that count as right."""
+    missing = [names for names in kind.fields if not any(row.get(name) is not None for name in names.split(" or "))]
+    if missing:
+        raise ValueError(f"It lacks {', '.join(missing)}.")
+    row = kind.read(row)
     if chat and isinstance(row["prompt"], str):
         question, completion = row["prompt"].strip(), row["completion"].strip()
         row["prompt"] = [{"role": "user", "content": question}]
@@ -116,13 +108,13 @@ def _as_asked(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict
 def load_rows(source: str) -> list[dict]:
     """Rows of a file, or of a dataset of the Hub (its `test` split, else `train`); `ValueError` if there are none."""
     path = Path(source)
-    is_file = path.is_file() or path.suffix in FORMATS
-    if is_file and (not path.is_file() or path.suffix not in FORMATS):
-        wrong = "is not there" if path.suffix in FORMATS else f"must end in {', '.join(FORMATS)}"
+    kind = FORMATS.get(path.suffix)
+    if path.is_file() != (kind is not None):
+        wrong = "is not there" if kind is not None else f"must end in {', '.join(FORMATS)}"
         raise ValueError(f"The file {source!r} {wrong}.")
     try:
-        if is_file:
-            return list(load_dataset(FORMATS[path.suffix], data_files=source, split="train"))
+        if kind is not None:
+            return list(load_dataset(kind, data_files=source, split="train"))
         splits = load_dataset(source)
         return list(splits["test" if "test" in splits else "train"])
     except Exception as error:  # of datasets, of many kinds: StopIteration where a file is empty
@@ -218,11 +210,8 @@ def _read_question(row: dict) -> dict:
         raise ValueError(f"`{name}` must be text, a number, or a list of at least one of them, got {row[name]!r}.")
     if not isinstance(row["question"], str):
         raise ValueError(f"`question` must be text, got {row['question']!r}.")
-    return {
-        "prompt": QUESTION.format(question=row["question"]),
-        "completion": f" {answers[0]}",
-        "answers": answers,
-    }
+    prompt = QUESTION.format(question=row["question"])
+    return {"prompt": prompt, "completion": f" {answers[0]}", "answers": answers}
 
 
 def _read_problem(row: dict) -> dict:
@@ -233,19 +222,15 @@ def _read_problem(row: dict) -> dict:
 
 
 def _read_completion(row: dict) -> dict:
-    def is_chat(messages: object) -> bool:
-        return (
-            isinstance(messages, list)
-            and len(messages) > 0
-            and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
-        )
+    def is_chat(part: Any) -> bool:
+        is_list = isinstance(part, list) and len(part) > 0
+        return is_list and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in part)
 
-    both = [row["prompt"], row["completion"]]
-    if not all(isinstance(part, str) for part in both) and not all(is_chat(part) for part in both):
-        raise ValueError(
-            f"`prompt` and `completion` must both be text, or both lists of chat messages, got {both[0]!r} and "
-            f"{both[1]!r}."
-        )
+    prompt, completion = row["prompt"], row["completion"]
+    both_text = isinstance(prompt, str) and isinstance(completion, str)
+    if not both_text and not (is_chat(prompt) and is_chat(completion)):
+        got = f"{prompt!r} and {completion!r}"
+        raise ValueError(f"`prompt` and `completion` must both be text, or both lists of chat messages, got {got}.")
     return dict(row)
 
 

@@ -123,7 +123,7 @@ CONFIGS = {
     "a number": ({"config.json": "5"}, "its config.json is none of a Llama"),
     "wrong type": ({"config.json": '{"num_hidden_layers": "4"}'}, "num_hidden_layers"),
     "another model": ({"config.json": '{"model_type": "gpt2"}'}, "holds a model of type 'gpt2'"),
-    "another depth": ({"config.json": '{"num_hidden_layers": 2, "exit_layers": [1, 4]}'}, "the model has 2 layers"),
+    "another depth": ({"config.json": '{"num_hidden_layers": 2, "exit_layers": [1, 4]}'}, "from 1 to 2"),
 }
 
 
