@@ -49,13 +49,26 @@ RELOAD = """
 import sys
 sys.modules["sorted_llama"] = None  # importing it now raises ImportError
 from transformers import AutoModelForCausalLM, AutoTokenizer
-path, prompt, exit_layer = sys.argv[1], sys.argv[2], int(sys.argv[3])
+path, prompt, exit_layer = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 inputs = tokenizer(prompt, return_tensors="pt")
-tokens = model.generate(**inputs, exit_layer=exit_layer, max_new_tokens=12, do_sample=False)
-answer = tokenizer.decode(tokens[0, inputs.input_ids.shape[1]:], skip_special_tokens=True).strip().splitlines()
-print((answer or [""])[0])
+tokens = model.generate(**inputs, exit_layer=int(exit_layer), max_new_tokens=12, do_sample=False)
+print(tokenizer.decode(tokens[0, inputs.input_ids.shape[1]:], skip_special_tokens=True))
+"""
+NEXT_STEPS = """\
+  checkpoint  {final}
+  plot        {folder}/quality_speed.png
+  numbers     {folder}/demo.json
+  questions   {folder}/held_out.jsonl
+
+Next:
+  .venv/bin/sorted-llama evaluate {final} --data completions={folder}/held_out.jsonl
+  .venv/bin/sorted-llama card {final}
+  .venv/bin/python examples/train.py --model_name_or_path {final} --dataset_name my.jsonl  # data of yours
+  .venv/bin/python -c "from transformers import pipeline; \
+print(pipeline('text-generation', '{final}', trust_remote_code=True, exit_layer={exit_layer})\
+('The capital of Peru is Lima. Question: What is the capital of Peru? Answer:'))"
 """
 
 
@@ -63,10 +76,9 @@ class ExitProgressCallback(ProgressCallback):
     """The progress bar, with the loss of every exit in place of the whole log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        losses = {key.removesuffix("_loss"): f"{v:.2f}" for key, v in (logs or {}).items() if key.startswith("exit_")}
-        losses = {key: value for key, value in losses.items() if not key.endswith("accuracy")}
+        losses = {k: v for k, v in (logs or {}).items() if k.startswith("exit_") and k.endswith("_loss")}
         if losses and self.training_bar is not None:
-            row = "  ".join(f"{key.replace('_', ' ')}: {value}" for key, value in losses.items())
+            row = "  ".join(f"exit {key.split('_')[1]}: {value:.2f}" for key, value in losses.items())
             self.training_bar.write(f"step {state.global_step:4d}/{state.max_steps}   loss at {row}")
 
 
@@ -139,7 +151,7 @@ def main() -> None:
     for trained in final.glob("checkpoint-*"):
         shutil.rmtree(trained)
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
-    print_next_steps(output_dir, exits)
+    print(NEXT_STEPS.format(folder=output_dir, final=final, exit_layer=exits[1]), end="")
 
 
 def read_flags() -> argparse.Namespace:
@@ -148,9 +160,7 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--data", help="prompt/completion file (TRL's formats); default: the built-in facts")
     parser.add_argument("--output_dir", default="out/demo")
     parser.add_argument("--max_steps", type=int, default=400, help="of training, at most")
-    parser.add_argument(
-        "--minutes", type=float, default=9.5, help="for all of it: steps and questions are made to fit"
-    )
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all of it: what is done is made to fit")
     return parser.parse_args()
 
 
@@ -178,8 +188,8 @@ def check(args: argparse.Namespace) -> Task:
     return Task(model, exits, tokenizer, train_rows, test_rows[:MAX_TEST_ROWS])
 
 
-def hold_out(rows: list[dict], share: float = 0.1) -> tuple[list[dict], list[dict]]:
-    """A seeded split into rows to train on and rows held out."""
+def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """A seeded split into rows to train on and a tenth held out."""
     for number, row in enumerate(rows):
         for field in ("prompt", "completion"):
             if not row.get(field):
@@ -187,7 +197,7 @@ def hold_out(rows: list[dict], share: float = 0.1) -> tuple[list[dict], list[dic
     if len(rows) < 2:
         raise ValueError(f"`--data` must have at least 2 rows, to train on and to hold out, got {len(rows)}.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    num_test = max(1, int(len(rows) * share))
+    num_test = max(1, len(rows) // 10)
     return [rows[i] for i in order[num_test:]], [rows[i] for i in order[:num_test]]
 
 
@@ -225,7 +235,6 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
 def train(task: Task, plan: Plan, output_dir: Path, checkpoint: str | None, use_cpu: bool) -> None:
     """Train the planned steps, and save the model with its page, which tells how it was trained."""
     set_seed(0)
-    rows = [{name: row[name] for name in ("prompt", "completion")} for row in task.train_rows]
     trainer = SortedSFTTrainer(
         model=freeze_head(load_model(task.model, "float32")),
         processing_class=task.tokenizer,
@@ -248,7 +257,7 @@ def train(task: Task, plan: Plan, output_dir: Path, checkpoint: str | None, use_
             save_total_limit=1,
             report_to="none",
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(task.train_rows).select_columns(["prompt", "completion"]),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -259,13 +268,9 @@ def train(task: Task, plan: Plan, output_dir: Path, checkpoint: str | None, use_
     trainer.create_model_card()
 
 
-def print_answers(model: SortedLlamaForCausalLM, task: Task, count: int = 3) -> None:
-    """What each exit answers to some questions, of each task in turn."""
-    by_task: dict[str, list[dict]] = {}
-    for row in as_text(task.test_rows, task.tokenizer):
-        by_task.setdefault(row["task"], []).append(row)
-    turns = [row for rows in zip(*(rows[:count] for rows in by_task.values()), strict=False) for row in rows]
-    for row in turns[:count]:
+def print_answers(model: SortedLlamaForCausalLM, task: Task) -> None:
+    """What each exit answers to some questions."""
+    for row in as_text(task.test_rows[:4], task.tokenizer):
         print(f"{row['prompt']}   [{row['task']}; right: {row['answer']}]")
         for k in task.exits:
             answer = answers(model, task.tokenizer, [row["prompt"]], exit_layer=k)[0]
@@ -281,27 +286,12 @@ def compare_with_reloaded(model: SortedLlamaForCausalLM, task: Task, path: Path)
     process = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
     if process.returncode:
         raise RuntimeError(f"The checkpoint did not load without this project:\n{process.stderr}")
-    there = process.stdout.strip()
+    there = first_line(process.stdout)
     if there != here:
         raise RuntimeError(f"The reloaded checkpoint answers {there!r} at exit {exit_layer}, this process {here!r}.")
     print(
         f"\nReloaded in a process without this project, `AutoModelForCausalLM.from_pretrained('{path}', "
         f"trust_remote_code=True)`, `generate(exit_layer={exit_layer})` answers the same: {there!r}"
-    )
-
-
-def print_next_steps(output_dir: Path, exits: list[int]) -> None:
-    final = output_dir / "final"
-    print(
-        f"  checkpoint  {final}\n  plot        {output_dir / 'quality_speed.png'}\n"
-        f"  numbers     {output_dir / 'demo.json'}\n  questions   {output_dir / 'held_out.jsonl'}\n\n"
-        "Next:\n"
-        f"  .venv/bin/sorted-llama evaluate {final} --data completions={output_dir / 'held_out.jsonl'}\n"
-        f"  .venv/bin/sorted-llama card {final}\n"
-        f"  .venv/bin/python examples/train.py --model_name_or_path {final} --dataset_name my.jsonl  # data of yours\n"
-        f'  .venv/bin/python -c "from transformers import pipeline; '
-        f"print(pipeline('text-generation', '{final}', trust_remote_code=True, exit_layer={exits[1]})"
-        "('The capital of Peru is Lima. Question: What is the capital of Peru? Answer:'))\""
     )
 
 

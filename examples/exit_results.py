@@ -65,20 +65,15 @@ def evaluate_exits(
 def format_table(results: Sequence[ExitResult]) -> str:
     """The results as a Markdown table; the last row is the one that speed-up is measured against."""
     full = results[-1]
-    header = ["exit", "layers run", "parameters run", "held-out loss"]
-    table = [[*header, *(f"exact match, {task}" for task in full.exact_match), "tokens/s", "speed-up"]]
+    tasks = list(full.exact_match)
+    names = ["exit", "layers run", "parameters run", "held-out loss"]
+    table = [[*names, *(f"exact match, {task}" for task in tasks), "tokens/s", "speed-up"]]
     for result in results:
-        table.append(
-            [
-                f"{result.exit_layer}" + (" (full)" if result is full else ""),
-                f"{result.exit_layer}",
-                f"{result.parameters / 1e6:.1f} M",
-                f"{result.loss:.3f}",
-                *(f"{100 * result.exact_match[task]:.1f} %" for task in full.exact_match),
-                f"{result.tokens_per_second:.1f}",
-                f"{result.tokens_per_second / full.tokens_per_second:.2f}x",
-            ]
-        )
+        row = [f"{result.exit_layer}" + (" (full)" if result is full else ""), f"{result.exit_layer}"]
+        row += [f"{result.parameters / 1e6:.1f} M", f"{result.loss:.3f}"]
+        row += [f"{100 * result.exact_match[task]:.1f} %" for task in tasks]
+        speed_up = result.tokens_per_second / full.tokens_per_second
+        table.append([*row, f"{result.tokens_per_second:.1f}", f"{speed_up:.2f}x"])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [" | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     rule = "|".join("-" * (width + 1) + ":" for width in widths)
@@ -100,10 +95,8 @@ def plot_before_and_after(before: Sequence[ExitResult], after: Sequence[ExitResu
                 place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 8}
                 for result, at in zip(results, zip(speed_ups, quality, strict=True), strict=True):
                     axes.annotate(f"{result.exit_layer} layers", at, **place)
-    axes.set_xlabel("speed-up over full depth (tokens/s, measured)")
-    axes.set_ylabel("exact match on held-out questions (%)")
-    axes.set_ylim(-4, 108)
-    axes.set_title("One checkpoint, every exit a model")
+    axes.set(xlabel="speed-up over full depth (tokens/s, measured)", ylabel="exact match on held-out questions (%)")
+    axes.set(ylim=(-4, 108), title="One checkpoint, every exit a model")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()

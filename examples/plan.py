@@ -70,16 +70,12 @@ def make_plan(
     """Measure the model, which `load` gives in a dtype, and fit what is to do until `time.monotonic` is `deadline`."""
     models = {dtype: load(dtype) for dtype in DTYPES}
     prompts = [row["prompt"] for row in as_text(test_rows[:32], tokenizer)]
-    one_row = {
-        dtype: decoding_speeds(model, tokenizer, prompts[:1], {"": {}}, 8, runs=2, ends=False)[""].best
-        for dtype, model in models.items()
-    }
+    timed = {"settings": {"": {}}, "max_new_tokens": 8, "runs": 2, "ends": False}
+    one_row = {d: decoding_speeds(model, tokenizer, prompts[:1], **timed)[""].best for d, model in models.items()}
     # What multiplies large matrices takes minutes where a dtype is only emulated: it is not even tried there
     dtypes = [dtype for dtype in DTYPES if not is_emulated(dtype, models[dtype].device)]
     length = answer_length(test_rows, tokenizer)
-    many_rows = {
-        dtype: seconds_of(lambda m: answers(m, tokenizer, prompts, length), models[dtype]) for dtype in dtypes
-    }
+    many_rows = {d: seconds_of(lambda m: answers(m, tokenizer, prompts, length), models[d]) for d in dtypes}
 
     model = freeze_head(models["float32"]).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
@@ -143,16 +139,14 @@ def train_step(model: SortedLlamaForCausalLM, optimizer, batch: BatchEncoding, e
 def typical_batch(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], size: int) -> BatchEncoding:
     """Rows of about the mean length, as alike in length as those that the trainer puts together."""
     texts = as_text(rows, tokenizer)
-    rows_of_text = [row["prompt"] + row["completion"] for row in texts]
-    whole = tokenizer(rows_of_text, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+    whole = [row["prompt"] + row["completion"] for row in texts]
+    whole = tokenizer(whole, truncation=True, max_length=MAX_LENGTH)["input_ids"]
     order = sorted(range(len(whole)), key=lambda i: len(whole[i]))
-    mean = sum(map(len, whole)) / len(whole)
-    middle = bisect_left(order, mean, key=lambda i: len(whole[i]))
+    middle = bisect_left(order, sum(map(len, whole)) / len(whole), key=lambda i: len(whole[i]))
     start = max(0, min(middle - size // 2, len(order) - size))
     chosen = order[start : start + size]
     batch = tokenizer.pad({"input_ids": [whole[i] for i in chosen]}, padding_side="right", return_tensors="pt")
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for label, i in zip(labels, chosen, strict=True):
-        label[: len(tokenizer(texts[i]["prompt"])["input_ids"])] = -100
-    batch["labels"] = labels
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for labels, i in zip(batch["labels"], chosen, strict=True):
+        labels[: len(tokenizer(texts[i]["prompt"])["input_ids"])] = -100
     return batch
