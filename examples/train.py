@@ -55,20 +55,14 @@ def load_splits(script_args: ScriptArguments, training_args: SortedSFTConfig):
     if script_args.dataset_test_split in splits:
         return train, splits[script_args.dataset_test_split]
     if script_args.dataset_streaming:
-        raise ValueError(
-            f"--eval_strategy needs a split to evaluate on, and from a stream none can be held out: {name}."
-        )
+        raise ValueError(f"--eval_strategy needs a test split, and {name}, a stream, has none: none can be held out.")
     held_out = train.train_test_split(test_size=0.1, seed=training_args.seed)
     return held_out["train"], held_out["test"]
 
 
 def check_exits(training_args: SortedSFTConfig, model_args: ModelConfig) -> None:
     """A `ValueError` unless the model, of which only the config is read, has the exits that are asked for."""
-    name = model_args.model_name_or_path
-    try:
-        config = load_config(name, model_args.model_revision)
-    except ValueError as error:
-        raise ValueError(f"--model_name_or_path {name} does not load: {error}") from error
+    config = load_config(model_args.model_name_or_path, model_args.model_revision)
     depth = config.num_hidden_layers
     if training_args.exits_of(depth) is None and config.exit_layers is None:
         raise ValueError(f"--exit_layers is required: numbers that end in the full depth, {depth}, or every:4.")
@@ -95,16 +89,15 @@ def train(script_args: ScriptArguments, training_args: SortedSFTConfig, model_ar
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
-    where = trainer.hub_model_id or training_args.output_dir
+    where, first = trainer.hub_model_id or training_args.output_dir, trainer.exit_layers[0]
     load = f'AutoModelForCausalLM.from_pretrained("{where}", trust_remote_code=True)'
     if model_args.use_peft:  # an adapter holds no code, and its base may be a plain Llama
-        config = trainer.model.config
-        own = "" if config.exit_heads == "shared" else f', exit_heads="{config.exit_heads}"'
+        heads = trainer.model.config.exit_heads
+        own = "" if heads == "shared" else f', exit_heads="{heads}"'
         arguments = f'"{model_args.model_name_or_path}", exit_layers={trainer.exit_layers}{own}'
-        base = f"SortedLlamaForCausalLM.from_pretrained({arguments})"
-        load = f'PeftModel.from_pretrained({base}, "{where}")'
-    trainer.accelerator.print(f"The model is in {where}. Generate with its first {trainer.exit_layers[0]} layers:")
-    trainer.accelerator.print(f"    {load}.generate(**inputs, exit_layer={trainer.exit_layers[0]})")
+        load = f'PeftModel.from_pretrained(SortedLlamaForCausalLM.from_pretrained({arguments}), "{where}")'
+    call = f"{load}.generate(**inputs, exit_layer={first})"
+    trainer.accelerator.print(f"The model is in {where}. Generate with its first {first} layers:\n    {call}")
     # As `trainer.end()`, but with the model gone first: gloo can hang where its group dies with DDP's last reference
     accelerator = trainer.accelerator
     del trainer
