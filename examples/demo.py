@@ -191,9 +191,8 @@ def check(args: argparse.Namespace) -> Task:
 def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """A seeded split into rows to train on and a tenth held out."""
     for number, row in enumerate(rows):
-        for field in ("prompt", "completion"):
-            if not row.get(field):
-                raise ValueError(f"Row {number} of `--data` lacks a {field}: {str(row)[:100]}.")
+        if not row.get("prompt") or not row.get("completion"):
+            raise ValueError(f"Row {number} of `--data` lacks a prompt or a completion: {str(row)[:100]}.")
     if len(rows) < 2:
         raise ValueError(f"`--data` must have at least 2 rows, to train on and to hold out, got {len(rows)}.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()

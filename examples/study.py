@@ -82,7 +82,9 @@ of the training, the CPU's beside it because several runs shared one machine; pe
 
 ![Held-out loss of every exit](study.png)
 """
-COLUMNS = "| arm | exit | loss | score | agreement | minutes | CPU minutes | peak MB | trained, M | stored, M |"
+HEAD = """\
+| arm | exit | loss | score | agreement | minutes | CPU minutes | peak MB | trained, M | stored, M |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 @dataclass
@@ -249,11 +251,8 @@ def report(results: list[dict]) -> str:
     for task in dict.fromkeys(r["task"] for r in results):
         of_task = [r for r in results if r["task"] == task]
         seeds = ", ".join(map(str, sorted({r["seed"] for r in of_task})))
-        lines += [
-            f"### {task}: held-out loss, {of_task[0]['metric']}, agreement with full depth (seeds: {seeds})\n",
-            COLUMNS,
-            "|---" * (COLUMNS.count("|") - 1) + "|",
-        ]
+        metric = of_task[0]["metric"]
+        lines += [f"### {task}: held-out loss, {metric}, agreement with full depth (seeds: {seeds})\n", HEAD]
         for arm in dict.fromkeys(r["arm"] for r in of_task):
             lines += arm_rows(arm, [r for r in of_task if r["arm"] == arm])
         lines.append("")
@@ -281,8 +280,8 @@ def arm_rows(arm: str, runs: list[dict]) -> list[str]:
 def cell(values: list[float], form: str) -> str:
     if not values:
         return ""
-    spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
-    return format(statistics.mean(values), form) + spread
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
 
 
 def plot(results: list[dict], path: Path) -> None:

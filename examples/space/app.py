@@ -38,12 +38,10 @@ EXAMPLES = [
 RAMP = ((255, 236, 143), (120, 200, 190), (120, 140, 235))
 FRAME = 0.05  # seconds between two drawings, which take time from the model
 LOOK = {"css_paths": Path(__file__).parent / "style.css", "theme": gr.themes.Default(font=["system-ui", "sans-serif"])}
-NOTE = (
-    "Greedy decoding; full depth starts when the chosen mode has ended, so that neither slows the other. Tokens/s "
-    "count from the first token to the last: without the prompt, with the token that ends the answer. Hover over a "
-    "token, tap it or go to it by Tab: it tells its depth. In drafting that is the depth that proposed it: all of "
-    "them were verified by full depth."
-)
+NOTE = """\
+Greedy decoding; full depth starts when the chosen mode has ended, so that neither slows the other. Tokens/s count from
+the first token to the last: without the prompt, with the token that ends the answer. Hover over a token, tap it or go
+to it by Tab: it tells its depth. In drafting that is the depth that proposed it: all were verified by full depth."""
 WORKER = ThreadPoolExecutor(1, "generate")  # there is one model
 RUNS: dict[str | None, tuple[Event, Event]] = {}  # by session: one asks the run to stop, one says that it is over
 
@@ -100,8 +98,7 @@ class Answer:
 
     def finish(self, drafting: Any, state: str) -> None:
         self.drafting, self.state = drafting, state
-        if self._waiting:
-            self._show()
+        self._show()
 
     def _show(self) -> None:
         # Decoded together with the last piece: some tokenizers drop the space that a text begins with
@@ -138,13 +135,11 @@ def choose_options(mode: str, depth: int, threshold: float, drafts: int, num_lay
     """What `generate` is called with in a mode."""
     if mode is None or (depth is None and mode != "confidence"):  # a page always sends them, a program may not
         raise ValueError("Choose a mode, and a depth.")
-    if mode == "depth":
-        return {"exit_layer": depth}
-    if mode == "confidence":
-        return {"exit_threshold": threshold}
-    if depth >= num_layers:
+    if mode == "drafting" and depth >= num_layers:
         raise ValueError(f"Drafting needs a depth below the {num_layers} layers that verify.")
-    return {"assistant_early_exit": depth, "num_assistant_tokens": drafts or "auto"}
+    options = {"depth": {"exit_layer": depth}, "confidence": {"exit_threshold": threshold}}
+    options["drafting"] = {"assistant_early_exit": depth, "num_assistant_tokens": drafts or "auto"}
+    return options[mode]
 
 
 def decode(
@@ -196,8 +191,7 @@ def describe(answer: Answer, full: Answer) -> str:
     depths, ids = [token.depth for token in answer.tokens], [token.id for token in answer.tokens]
     speed = f"<strong>{answer.speed:.1f} tokens/s</strong>" if answer.speed else "too short for a speed"
     text = f"{len(ids)} tokens, mean depth {sum(depths) / len(depths):.1f}"
-    if answer.drafting:
-        counts = answer.drafting
+    if counts := answer.drafting:
         text += f", {counts.accepted} of {counts.drafted} drafts accepted ({counts.acceptance_rate:.0%})"
     if answer.state == "stopped":
         text += ", stopped"
