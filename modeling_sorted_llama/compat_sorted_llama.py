@@ -1,10 +1,9 @@
 """What differs between versions of transformers, and what sharding engines need: asked here and nowhere else."""
 
 import copy
-import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,28 +17,15 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 logger = logging.get_logger("transformers.modeling_sorted_llama")  # transformers' verbosity applies to it
 
-
 # transformers 5.24 renamed `past_key_values` to `cache`, everywhere at once
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
-
-
-if CACHE_NAME == "cache":
-    takes_either_cache_name = deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")
-else:
-
-    def takes_either_cache_name(forward: Callable) -> Callable:
-        @functools.wraps(forward)
-        def renamed(*args: Any, **kwargs: Any) -> Any:
-            if "past_key_values" in kwargs:
-                kwargs["cache"] = kwargs.pop("past_key_values")
-            return forward(*args, **kwargs)
-
-        return renamed
-
+# Where the old name is the only one, it is not deprecated: the version is past, and nothing is told
+takes_either_cache_name = deprecate_kwarg(
+    "past_key_values", version="5.40.0" if CACHE_NAME == "cache" else "5.0.0", new_name="cache"
+)
 
 # Trainer's label smoothing (and pipelines) look a model up here to know that its labels are to be shifted
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sorted_llama"] = "SortedLlamaForCausalLM"
-
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep as slice_logits_to_keep
@@ -93,17 +79,16 @@ def whole_weight(head: nn.Module) -> torch.Tensor:
 def gather_in_backward(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """
     Under DeepSpeed ZeRO-3, have parameters made whole for the backward of a `model` that uses them without calling
-    their `modules`: by the time their gradients arrive, they would have been sharded again.
+    their `modules`; in the same order on every process.
     """
-    params = {id(param): param for module in modules for param in module.parameters() if hasattr(param, "ds_id")}
-    for param in params.values():  # in the same order on every process
+    for param in dict.fromkeys(p for module in modules for p in module.parameters() if hasattr(p, "ds_id")):
         sys.modules["deepspeed"].zero.register_external_parameter(model, param)
 
 
 def gathered(modules: Sequence[nn.Module]):
     """Context with whole parameters: under DeepSpeed ZeRO-3 they are sharded until their module's forward runs."""
-    params = {id(param): param for module in modules for param in module.parameters()}
-    sharded = [p for p in params.values() if getattr(p, "ds_status", None) is not None and p.numel() == 0]
+    params = dict.fromkeys(param for module in modules for param in module.parameters())
+    sharded = [param for param in params if getattr(param, "ds_status", None) is not None and param.numel() == 0]
     if not sharded:
         return nullcontext()
     # No import statement: remote code that names a package asks everyone to install it

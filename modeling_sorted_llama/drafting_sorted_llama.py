@@ -29,7 +29,7 @@ def decode_with_drafts(sequences: Sequences, decoding: SelfSpeculation) -> Sorte
     policy = draft_policy(sequences, decoding)
 
     rows = list(range(sequences.batch_size))
-    states = sequences.prefill(depth).last_hidden_state[:, -1:]
+    states = sequences.prefill(depth)[:, -1:]
     drafts = Drafts(depth, sequences.ids[:, :0])
     choices, newest = _verify(states, drafts, rows, sequences, depth)
     _take_over(choices, drafts, rows, sequences, statistics)

@@ -21,7 +21,7 @@ def decode_with_exits(
         depths = decoding.depths
 
     rows = list(range(sequences.batch_size))
-    states = sequences.prefill(depths[0]).last_hidden_state
+    states = sequences.prefill(depths[0])
     while True:
         choices: dict[int, Choice] = {}
         going = rows

@@ -75,8 +75,8 @@ class SortedGenerationMixin(GenerationMixin):
         if generation_mode == GenerationMode.ASSISTED_GENERATION and not by_lookup and (decoding or depth):
             asked = f"exit_layer={depth}" if decoding is None else decoding.chosen_by
             raise ValueError(
-                f"`assistant_model` would be given `{asked}`, too, and cannot be passed together with it: leave one "
-                "of them out, or let an exit draft, with `assistant_early_exit=k`."
+                f"`assistant_model` cannot be passed together with `{asked}`: leave one of them out, or let an exit "
+                "draft, with `assistant_early_exit=k`."
             )
         if decoding is None or given is not None:  # else `Sequences` makes a `SortedCache`
             super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
@@ -105,31 +105,21 @@ class SortedGenerationMixin(GenerationMixin):
             return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
         if synced_gpus:
             raise ValueError(
-                "Decoding at moving depth takes a different number of steps on every process, so that sharded weights "
-                "(`synced_gpus=True`: DeepSpeed ZeRO-3, FSDP) would wait for each other forever: gather them first."
+                "Decoding at moving depth takes other steps on every process; sharded weights (`synced_gpus=True`: "
+                "DeepSpeed ZeRO-3, FSDP) would wait for each other forever: gather them first."
             )
         check_model_and_processors(self, logits_processor)
         decode = decode_with_drafts if isinstance(decoding, SelfSpeculation) else decode_with_exits
         return decode(Sequences(self, *arguments, streamer, kwargs), decoding)
 
     def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any):
-        """
-        See [`~transformers.ContinuousMixin`]: all requests run at `config.exit_layer`, or at full depth.
-
-        Raises:
-            ValueError: If `generation_config` asks for another depth.
-        """
+        """See [`~transformers.ContinuousMixin`]: all requests run at `config.exit_layer`, or at full depth."""
         check_continuous_batching(self, generation_config, {})
         return super().init_continuous_batching(generation_config, *args, **kwargs)
 
     def generate_batch(
         self, inputs: list[list[int]], generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
     ):
-        """
-        See [`~transformers.ContinuousMixin`]: all requests run at `config.exit_layer`, or at full depth.
-
-        Raises:
-            ValueError: If `generation_config`, or a keyword argument, asks for another depth.
-        """
+        """As [`init_continuous_batching`]."""
         check_continuous_batching(self, generation_config, kwargs)
         return super().generate_batch(inputs, generation_config, *args, **kwargs)

@@ -63,34 +63,28 @@ class SharedHeads:
     # The exit's tensor that is folded into the LM head of the sub-model
     folded: ClassVar[str | None] = None
 
-    @staticmethod
-    def make_norm(config: LlamaConfig) -> nn.Module | None:
+    def make_norm(self, config: LlamaConfig) -> nn.Module | None:
         """The norm that an exit owns, its weights not yet set."""
 
-    @staticmethod
-    def make_head(config: LlamaConfig) -> nn.Module | None:
+    def make_head(self, config: LlamaConfig) -> nn.Module | None:
         """The LM head that an exit owns, its weights not yet set."""
 
-    @staticmethod
-    def init_norm(norm: Any, shared: Any) -> None:
+    def init_norm(self, norm: Any, shared: Any) -> None:
         """Have a norm of an exit, where it was not loaded, do what the final norm does."""
         init.copy_(norm.weight, shared.weight)
 
-    @staticmethod
-    def copy_norm(shared: nn.Module) -> nn.Module:
+    def copy_norm(self, shared: nn.Module) -> nn.Module:
         """A norm for an exit that does what the final norm does."""
         return whole_copy(shared)
 
-    @staticmethod
-    def copy_head(shared: nn.Module) -> nn.Module:
+    def copy_head(self, shared: nn.Module) -> nn.Module:
         """A head for an exit that does what the LM head does."""
         copied = whole_copy(shared)
         return ExitHead(copied.get_parameter("weight")) if is_matrix_product(shared) else copied
 
-    @staticmethod
-    def to_plain(norm: nn.Module, head: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def to_plain(self, norm: nn.Module, head: nn.Module) -> tuple[nn.Module, nn.Module]:
         """The norm and the LM head with which a plain Llama reads as an exit does with these."""
-        return norm, head
+        return norm, _linear(head.weight) if isinstance(head, ExitHead) else head
 
 
 class SeparateHeads(SharedHeads):
@@ -98,17 +92,11 @@ class SeparateHeads(SharedHeads):
 
     owned: ClassVar[dict[str, str]] = {NORM: "model.exit_norms.{}.weight", HEAD: "exit_lm_heads.{}.weight"}
 
-    @staticmethod
-    def make_norm(config: LlamaConfig) -> nn.Module:
+    def make_norm(self, config: LlamaConfig) -> nn.Module:
         return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    @staticmethod
-    def make_head(config: LlamaConfig) -> nn.Module:
+    def make_head(self, config: LlamaConfig) -> nn.Module:
         return ExitHead(nn.Parameter(torch.empty(config.vocab_size, config.hidden_size)))
-
-    @staticmethod
-    def to_plain(norm: nn.Module, head: nn.Module) -> tuple[nn.Module, nn.Module]:
-        return norm, _linear(head.weight) if isinstance(head, ExitHead) else head
 
 
 class LensHeads(SharedHeads):
@@ -117,23 +105,19 @@ class LensHeads(SharedHeads):
     owned: ClassVar[dict[str, str]] = {NORM: "model.exit_norms.{}.weight"}
     folded: ClassVar[str | None] = "model.exit_norms.{}.matrix"
 
-    @staticmethod
-    def make_norm(config: LlamaConfig) -> nn.Module:
+    def make_norm(self, config: LlamaConfig) -> nn.Module:
         return ExitLens(config.hidden_size, eps=config.rms_norm_eps)
 
-    @staticmethod
-    def init_norm(norm: Any, shared: Any) -> None:
-        init.copy_(norm.weight, shared.weight)
+    def init_norm(self, norm: Any, shared: Any) -> None:
+        super().init_norm(norm, shared)
         init.zeros_(norm.matrix)
 
-    @staticmethod
-    def copy_norm(shared: Any) -> nn.Module:
+    def copy_norm(self, shared: Any) -> nn.Module:
         lens = ExitLens(len(shared.weight), shared.variance_epsilon).to(shared.weight)
-        LensHeads.init_norm(lens, shared)
+        self.init_norm(lens, shared)
         return lens.train(shared.training)
 
-    @staticmethod
-    def to_plain(norm: Any, head: Any) -> tuple[nn.Module, nn.Module]:
+    def to_plain(self, norm: Any, head: Any) -> tuple[nn.Module, nn.Module]:
         if not is_matrix_product(head):
             raise ValueError(_FOLD_ERROR.format(head))
         plain = LlamaRMSNorm(len(norm.weight), norm.variance_epsilon)
@@ -142,13 +126,13 @@ class LensHeads(SharedHeads):
 
 
 # All kinds: the config, the models, the loss, the trainer and whatever reads a checkpoint ask here
-EXIT_HEADS: dict[str, type[SharedHeads]] = {"shared": SharedHeads, "separate": SeparateHeads, "lens": LensHeads}
+EXIT_HEADS = {"shared": SharedHeads(), "separate": SeparateHeads(), "lens": LensHeads()}
 OWNING_HEADS = " or ".join(repr(name) for name, kind in EXIT_HEADS.items() if kind.owned)  # for errors
 
 
-def heads_of(config: Any, exit_layer: int) -> type[SharedHeads]:
+def heads_of(config: Any, exit_layer: int) -> SharedHeads:
     """What reads an exit of a [`SortedLlamaConfig`]: `SharedHeads` at full depth and where nothing was trained."""
-    return EXIT_HEADS[config.exit_heads] if exit_layer in config.own_exits else SharedHeads
+    return EXIT_HEADS[config.exit_heads if exit_layer in config.own_exits else "shared"]
 
 
 def owned_modules(config: Any, exit_layer: int) -> list[str]:
@@ -192,10 +176,7 @@ def folded_matrix(config: Any, exit_layer: int) -> str | None:
 def submodel_weights(
     weights: Iterable[tuple[str, torch.Tensor]], config: Any, exit_layer: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """
-    Names and tensors of the sub-model of an exit as a plain Llama has them, from those of the checkpoint: each is let
-    go of when the next is asked for. A folded head comes last.
-    """
+    """Names and tensors of an exit's sub-model as a plain Llama has them, from the checkpoint's, one after another."""
     matrix = folded_matrix(config, exit_layer)
     parts: dict[str, torch.Tensor] = {}
     for name, tensor in weights:
@@ -214,9 +195,8 @@ _FORWARDS = {nn.Linear: nn.Linear.forward, ExitHead: ExitHead.forward}
 def is_matrix_product(head: nn.Module) -> bool:
     """
     Whether a head is known to be `hidden_states @ head.weight.T` and nothing else, so that its weight may be read in
-    place of a call. This is the one rule; every other head is called. It is true of an `nn.Linear` itself (adapters,
-    quantization and parametrizations are subclasses) or an [`ExitHead`], with the forward of its class, a plain
-    floating-point matrix as weight (also a sharded one), no bias, and no hooks but those that gather shards.
+    place of a call: an `nn.Linear` itself (adapters, quantization and parametrizations are subclasses) or an
+    [`ExitHead`], with the forward of its class, a floating-point matrix, no bias, and no hooks but those for shards.
     """
     # FSDP2 puts a class of its own before the module's
     kind: Any = next(c for c in type(head).__mro__ if not c.__module__.startswith("torch.distributed."))

@@ -123,8 +123,7 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SortedModelOutputWithPast:
         r"""
-        Run the first layers. Every argument of [`~transformers.LlamaModel`] keeps its meaning; `past_key_values` is
-        the cache's name before transformers 5.24, and works as well.
+        Run the first layers. Llama's arguments keep their meaning; `past_key_values` is another name of `cache`.
 
         Args:
             exit_layer (`int`, *optional*):
@@ -311,14 +310,13 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
         **kwargs: Unpack[TransformersKwargs],
     ) -> SortedCausalLMOutputWithPast:
         r"""
-        Run the model, or its first layers. Every argument of [`~transformers.LlamaForCausalLM`] keeps its meaning;
-        `past_key_values` is the cache's name before transformers 5.24, and works as well.
+        Run the model, or its first layers. Llama's arguments keep their meaning; `past_key_values` is another name of
+        `cache`.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Tokens to predict, not shifted, `-100` where there is no loss. With `exit_layer` the loss is that
-                exit's alone. Without it, and with `exit_layers` (here or in the config), it is the SoFT objective:
-                the weighted sum over the exits. Without either it is Llama's.
+                Tokens to predict, not shifted, `-100` where there is no loss. The loss is that of `exit_layer` where
+                it is passed; else, with `exit_layers`, the SoFT objective; else Llama's.
             exit_layer (`int`, *optional*):
                 Number of layers to run, from 1 to the number of layers. Defaults to `config.exit_layer`, then to all.
             exit_layers (`list[int]`, *optional*):
@@ -327,7 +325,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
                 Labels already shifted by one, as passed under context parallelism; used in place of `labels`.
             skip_logits (`bool`, *optional*):
                 Whether to leave `logits` out of the output of a SoFT loss. Defaults to `True` while training several
-                exits, where they would be the largest tensor of the step, else to `False`.
+                exits, where they would be the largest tensor of the step.
             kwargs (`Any`, *optional*):
                 The fields of [`ExitLossOptions`], with a SoFT loss; `num_items_in_batch`; what Llama takes.
 

@@ -136,7 +136,6 @@ class Sequences:
         self.max_length = stopping_criteria.max_length or math.inf
 
         self.prompt = self._prompt_inputs(input_ids, {**model_kwargs, CACHE_NAME: self.cache})
-        self.prompt_size: int = self.prompt.get("inputs_embeds", self.prompt.get("input_ids")).shape[1]  # type: ignore
 
     def _prompt_inputs(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the prefill runs: the prompt, or what a continued cache has not seen of it."""
@@ -151,7 +150,8 @@ class Sequences:
             new_tokens = input_ids.shape[1] - past
         if new_tokens is not None and new_tokens < 1:
             raise ValueError(
-                f"The cache holds {past} tokens and the prompt has no new one: `cache.crop(-1)` forgets the newest."
+                f"The cache holds {past} tokens and the prompt no more, but at least one new token is needed: "
+                "`cache.crop(-1)` forgets the newest."
             )
         inputs = self.model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=new_tokens, is_first_iteration=True, **model_kwargs
@@ -166,9 +166,10 @@ class Sequences:
 
     # The model
 
-    def prefill(self, depth: int):
-        """Run the prompt to `depth`, in chunks where the config asks for them; the model's outputs of the last one."""
-        past, size = self.cache.get_seq_length(), self.prompt_size
+    def prefill(self, depth: int) -> torch.Tensor:
+        """Run the prompt to `depth`, in chunks where the config asks for them; the normed states of the last one."""
+        tokens = self.prompt["inputs_embeds" if "inputs_embeds" in self.prompt else "input_ids"]
+        past, size = self.cache.get_seq_length(), tokens.shape[1]
         chunk = self.config.prefill_chunk_size or size
         for start in range(0, size, chunk):
             end = min(start + chunk, size)
@@ -176,8 +177,8 @@ class Sequences:
             mask = self.prompt.get("attention_mask")
             if mask is not None and mask.shape[1] > size:  # it begins with the cached tokens
                 inputs["attention_mask"] = mask[:, : past + end]
-            outputs = self._run(range(self.batch_size), depth, **inputs)
-        return outputs
+            states = self._run(range(self.batch_size), depth, **inputs)
+        return states
 
     def forward(self, tokens: torch.Tensor, rows: Sequence[int], depth: int) -> torch.Tensor:
         """
@@ -185,20 +186,19 @@ class Sequences:
         `(num_rows, at least num_tokens, hidden_size)`, those of `tokens` last.
         """
         if not self.rows_have_adapters or len(rows) == self.batch_size:
-            return self._run(rows, depth, input_ids=tokens, one_by_one=True).last_hidden_state
+            return self._run(rows, depth, input_ids=tokens, one_by_one=True)
         # The other rows come along: what is pending there goes deeper, and a new token of theirs is forgotten at once
         lengths, index = list(self.cache.lengths), self.rows_index(rows)
         tokens_of_all = self.ids.new_full((self.batch_size, tokens.shape[1]), self.pad_token_id)
         tokens_of_all[index] = tokens
-        outputs = self._run(range(self.batch_size), depth, input_ids=tokens_of_all, one_by_one=True)
+        states = self._run(range(self.batch_size), depth, input_ids=tokens_of_all, one_by_one=True)
         self.cache.rollback([n + tokens.shape[1] * (row in rows) for row, n in enumerate(lengths)])
-        return outputs.last_hidden_state[index]
+        return states[index]
 
-    def _run(self, rows: Sequence[int], depth: int, **inputs: Any):
+    def _run(self, rows: Sequence[int], depth: int, **inputs: Any) -> torch.Tensor:
         cache_rows = None if len(rows) == self.batch_size else list(rows)
         outputs = self.model.model(**inputs, **{CACHE_NAME: self.cache}, exit_layer=depth, cache_rows=cache_rows)
-        outputs.last_hidden_state = outputs.last_hidden_state.to(self.device)  # of a model over several devices
-        return outputs
+        return outputs.last_hidden_state.to(self.device)  # of a model over several devices
 
     def head(self, hidden_states: torch.Tensor, depth: int, rows: Sequence[int]) -> torch.Tensor:
         """Logits of normed states of an exit, `(num_rows, ..., hidden_size)`."""
@@ -283,13 +283,13 @@ class Sequences:
 
     def active_rows(self) -> list[int]:
         """Rows that go on."""
-        rows = range(self.batch_size)
-        if self.ends_rows:
-            return [row for row in rows if row not in self.ended_at]
-        if len(self.ended_at) < self.batch_size:
-            return list(rows)
-        last = max(self.ended_at.values())
-        return [row for row in rows if self.length(row) < last]
+        rows, end = range(self.batch_size), self._common_end()
+        return [row for row in rows if self.length(row) < end and not (self.ends_rows and row in self.ended_at)]
+
+    def _common_end(self) -> float:
+        """Where rows do not end one by one, the length at which all do, as soon as the last has met a criterion."""
+        go_on = self.ends_rows or len(self.ended_at) < self.batch_size
+        return math.inf if go_on else max(self.ended_at.values())
 
     def advance(self, rows: Sequence[int], choices: Sequence[Sequence[Choice]]) -> list[int]:
         """
@@ -327,9 +327,7 @@ class Sequences:
             return
         lengths = [self.length(row) for row in range(self.batch_size)]
         going = [n for row, n in enumerate(lengths) if not (self.ends_rows and row in self.ended_at)]
-        reached = min(going, default=max(lengths))
-        if not self.ends_rows and len(self.ended_at) == self.batch_size:
-            reached = min(reached, max(self.ended_at.values()))
+        reached = int(min(*going, self._common_end())) if going else max(lengths)
         for column in range(self._streamed, reached):
             step = column - self.prompt_length
             if hasattr(self.streamer, "put_exits"):
@@ -340,11 +338,10 @@ class Sequences:
 
     def _exits_of(self, step: int) -> tuple[list[int], list[float] | None]:
         """Depths and, where they were measured, confidences of the rows' tokens of a step; 0 behind a row's end."""
-        column = [choices[step] if step < len(choices) else None for choices in self.choices]
-        depths = [0 if choice is None else choice.depth for choice in column]
-        if all(choice is None or choice.confidence is None for choice in column):
-            return depths, None
-        return depths, [0.0 if choice is None else choice.confidence or 0.0 for choice in column]
+        column = [choices[step] if step < len(choices) else Choice(0, depth=0) for choices in self.choices]
+        are_measured = any(choice.confidence is not None for choice in column)
+        confidences = [choice.confidence or 0.0 for choice in column] if are_measured else None
+        return [choice.depth for choice in column], confidences
 
     def record(self, scores: torch.Tensor, logits: torch.Tensor, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """
@@ -365,7 +362,7 @@ class Sequences:
     def finish(self, draft_statistics: DraftStatistics | None = None) -> SortedGenerateOutput | torch.Tensor:
         """Rows of equal length, a cache as plain decoding leaves it, and the output of `generate`."""
         ends = [self.length(row) for row in range(self.batch_size)]
-        length = max(ends) if self.ends_rows else max(self.ended_at.values())
+        length = int(min(max(ends), self._common_end()))
         ends = [min(end, length) for end in ends]
         columns = torch.arange(length, device=self.device)
         sequences = torch.where(columns < self.rows_index(ends)[:, None], self.ids[:, :length], self.pad_token_id)

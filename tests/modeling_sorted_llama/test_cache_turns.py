@@ -110,5 +110,5 @@ def test_moving_depth_continues_from_no_other_cache(mode, filled):
 def test_a_cache_that_holds_the_whole_prompt(mode):
     inputs, cache = first_prompt(), SortedCache()
     run(cache, inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    with pytest.raises(ValueError, match=r"holds 6 tokens .* at least one new token.*`cache.crop\(-1\)`"):
+    with pytest.raises(ValueError, match=r"holds 6 tokens .* at least one new token .*`cache.crop\(-1\)`"):
         turn(mode, inputs, cache)
