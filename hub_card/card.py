@@ -19,7 +19,6 @@ from .record import (
     FILE_NAME,
     Measured,
     exit_scores,
-    first_metric,
     full_depth,
     harness_results,
     load_evaluation,
@@ -212,10 +211,14 @@ def _table_of_calls(record: dict[str, Any], exits: list[int]) -> str:
     """What each way to call the model scores, and how fast it is; below, what other models do at full depth."""
     header = ["`generate(...)`"]
     header += [markdown(f"{name}: {task['metric'].replace('_', ' ')}") for name, task in record["tasks"].items()]
-    header += [markdown(f"{name}: {first_metric(task)}") for name, task in harness_results(record).items()]
+    header += [markdown(f"{name}: {_first_metric(task)}") for name, task in harness_results(record).items()]
     header += ["tokens/s (best)", "speed-up"] if "speed" in record else []
     names = dict.fromkeys([*(f"exit {k}" for k in exits), *record["request"]["settings"]])
     return _table(header, [_row_of_call(record, way) for way in measured(record, names)])
+
+
+def _first_metric(by_exit: dict[str, dict]) -> str:
+    return next(metric for metrics in by_exit.values() for metric in metrics)
 
 
 def _row_of_call(record: dict[str, Any], way: Measured) -> list[str]:
@@ -229,7 +232,7 @@ def _row_of_call(record: dict[str, Any], way: Measured) -> list[str]:
     row += ["not evaluated" if score is None else f"{100 * score:.1f} %" for score in way.scores.values()]
     for task in harness_results(record).values():  # which is run at exits alone
         at_exit = task.get(str(scored.value), {}) if scored is not None and scored.kind == "exit" else {}
-        score = at_exit.get(first_metric(task))
+        score = at_exit.get(_first_metric(task))
         row.append("" if score is None else f"{score:.4g}")
     if way.speed is not None:
         row += [f"{way.speed['median']:.1f} ({way.speed['best']:.1f})", f"{way.speed_up:.2f}x"]

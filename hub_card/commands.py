@@ -19,6 +19,7 @@ from transformers.utils import logging
 from sorted_llama.trainer.escaping import one_line
 from sorted_llama.trainer.sorted_sft_config import read_exit_layers
 
+from .judge import JudgeError
 from .tasks import KINDS
 
 
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     try:
         run(**options)
-    except (ValueError, OSError) as error:  # of what was asked for, and of files, the Hub and the line
+    except (ValueError, OSError, JudgeError) as error:  # of what was asked for, and of files, the Hub and the line
         sys.exit(one_line(error))
     except ModuleNotFoundError as error:
         sys.exit(f'{error}: the commands need pip install "sorted-llama[eval]".')
@@ -124,13 +125,9 @@ def judge_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
     parser.add_argument("--output", default="judging.json", help="result; answers and replies are kept beside it")
 
     def run(data: str, **options: Any) -> None:
-        from .judge import JudgeError
         from .judging import judge_exits
 
-        try:
-            result = judge_exits(data=_kind_and_source(data), **options)
-        except JudgeError as error:
-            sys.exit(one_line(error))
+        result = judge_exits(data=_kind_and_source(data), **options)
         print(f"{result.wins} wins, {result.ties} ties, {result.losses} losses, {result.malformed} malformed")
         if result.interval is not None:
             low, high = result.interval

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 import sorted_llama.modeling_sorted_llama  # noqa: F401  (registers the model with the Auto classes)
 from sorted_llama.trainer.escaping import one_line
 
-from .measure import read_at_exit
+from .measure import read_exits
 from .settings import MODES
 
 
@@ -73,12 +73,10 @@ class SortedLlamaLM(HFLM):
                 by_input.setdefault((*key[0], *key[1])[-(self.max_length + 1) :][:-1], []).append(key)
         inputs = sorted(by_input, key=lambda tokens: (-len(tokens), tokens))
         batch_size = override_bs or (1 if self.batch_size == "auto" else int(self.batch_size))
-        bar = tqdm(total=len(inputs), desc="log-likelihoods of all exits", disable=disable_tqdm or self.rank != 0)
-        for start in range(0, len(inputs), batch_size):
+        no_bar = disable_tqdm or self.rank != 0
+        for start in tqdm(range(0, len(inputs), batch_size), desc="log-likelihoods of all exits", disable=no_bar):
             batch = inputs[start : start + batch_size]
             self._score(batch, [by_input[tokens] for tokens in batch])
-            bar.update(len(batch))
-        bar.close()
         scores = [self._scores[key][self.exit_layer] for key in asked]
         for (request, *_), score in zip(requests, scores, strict=True):
             if request is not None:
@@ -89,26 +87,24 @@ class SortedLlamaLM(HFLM):
     def _score(self, inputs: list[tuple[int, ...]], keys: list[list[Key]]) -> None:
         """Score the continuations of a batch of inputs at every exit."""
         width = len(inputs[0])  # the longest comes first; what pads a row on the right, nothing before it sees
-        padded = torch.tensor([tokens + (0,) * (width - len(tokens)) for tokens in inputs], device=self.device)
-        dtype, exits = self.mixed_precision_dtype, self.exit_layers
+        rows = [tokens + (0,) * (width - len(tokens)) for tokens in inputs]
+        padded = {"input_ids": torch.tensor(rows, device=self.device)}
+        asked = [(row, key, key[1][-len(inputs[row]) :]) for row, of_row in enumerate(keys) for key in of_row]
+        # Only the places that predict a continuation reach a head
+        wanted = [
+            (row, len(inputs[row]) - len(continuation) + i, token)
+            for row, _, continuation in asked
+            for i, token in enumerate(continuation)
+        ]
+        dtype = self.mixed_precision_dtype
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            outputs = self.model.model(padded, exit_layer=exits[-1], exit_layers=exits, use_cache=False)
-            # Only the places that predict a continuation reach a head
-            asked = [(row, key, key[1][-len(inputs[row]) :]) for row, of_row in enumerate(keys) for key in of_row]
-            places: list[tuple[int, int]] = []
-            targets: list[int] = []
-            for row, _, continuation in asked:
-                end = len(inputs[row])
-                places += [(row, place) for place in range(end - len(continuation), end)]
-                targets += continuation
-            at = torch.tensor(places, device=self.device).unbind(1)
-            wanted = torch.tensor(targets, device=self.device)
-            for k, states in zip(exits, outputs.exit_hidden_states, strict=True):
-                log_probs, greedy, _ = read_at_exit(self.model, k, states[at], wanted, self.softmax_dtype)
-                lengths = [len(continuation) for *_, continuation in asked]
-                by_key = log_probs.cpu().split(lengths), (greedy == wanted).cpu().split(lengths)
-                for (_, key, _), of_key, right in zip(asked, *by_key, strict=True):
-                    self._scores.setdefault(key, {})[k] = (float(of_key.sum()), bool(right.all()))
+            log_probs, greedy, _ = read_exits(self.model, self.exit_layers, padded, wanted, self.softmax_dtype)
+        right = greedy == torch.tensor([token for *_, token in wanted])
+        lengths = [len(continuation) for *_, continuation in asked]
+        for i, k in enumerate(self.exit_layers):
+            by_key = zip(asked, log_probs[i].split(lengths), right[i].split(lengths), strict=True)
+            for (_, key, _), of_key, is_greedy in by_key:
+                self._scores.setdefault(key, {})[k] = (float(of_key.sum()), bool(is_greedy.all()))
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
         if not any(generation_kwargs.get(name) is not None for name in _ARGUMENTS):

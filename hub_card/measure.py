@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,43 +36,44 @@ def teacher_forced(
 ) -> TeacherForced:
     """Read the right answers, `rows` of `prompt` and `completion` as text, at each of `exits` in one backbone pass."""
     rows = sorted(rows, key=lambda row: len(row["prompt"]) + len(row["completion"]))  # alike lengths: little padding
-    found: list[list[torch.Tensor]] = []
+    found = []
     for start in tqdm(range(0, len(rows), batch_size), desc="reading answers", disable=not progress):
         batch = rows[start : start + batch_size]
         whole = [tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in batch]
         starts = [len(tokenizer(row["prompt"])["input_ids"]) for row in batch]
         padded = tokenizer.pad({"input_ids": whole}, padding_side="right", return_tensors="pt").to(model.device)
-        states = model.model(**padded, exit_layers=exits, use_cache=False).exit_hidden_states
         # The state before a token of the answer predicts it
-        places = [(r, t - 1) for r, tokens in enumerate(whole) for t in range(max(starts[r], 1), len(tokens))]
-        at = torch.tensor(places, device=model.device).reshape(-1, 2).unbind(1)
-        labels = padded["input_ids"][at[0], at[1] + 1]
-        read = [read_at_exit(model, k, state[at], labels) for k, state in zip(exits, states, strict=True)]
-        found.append([torch.stack(values).cpu() for values in zip(*read, strict=True)])
+        wanted = [(r, t - 1, ids[t]) for r, ids in enumerate(whole) for t in range(max(starts[r], 1), len(ids))]
+        found.append(read_exits(model, exits, padded, wanted))
     log_probs, greedy, highest = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     return TeacherForced(losses=-log_probs, confidences=highest.exp(), agrees=greedy == greedy[-1])
 
 
-def read_at_exit(
+def read_exits(
     model: SortedLlamaForCausalLM,
-    exit_layer: int,
-    states: torch.Tensor,
-    wanted: torch.Tensor,
+    exits: list[int],
+    inputs: Mapping[str, torch.Tensor],
+    wanted: list[tuple[int, int, int]],
     dtype: torch.dtype | None = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> list[torch.Tensor]:
     """
-    What an exit predicts behind hidden states `(num_tokens, hidden_size)`, before the norm: the log-probability of the
-    `wanted` tokens, the greedy tokens, and theirs, each `(num_tokens,)`. `dtype` is the softmax's; `None` the logits'.
+    What each of `exits`, ascending, predicts of the `wanted` tokens, each a row of `inputs`, a place and the token, in
+    one backbone pass, a tile of logits at a time: their log-probability, the greedy tokens, and theirs, of shape
+    `(num_exits, num_tokens)`. `dtype` is the softmax's; `None` is that of the logits.
     """
-    head, norm = model.exit_head(exit_layer), model.model.exit_norm(exit_layer)
-    rows = max(1, _LOGITS // model.config.vocab_size)
-    found = []
-    for tile, targets in zip(states.split(rows), wanted.split(rows), strict=True):
-        log_probs = head(norm(tile)).log_softmax(-1, dtype=dtype)
-        highest, greedy = log_probs.max(-1)
-        found.append((log_probs.gather(-1, targets[:, None])[:, 0], greedy, highest))
-    of_wanted, greedy, highest = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return of_wanted, greedy, highest
+    states = model.model(**inputs, exit_layer=exits[-1], exit_layers=exits, use_cache=False).exit_hidden_states
+    rows, places, tokens = torch.tensor(wanted, device=model.device).reshape(-1, 3).unbind(1)
+    size = max(1, _LOGITS // model.config.vocab_size)
+    tiles = []
+    for row, place, token in zip(rows.split(size), places.split(size), tokens.split(size), strict=True):
+        read = []
+        for k, of_exit in zip(exits, states, strict=True):
+            normed = model.model.exit_norm(k)(of_exit[row, place])
+            log_probs = model.exit_head(k)(normed).log_softmax(-1, dtype=dtype)
+            highest, greedy = log_probs.max(-1)
+            read.append((log_probs.gather(-1, token[:, None])[:, 0], greedy, highest))
+        tiles.append([torch.stack(values).cpu() for values in zip(*read, strict=True)])
+    return [torch.cat(parts, dim=1) for parts in zip(*tiles, strict=True)]
 
 
 @torch.inference_mode()

@@ -92,9 +92,7 @@ def load_evaluation(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"The evaluation {str(file)!r} could not be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"The evaluation {str(file)!r} is no JSON: {error}.") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{str(file)!r} is no evaluation: it holds no object, but {shown(record)}.")
-    found = record.get("schema_version")
+    found = record.get("schema_version") if isinstance(record, dict) else None
     if found != SCHEMA_VERSION:
         raise ValueError(f"{str(file)!r} has schema version {shown(found)}, this version reads {SCHEMA_VERSION}.")
     check_record(record, f"{str(file)!r}: ")
@@ -197,22 +195,23 @@ def exit_scores(record: dict[str, Any]) -> Iterator[Score]:
     for task, by_exit in harness_results(record).items():
         for k, metrics in by_exit.items():
             for metric, value in metrics.items():
-                if "stderr" not in metric:
-                    yield Score(task, int(k), metric.split(",")[0], value, f"{value:.4g}")
+                yield Score(task, int(k), metric.split(",")[0], value, f"{value:.4g}")
 
 
 def harness_results(record: dict[str, Any]) -> dict[str, dict[str, dict]]:
-    """Of each task of the harness that was asked for, the metrics by exit; of a group its members' if it has none."""
-    found = {}
+    """
+    Of each task of the harness that was asked for, or of the members of a group that has none, the metrics by exit,
+    without standard errors.
+    """
+    found: dict[str, dict] = {}
     for asked, results in record["harness"].items():
-        measured = {name: by_exit for name, by_exit in results.items() if first_metric(by_exit) is not None}
-        found.update({asked: measured[asked]} if asked in measured else measured)
+        scored = {}
+        for name, by_exit in results.items():
+            scores = {k: {m: v for m, v in metrics.items() if "stderr" not in m} for k, metrics in by_exit.items()}
+            if any(scores.values()):
+                scored[name] = scores
+        found.update({asked: scored[asked]} if asked in scored else scored)
     return found
-
-
-def first_metric(results: dict[str, dict]) -> str | None:
-    """The first metric of a task of the harness that is no standard error."""
-    return next((name for metrics in results.values() for name in metrics if "stderr" not in name), None)
 
 
 # What is written
@@ -234,15 +233,19 @@ def open_record(output: Path, request: dict, overwrite: bool, device: torch.devi
         if record["request"] == request:
             return record
         different = [name for name, value in request.items() if record["request"].get(name) != value]
-        raise ValueError(
-            f"`output={str(output)!r}` holds results of another {', '.join(different)}: pass another file, or "
-            "`overwrite` to replace them."
-        )
+        held = f"`output={str(output)!r}` holds results of another {', '.join(different)}"
+        raise ValueError(f"{held}: pass another file, or `overwrite` to replace them.")
+    program = Path(sys.argv[0]).name
+    start = ["sorted-llama"] if program in ("sorted-llama", "__main__.py") else ["python", program]
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     made_by = {
-        "command": _command(),
+        "command": shlex.join([*start, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_revision": _git_revision(),
-        "versions": _versions(),
+        "versions": versions,
         "machine": machine_name(device),
     }
     return {"schema_version": SCHEMA_VERSION, "request": request, "made_by": made_by, "tasks": {}, "harness": {}}
@@ -279,20 +282,6 @@ def machine_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return cpu if device.type == "cpu" else f"{device.type} of {platform.node()}"
-
-
-def _command() -> str:
-    program = Path(sys.argv[0]).name
-    start = ["sorted-llama"] if program in ("sorted-llama", "__main__.py") else ["python", program]
-    return shlex.join([*start, *sys.argv[1:]])
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 def _git_revision() -> str | None:
