@@ -251,10 +251,8 @@ def train(task: Task, plan: Plan, output_dir: Path, checkpoint: str | None, use_
             gradient_checkpointing=False,
             bf16=plan.train_dtype == "bfloat16",
             use_cpu=use_cpu,
-            logging_steps=10,
             save_steps=math.ceil(60 / plan.step_seconds),  # once a minute
             save_total_limit=1,
-            report_to="none",
         ),
         train_dataset=Dataset.from_list(task.train_rows).select_columns(["prompt", "completion"]),
     )

@@ -68,14 +68,13 @@ class DepthPrinter(BaseStreamer):
 
     def _print(self, final: bool = False) -> None:
         # Decoded together with the last piece: some tokenizers drop the space that a text begins with
-        text = self._decode(self.shown + self.waiting)[len(self._decode(self.shown)) :]
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        before, whole = self.tokenizer.batch_decode([self.shown, self.shown + self.waiting], **plain)
+        text = whole[len(before) :]
         if text and (final or not text.endswith("\ufffd")):  # else more bytes of the character are to come
             mark = f"[{self.depth}]" if self.colors is None and self.depth != self.marked else ""
             print(mark + paint(text, self.depth, self.colors), end="", flush=True)
             self.shown, self.waiting, self.marked = self.waiting, [], self.depth
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def paint(text: str, depth: int, colors: dict[int, int] | None) -> str:

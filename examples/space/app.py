@@ -102,13 +102,12 @@ class Answer:
 
     def _show(self) -> None:
         # Decoded together with the last piece: some tokenizers drop the space that a text begins with
-        text = self._decode(self._shown + self._waiting)[len(self._decode(self._shown)) :]
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        before, whole = self.tokenizer.batch_decode([self._shown, self._shown + self._waiting], **plain)
+        text = whole[len(before) :]
         if text and (self.state != "running" or not text.endswith("\ufffd")):  # else more bytes of it are to come
             self.pieces.append((text, self.tokens[-1]))
             self._shown, self._waiting = self._waiting, []
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

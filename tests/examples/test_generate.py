@@ -169,7 +169,7 @@ def test_a_model_without_exits_runs_at_full_depth_and_drafts(run, tmp_path):
         (["--exit_threshold", "0.5", "0.6", "0.7"], "`exit_threshold` must be a number of at least 0, or a list of 2"),
         (["--exit_threshold", "nan"], "`exit_threshold` must be a number"),
         (["--exit_threshold", "-0.5"], "`exit_threshold` must be a number of at least 0"),
-        (["--assistant_early_exit", "4"], "`assistant_early_exit` must be an integer from 1 to 3"),
+        (["--assistant_early_exit", "4"], "`assistant_early_exit` must be .*an integer from 1 to 3"),
         (["--num_assistant_tokens", "0"], "`num_assistant_tokens` must be a positive integer"),
         (["--max_new_tokens", "0"], "`max_new_tokens` must be greater than 0"),
         (["--device", "abacus"], "abacus"),
