@@ -30,10 +30,7 @@ def _in_use(name: str) -> Any:
 
 
 class SortedCacheLayer(DynamicLayer):
-    """
-    Keys and values of one decoder layer, each of shape `(batch_size, num_heads, max(lengths), head_dim)`, in storage
-    that grows by blocks of 256 tokens. Row `r` holds `lengths[r]` tokens.
-    """
+    """Keys and values of one decoder layer, `(batch_size, num_heads, max(lengths), head_dim)`, in growing storage."""
 
     _keys: torch.Tensor | None
     _values: torch.Tensor | None
@@ -79,9 +76,8 @@ class SortedCache(Cache):
     block with their own positions. So keys and values are exact in every layer, and no layer runs a token twice.
     Rows of the batch may hold different numbers of tokens.
 
-    It holds the keys and values of an ordinary cache, the pending states (freed when they are taken along), and two
-    numbers a token. Storage grows by blocks of 256 tokens, or is allocated at once with `max_cache_len`. It is for
-    inference: storage is written in place.
+    Pending states are freed when they are taken along. Storage grows by blocks of 256 tokens, or is allocated at once
+    with `max_cache_len`. It is for inference: storage is written in place.
 
     Args:
         max_cache_len (`int`, *optional*, defaults to 0):
@@ -294,9 +290,8 @@ class SortedCache(Cache):
         self, first: int, last: int, hidden_states: torch.Tensor, block: Block
     ) -> Iterator[tuple[torch.Tensor, Block]]:
         """
-        The states and the block to run through layers `first` to `last`: those that arrive there, and what is pending.
-        At the end of the `with` statement these layers hold their tokens. Where it raises, the states on their way up
-        are lost, and the cache forgets their tokens.
+        The states and the block to run through layers `first` to `last`, with what is pending. At the end of the
+        `with` statement these layers hold their tokens; where it raises, the cache forgets them.
         """
         try:
             hidden_states, block = self._take_along(first, hidden_states, block)
@@ -416,8 +411,8 @@ def as_sorted_cache(cache: Any) -> Any:
 
 def check_cache_depth(cache: Cache, depth: int, synchronize: bool = False) -> None:
     """
-    Refuse a cache whose upper layers have seen fewer tokens than its first: their keys and values are missing. Lengths
-    that live on a device (static caches) are read, which waits for it, only with `synchronize`.
+    Refuse a cache whose upper layers have seen fewer tokens than its first. Lengths that live on a device (static
+    caches) are read, which waits for it, only with `synchronize`.
     """
     if is_sorted_cache(cache):
         cache.segments(depth)

@@ -138,9 +138,8 @@ def check_exit_loss_weights(weights: Any, num_exits: int, name: str = "exit_loss
 
 class ModelPath(str):
     """
-    A model's id or path, with the `DEPTH_FIELDS` that the model has in memory: they go before those in `config.json`
-    where a model is loaded a second time by `config._name_or_path`, as TRL's trainers make their reference. Copied,
-    pickled or written to a file it is the plain text.
+    A model's id or path, with the `DEPTH_FIELDS` that the model has in memory, for whom loads it a second time by
+    `config._name_or_path`, as TRL's trainers do for their reference. Copied or written to a file it is the plain text.
     """
 
     depth_fields: dict[str, Any]
@@ -168,22 +167,18 @@ class SortedLlamaConfig(LlamaConfig):
 
     Args:
         exit_layers (`list[int]` or `str`, *optional*):
-            The exits that Sorted Fine-Tuning (SoFT) trains: numbers of decoder layers, ascending, unique, ending in
-            `num_hidden_layers` (the paper's 13B: `[12, 16, 20, 24, 28, 32, 36, 40]`); `"every:4"` takes every fourth
-            layer and the full depth. `None` means full depth only.
+            The exits that Sorted Fine-Tuning (SoFT) trains: numbers of decoder layers, ascending, ending in
+            `num_hidden_layers`; `"every:4"` takes every fourth layer and the full depth. `None` means full depth only.
         exit_layer (`int`, *optional*):
             Number of decoder layers that every call runs unless it asks for another depth. `None` means all.
         exit_loss_weights (`list[float]`, *optional*):
             Weight of each of `exit_layers` in the SoFT loss. `None` means 1.0 each, the paper's sum.
         exit_heads (`str`, *optional*, defaults to `"shared"`):
             `"shared"`: every exit reads through the final norm and the LM head. `"separate"`: each of `exit_layers`
-            below full depth has a norm and a head of its own, as the paper's early-exit baseline (SFT+ICT) has; they
-            start as copies of the shared ones, and cost `hidden_size * vocab_size` weights an exit. `"lens"`: each of
-            them has a norm and a square matrix of its own before the shared head (a tuned lens, arXiv 2303.08112);
-            they start as the final norm and the identity, and cost `hidden_size ** 2` weights an exit.
-
-    Raises:
-        ValueError: At construction, if a value is out of range.
+            below full depth has a norm and a head of its own, at first copies of the shared ones, as the paper's
+            early-exit baseline (SFT+ICT) has: `hidden_size * vocab_size` weights an exit. `"lens"`: each of them has a
+            norm and a square matrix of its own before the shared head, at first the final norm and the identity (a
+            tuned lens, arXiv 2303.08112): `hidden_size ** 2` weights an exit.
     """
 
     model_type = "sorted_llama"

@@ -31,8 +31,7 @@ class ExitLossOptions:
 
     Args:
         exit_loss_weights (`Sequence[float]`, *optional*):
-            Weight of each exit, finite and not negative, at least one above 0. Defaults to 1.0 each; in `forward`, to
-            those of the model's config.
+            Weight of each exit, at least 0. Defaults to 1.0 each; in `forward`, to those of the model's config.
         exit_loss_reduction (`str`, *optional*, defaults to `"sum"`):
             `"sum"` over the exits (the paper's text) or their `"mean"` (its formula).
         loss_type (`str`, *optional*, defaults to `"nll"`):
@@ -99,20 +98,15 @@ _OPTIONS = tuple(field.name for field in fields(ExitLossOptions))
 @dataclass
 class MultiExitLossOutput:
     """
-    What [`multi_exit_loss`] returns. Everything but `loss` is detached.
+    What [`multi_exit_loss`] returns: the objective, and of each exit, detached and of shape `(num_exits,)`, the rest.
 
     Args:
-        loss (`torch.Tensor` of shape `()`, float32):
-            The objective: the weighted sum (or mean) of `exit_losses`, with what self-distillation adds to them.
-        exit_losses (`torch.Tensor` of shape `(num_exits,)`, float32):
-            Loss of each exit, unweighted.
-        exit_token_accuracies (`torch.Tensor` of shape `(num_exits,)`, float32):
-            Share of the labelled tokens for which an exit's greedy token is the label.
-        exit_agreements (`torch.Tensor` of shape `(num_exits,)`, float32):
-            Share of the labelled tokens for which an exit's greedy token is that of the last exit.
-        exit_divergences (`torch.Tensor` of shape `(num_exits,)`, float32, *optional*):
-            With self-distillation, the Kullback-Leibler divergence of each exit from the last one, in nats; divided as
-            `exit_losses` are.
+        loss (`torch.Tensor`): The weighted sum (or mean) of `exit_losses`, with what self-distillation adds to them.
+        exit_losses (`torch.Tensor`): Losses, unweighted.
+        exit_token_accuracies (`torch.Tensor`): Shares of the labelled tokens where the greedy token is the label.
+        exit_agreements (`torch.Tensor`): Shares of them where it is the last exit's greedy token.
+        exit_divergences (`torch.Tensor`, *optional*): With self-distillation, the Kullback-Leibler divergences from
+            the last exit, in nats; divided as `exit_losses` are.
     """
 
     loss: torch.Tensor
@@ -136,10 +130,8 @@ def multi_exit_loss(
     `loss = sum_e w_e * sum_t (loss(z_e[t], labels[t]) + a * KL(z_last[t], z_e[t])) / num_items`
 
     with `z_e = lm_head(hidden_states[e])`, the distillation's weight `a`, and no gradient into the last exit from the
-    divergence of the others.
-
-    The logits exist as one tile at a time, `[tile, vocab]` in float32. The gradients are made in the same sweep, and a
-    single head-gradient buffer in float32 serves all exits. Because that buffer is handed out, `backward` runs once.
+    divergence of the others. The logits exist as one tile at a time, `[tile, vocab]` in float32. The gradients are
+    made in the same sweep and handed out by `backward`, which runs once.
 
     Args:
         hidden_states (`Sequence[torch.Tensor]`, each of shape `(num_tokens, hidden_size)`):
@@ -148,16 +140,13 @@ def multi_exit_loss(
             The head, or one for each exit. What [`is_matrix_product`] knows to be one takes the fused products. Any
             other module (adapters, quantization, hooks, a bias) is called: with one row, which tells its vocabulary
             and what it trains, then with the `(1, rows, hidden_size)` of each tile and exit.
-        labels (`torch.Tensor` of shape `(num_tokens,)`, int64):
-            Token to predict for each row, within the vocabulary. There may be none: the loss is then 0.
+        labels (`torch.LongTensor` of shape `(num_tokens,)`):
+            Token to predict for each row. There may be none: the loss is then 0.
         options ([`ExitLossOptions`], *optional*):
             With `detach_exits`, the last exit's head gets no gradient from the other exits; their hidden states are
             the caller's to detach, before the norms that the exits own.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             What the sums over tokens are divided by. Defaults to `num_tokens`.
-
-    Raises:
-        ValueError: If there is not one weight an exit, or, on a CPU, if a label is no token (an accelerator asserts).
     """
     options = ExitLossOptions() if options is None else options
     weights = options.weights(len(hidden_states))
@@ -197,11 +186,11 @@ def labelled_rows(labels: torch.Tensor, shift_labels: torch.Tensor | None) -> tu
 
 def _heads(modules: Sequence[nn.Module], hidden_states: Sequence[torch.Tensor]) -> "list[_MatrixHead | _CalledHead]":
     """The head of each exit: one object a module, which is gathered, or called with one row, once."""
-    heads: dict[int, _MatrixHead | _CalledHead] = {}
+    heads: dict[nn.Module, _MatrixHead | _CalledHead] = {}
     for module, states in zip(modules, hidden_states, strict=True):
-        if id(module) not in heads:
-            heads[id(module)] = _MatrixHead(module) if is_matrix_product(module) else _CalledHead(module, states)
-    return [heads[id(module)] for module in modules]
+        if module not in heads:
+            heads[module] = _MatrixHead(module) if is_matrix_product(module) else _CalledHead(module, states)
+    return [heads[module] for module in modules]
 
 
 def _as_tensor(number: torch.Tensor | int, device: torch.device) -> torch.Tensor:

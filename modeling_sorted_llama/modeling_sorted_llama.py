@@ -53,10 +53,7 @@ class SortedModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """
-    [`~transformers.modeling_outputs.CausalLMOutputWithPast`] with what the SoFT loss knows of each exit, each of shape
-    `(num_exits,)`: see [`MultiExitLossOutput`].
-    """
+    """[`~transformers.modeling_outputs.CausalLMOutputWithPast`] with what [`MultiExitLossOutput`] tells of exits."""
 
     exit_losses: torch.Tensor | None = None
     exit_token_accuracies: torch.Tensor | None = None
@@ -138,9 +135,8 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
 
         Returns:
             [`SortedModelOutputWithPast`]: `last_hidden_state` is the normed output of the last layer that ran. With a
-            [`SortedCache`], tokens that were pending below `exit_layer` are taken along and come before the new ones;
-            an input of no tokens takes along what is pending and nothing else. Where rows had different numbers of
-            tokens pending, the newest are in the last columns.
+            [`SortedCache`], tokens that were pending below `exit_layer` are taken along and come before the new ones,
+            of which there may be none; every row's newest is in the last column.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -230,8 +226,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
     [`~transformers.LlamaForCausalLM`] whose first `k` layers, with the same final norm and LM head, are a model of
     their own: `exit_layer=k` in `forward` and in `generate` runs them and nothing more.
 
-    Parameter names are Llama's own, so any Llama checkpoint loads as a sorted model and the other way round. `config`
-    may be a plain Llama's, too.
+    Parameter names are Llama's own, so any Llama checkpoint loads as a sorted model and the other way round.
 
     Example:
 
@@ -318,9 +313,9 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
                 Tokens to predict, not shifted, `-100` where there is no loss. The loss is that of `exit_layer` where
                 it is passed; else, with `exit_layers`, the SoFT objective; else Llama's.
             exit_layer (`int`, *optional*):
-                Number of layers to run, from 1 to the number of layers. Defaults to `config.exit_layer`, then to all.
+                Number of layers to run. Defaults to `config.exit_layer`, then to all.
             exit_layers (`list[int]`, *optional*):
-                Exits whose losses are summed, ascending, ending in the full depth. Defaults to `config.exit_layers`.
+                Exits whose losses are summed. Defaults to `config.exit_layers`.
             shift_labels (`torch.LongTensor`, *optional*):
                 Labels already shifted by one, as passed under context parallelism; used in place of `labels`.
             skip_logits (`bool`, *optional*):
@@ -330,9 +325,8 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
                 The fields of [`ExitLossOptions`], with a SoFT loss; `num_items_in_batch`; what Llama takes.
 
         Returns:
-            [`SortedCausalLMOutputWithPast`]: `logits` are those of the deepest layer that ran. With a [`SortedCache`],
-            those of the tokens that were pending below it come before the input's, unless `labels` or a tensor of
-            `logits_to_keep` count the input's tokens; a number of `logits_to_keep` keeps the newest of both.
+            [`SortedCausalLMOutputWithPast`]: With a [`SortedCache`], logits of tokens that were pending come before
+            the input's, unless `labels` or a tensor of `logits_to_keep` count the input's.
         """
         exits = self._loss_exits(exit_layer, exit_layers, labels)
         loss_arguments = self._loss_arguments(kwargs, exits)
@@ -423,10 +417,9 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
 
     def extract_submodel(self, exit_layer: int) -> LlamaForCausalLM:
         """
-        The first `exit_layer` layers as a plain Llama that *shares* its tensors with this model: no copy is made, and
-        training either trains both. `save_pretrained` then writes a vanilla Llama checkpoint for any engine. The head
-        of an exit with `exit_heads="lens"` alone is new: the shared head, which may not be quantized, times the exit's
-        matrix.
+        The first `exit_layer` layers as a plain Llama that *shares* its tensors with this model: training either
+        trains both, and `save_pretrained` writes a vanilla Llama checkpoint for any engine. The head of an exit with
+        `exit_heads="lens"` alone is new: the shared head, which may not be quantized, times the exit's matrix.
         """
         check_exit_layer(exit_layer, len(self.model.layers))
         return plain_submodel(self, exit_layer)

@@ -305,27 +305,21 @@ def _check_generation_config(generation_config: GenerationConfig, decoding: Mode
 STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 
 
-_AT_ONE_DEPTH = "generate with `exit_layer=k` or without it"
-
-
 def check_model_and_processors(model, logits_processor: LogitsProcessorList) -> None:
     """Refuse, before the first pass, what decoding at moving depth cannot do exactly and no argument tells of."""
-    for processor in logits_processor:
-        if isinstance(processor, STATEFUL_PROCESSORS):
+    stateful = [type(one).__name__ for one in logits_processor if isinstance(one, STATEFUL_PROCESSORS)]
+    has_alora = any("alora_offsets" in hook.keywords for _, _, hook in row_hooks(model))
+    refused = {
+        f"{', '.join(stateful)} (`guidance_scale`, `watermarking_config`), which counts on one call a token": stateful,
+        "forward hooks of the model itself, which it passes over (`fully_shard` sets one; those of `model.model`, its "
+        "layers and `model.lm_head` run)": model._forward_hooks or model._forward_pre_hooks,
+        "activated LoRA (`alora_invocation_tokens`), which counts tokens from the end of a block": has_alora,
+    }
+    for what, found in refused.items():
+        if found:
             raise ValueError(
-                f"Decoding at moving depth does not work with {type(processor).__name__} (`guidance_scale`, "
-                f"`watermarking_config`), which counts on one call a token: {_AT_ONE_DEPTH}."
+                f"Decoding at moving depth does not work with {what}: generate with `exit_layer=k` or without it."
             )
-    if model._forward_hooks or model._forward_pre_hooks:
-        raise ValueError(
-            "Decoding at moving depth passes over the forward hooks of the model itself (`fully_shard` sets one): "
-            "register them on `model.model`, its layers or `model.lm_head`."
-        )
-    if any("alora_offsets" in hook.keywords for _, _, hook in row_hooks(model)):
-        raise ValueError(
-            "Decoding at moving depth does not work with activated LoRA (`alora_invocation_tokens`), which counts "
-            f"tokens from the end of a block: {_AT_ONE_DEPTH}."
-        )
 
 
 def check_continuous_batching(model, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:

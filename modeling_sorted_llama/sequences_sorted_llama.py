@@ -158,8 +158,8 @@ class Sequences:
         )
         if any(inputs.get(name) not in (None, self.cache) for name in ("past_key_values", "cache")):
             raise ValueError(
-                "Decoding at moving depth cannot take the keys and values that prefix tuning brings along for all "
-                "layers: generate with `exit_layer=k` or without it."
+                "Decoding at moving depth does not work with prefix tuning, whose keys and values are for all layers: "
+                "generate with `exit_layer=k` or without it."
             )
         names = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
         return {name: inputs[name] for name in names if inputs.get(name) is not None}
