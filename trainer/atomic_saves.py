@@ -20,7 +20,7 @@ if sys.platform != "win32":
 
 logger = logging.get_logger(__name__)
 
-# Folder, in the output folder, of what is being written or deleted; Trainer pushes nothing that begins with `_`
+# Folder, in the output folder, of what is being written; Trainer pushes nothing that begins with `_`
 UNFINISHED = "_unfinished"
 CONFIGS = ("config.json", "adapter_config.json")  # without one of them, a folder is no model
 STATE = "trainer_state.json"  # the last file that is written into a checkpoint
@@ -36,7 +36,7 @@ class AtomicSaves(Trainer):
 
     # `Trainer` has no public hook for the folder of a checkpoint, for what is deleted when, or for a push from a
     # checkpoint: its private methods for these are overridden here, and nowhere else in this project
-    _unfinished: str | None = None
+    _unfinished: Path | None = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self._unfinished is not None:  # part of a checkpoint
@@ -47,44 +47,42 @@ class AtomicSaves(Trainer):
                 "A model is saved whole, and `fsdp_state_dict_type: SHARDED_STATE_DICT` keeps it in shards: set "
                 "FULL_STATE_DICT, or merge the last checkpoint with `accelerate merge-weights`."
             )
-        output_dir = output_dir or self.args.output_dir
-        unfinished = os.path.join(output_dir, UNFINISHED)
+        folder = Path(output_dir or self.args.output_dir)
+        unfinished = folder / UNFINISHED
         # Without a barrier: one process alone may call this
-        with _one_at_a_time(output_dir, self.is_world_process_zero()):
+        with _one_at_a_time(folder, self.is_world_process_zero()):
             if self.args.should_save:
-                _make_room(unfinished)
-            whole = os.path.join(unfinished, "model")
-            super().save_model(whole, _internal_call=True)
+                _discard(unfinished)
+            super().save_model(str(unfinished / "model"), _internal_call=True)
             if self.args.should_save:
                 for config in CONFIGS:
-                    if os.path.exists(os.path.join(output_dir, config)):
-                        os.remove(os.path.join(output_dir, config))
-                for name in sorted(os.listdir(whole), key=lambda name: name in CONFIGS):
-                    if name == "README.md" and os.path.exists(os.path.join(output_dir, name)):
+                    (folder / config).unlink(missing_ok=True)
+                for part in sorted((unfinished / "model").iterdir(), key=lambda part: part.name in CONFIGS):
+                    target = folder / part.name
+                    if target.name == "README.md" and target.exists():
                         continue  # PEFT makes one with every adapter
-                    if os.path.isdir(os.path.join(output_dir, name)):
-                        shutil.rmtree(os.path.join(output_dir, name))
-                    os.replace(os.path.join(whole, name), os.path.join(output_dir, name))
-                _delete(unfinished)
+                    if target.is_dir():
+                        shutil.rmtree(target)
+                    part.replace(target)
+                _discard(unfinished)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model, trial: Any) -> None:
-        run_dir = super()._get_output_dir(trial)
-        checkpoint = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        run_dir = Path(super()._get_output_dir(trial))
+        checkpoint = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with _one_at_a_time(run_dir, self.is_world_process_zero()):
             self._write_checkpoint(model, trial, checkpoint)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(checkpoint)
+            self._push_from_checkpoint(str(checkpoint))
 
-    def _write_checkpoint(self, model, trial: Any, checkpoint: str) -> None:
-        run_dir, name = os.path.split(checkpoint)
-        unfinished = os.path.join(run_dir, UNFINISHED)
+    def _write_checkpoint(self, model, trial: Any, checkpoint: Path) -> None:
+        unfinished = checkpoint.with_name(UNFINISHED)
+        written = unfinished / checkpoint.name
         if self.is_local_process_zero():
-            _make_room(unfinished)
-            # transformers' `JITCheckpointCallback`, at SIGTERM, marks the place before it lets us write
-            if os.path.isdir(checkpoint) and not os.path.isfile(os.path.join(checkpoint, STATE)):
-                shutil.rmtree(checkpoint, ignore_errors=True)
+            _discard(unfinished)
+            if not (checkpoint / STATE).is_file():  # transformers' `JITCheckpointCallback` marks the place at SIGTERM
+                _discard(checkpoint)
         self.accelerator.wait_for_everyone()
         self._unfinished = unfinished
         try:
@@ -92,19 +90,18 @@ class AtomicSaves(Trainer):
         finally:
             self._unfinished = None
         self.accelerator.wait_for_everyone()
-        if self.state.best_global_step:
-            best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            if best == checkpoint or os.path.exists(best):
-                self.state.best_model_checkpoint = best
+        best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if best == checkpoint or best.exists():
+            self.state.best_model_checkpoint = str(best)
         # The first process, and then those of other nodes, if their disks are their own
         for renames in (self.is_world_process_zero(), self.is_local_process_zero()):
-            if renames and os.path.isdir(os.path.join(unfinished, name)):
+            if renames and written.is_dir():
                 if self.args.should_save:
-                    self.state.save_to_json(os.path.join(unfinished, name, STATE))
-                if os.path.isdir(checkpoint):  # of a former run
-                    os.rename(checkpoint, os.path.join(unfinished, "former"))
-                os.rename(os.path.join(unfinished, name), checkpoint)
-                self._discard_oldest(run_dir, newest=checkpoint)
+                    self.state.save_to_json(str(written / STATE))
+                _discard(checkpoint)  # of a former run
+                written.rename(checkpoint)
+                _discard(unfinished)
+                self._discard_oldest(checkpoint.parent, newest=checkpoint)
             self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -114,7 +111,7 @@ class AtomicSaves(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return self._unfinished or super()._get_output_dir(trial)
+        return str(self._unfinished or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._unfinished is not None:  # once it is whole
@@ -128,9 +125,8 @@ class AtomicSaves(Trainer):
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         best = self.state.best_model_checkpoint
         if best is not None and self.args.should_save and self.args.save_total_limit == 1:
-            # `Trainer` is about to delete all others where they stand
-            if os.path.isdir(best):
-                run_dir = super()._get_output_dir(trial)
+            if os.path.isdir(best):  # `Trainer` is about to delete all others where they stand
+                run_dir = Path(super()._get_output_dir(trial))
                 with _one_at_a_time(run_dir, self.is_world_process_zero()):
                     self._discard_oldest(run_dir)
             else:
@@ -138,33 +134,27 @@ class AtomicSaves(Trainer):
                 self.state.best_model_checkpoint = None
         return super()._finalize_training(trial, *args, **kwargs)
 
-    def _discard_oldest(self, run_dir: str, newest: str | None = None) -> None:
-        """Take away what is above `save_total_limit`: first by name, so that it is no checkpoint any more."""
-        unfinished, limit = os.path.join(run_dir, UNFINISHED), self.args.save_total_limit or 0
-        kept = {os.path.realpath(path) for path in (newest, self.state.best_model_checkpoint) if path is not None}
+    def _discard_oldest(self, run_dir: Path, newest: Path | None = None) -> None:
+        """Delete the checkpoints above `save_total_limit`, but for the newest and the best one."""
         found = [
-            path
-            for path in sort_checkpoints(run_dir, use_mtime=True)
+            Path(path)
+            for path in sort_checkpoints(str(run_dir), use_mtime=True)
             if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", os.path.basename(path))
         ]
+        kept = {os.path.realpath(path) for path in (newest, self.state.best_model_checkpoint) if path is not None}
         others = [path for path in found if os.path.realpath(path) not in kept]
-        surplus = len(found) - max(limit, len(found) - len(others)) if limit > 0 else 0
+        surplus = len(found) - self.args.save_total_limit if (self.args.save_total_limit or 0) > 0 else 0
         for path in others[: max(surplus, 0)]:
-            os.makedirs(unfinished, exist_ok=True)
-            try:
-                os.rename(path, os.path.join(unfinished, os.path.basename(path)))
-            except OSError as error:
-                logger.warning_once(f"An old checkpoint stays: {error}.")
-        _delete(unfinished)
+            _discard(path)
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: str, locks: bool) -> Iterator[None]:
+def _one_at_a_time(folder: Path, locks: bool) -> Iterator[None]:
     """Wait while another run saves into `folder`, where the file system can tell."""
     if not locks or sys.platform == "win32":
         yield
         return
-    os.makedirs(folder, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -180,17 +170,14 @@ def _one_at_a_time(folder: str, locks: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _make_room(folder: str) -> None:
-    """Take away what a killed run, or files that were in use, have left of `folder`."""
-    parent, name = os.path.split(folder)
-    for left in (Path(folder), *Path(parent).glob(f"{name}.old-*")):
-        shutil.rmtree(left, ignore_errors=True)
-    if os.path.isdir(folder):  # files are still in use
+def _discard(folder: Path) -> None:
+    """Delete a folder, and what was left of others: renamed first, so that it is no checkpoint, and out of the way."""
+    if folder.is_dir():
+        trash = tempfile.mkdtemp(prefix=f"{UNFINISHED}.old-", dir=folder.parent)
         with contextlib.suppress(OSError):
-            os.rename(folder, os.path.join(tempfile.mkdtemp(prefix=f"{name}.old-", dir=parent), name))
-
-
-def _delete(folder: str) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    if os.path.isdir(folder):
-        logger.warning_once(f"{folder} cannot be deleted now: it stays until the next save.")
+            folder.rename(Path(trash, folder.name))
+    for left in (*folder.parent.glob(f"{UNFINISHED}.old-*"), folder):
+        if left is not folder:
+            shutil.rmtree(left, ignore_errors=True)
+        if left.is_dir():  # files of it are in use
+            logger.warning_once(f"{left} cannot be deleted now: it stays until the next save.")

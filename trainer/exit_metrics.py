@@ -14,9 +14,7 @@ class Metric:
     """A mean over labelled tokens that the model's outputs hold, one value an exit, where they hold it."""
 
     output: str
-    # The loss and its parts are divided by the number of items in the whole accumulated batch, the others by the
-    # number of labelled tokens of the call
-    per_item: bool = False
+    per_item: bool = False  # divided by the items of the whole accumulated batch, not by the call's labelled tokens
     in_training: bool = True
 
 
@@ -31,14 +29,8 @@ METRICS = {
 
 class ExitMetrics:
     """
-    Sums and counts of [`METRICS`] since they were last taken. They stay on the device: to read them there at every
-    step would wait for it.
-
-    Args:
-        exit_layers (`Sequence[int]`):
-            All exits.
-        training (`bool`):
-            Whether to leave out what is not logged in training.
+    Sums and counts of [`METRICS`] for all exits since they were last taken; in training, of those that are logged
+    there. They stay on the device: to read them there at every step would wait for it.
     """
 
     def __init__(self, exit_layers: Sequence[int], training: bool):
@@ -51,14 +43,7 @@ class ExitMetrics:
         self.pairs: dict[str, torch.Tensor] = {}  # of each metric `[2, num_exits]`: sums, counts
         self.num_present: torch.Tensor | int = 0
 
-    def add(
-        self,
-        exits: Sequence[int],
-        outputs: Any,
-        num_labelled: torch.Tensor,
-        num_items: torch.Tensor | int,
-        num_present: torch.Tensor,
-    ) -> None:
+    def add(self, exits: Sequence[int], outputs: Any, num_labelled: Any, num_items: Any, num_present: Any) -> None:
         """Add a batch's means for `exits`, and its numbers of tokens: labelled, divided by in the loss, in all."""
         device = outputs.exit_losses.device
         columns = index_tensor([self.exit_layers.index(k) for k in exits], device)

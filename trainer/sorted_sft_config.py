@@ -1,10 +1,12 @@
 """Configuration of [`SortedSFTTrainer`]."""
 
+import contextlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from transformers.hf_argparser import HfArg
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
@@ -15,7 +17,6 @@ from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import (
     check_int,
     check_number,
     exit_spacing,
-    is_number,
 )
 from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS
 
@@ -25,8 +26,7 @@ class SortedSFTConfig(SFTConfig):
     r"""
     Configuration of the [`SortedSFTTrainer`]: the exits, beside the parameters of [`~trl.SFTConfig`], which all keep
     their meaning. The defaults train the objective of the paper (arXiv 2309.08968, section 3): every exit at every
-    step, weight 1, summed. Where neither `bf16` nor `use_cpu` is set and no accelerator knows bfloat16, `bf16` is
-    `False`: [`~trl.SFTConfig`] would refuse.
+    step, weight 1, summed. `bf16` defaults to `False` where no accelerator knows bfloat16: [`~trl.SFTConfig`] refuses.
 
     Parameters:
         exit_layers (`list[int]` or `str`, *optional*):
@@ -67,58 +67,31 @@ class SortedSFTConfig(SFTConfig):
     """
 
     # A list of strings is what the command line gives: `--exit_layers 10 20 30`, `--exit_layers every:4`
-    exit_layers: list[str] | None = field(
+    exit_layers: list[str] | None = HfArg(
+        default=None, help="Decoder layers after which to train an exit, or `every:4`. Defaults to the model's."
+    )
+    exit_loss_weights: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Numbers of decoder layers after which to train an exit, ascending and ending in the full depth, "
-            "or a spacing, `every:4`. Defaults to the model's."
-        },
+        help="Weight of each exit's loss, or a rule: `linear`, `budget:0.3`. Defaults to the model's, else 1.0.",
     )
-    exit_loss_weights: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of each exit's loss, or a rule: `linear` in depth, `budget:0.3` (full depth weighs 1, "
-            "the others share 0.3). Defaults to the model's, then to 1.0 each."
-        },
-    )
-    exit_loss_reduction: str = field(
-        default="sum",
-        metadata={"help": "How the weighted losses of the exits are put together.", "choices": ["sum", "mean"]},
-    )
-    exit_schedule: str = field(
+    exit_loss_reduction: Literal["sum", "mean"] = HfArg(default="sum", help="How the exits' losses are put together.")
+    exit_schedule: Literal["all", "random"] = HfArg(
         default="all",
-        metadata={
-            "help": "Which exits a step trains beside the full depth: `all`, or `exits_per_step` `random` ones.",
-            "choices": ["all", "random"],
-        },
+        help="Exits that a step trains beside the full depth: `all`, or `exits_per_step` `random` ones.",
     )
-    exits_per_step: int = field(
-        default=1, metadata={"help": "With `random`, number of exits beside the full depth that a step trains."}
+    exits_per_step: int = HfArg(default=1, help="With `random`, number of exits of a step beside the full depth.")
+    trainable: Literal["all", "exits"] = HfArg(
+        default="all", help="`all` weights, or what reads the `exits` alone, the backbone frozen (ICT)."
     )
-    trainable: str = field(
-        default="all",
-        metadata={
-            "help": "`all` weights, or what reads the `exits` alone, the backbone frozen (ICT).",
-            "choices": ["all", "exits"],
-        },
-    )
-    exit_heads: str | None = field(
+    exit_heads: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "What each exit below full depth owns: nothing (`shared`), a norm and a head (`separate`), a norm "
-            "and a square matrix before the shared head (`lens`). Defaults to the model's.",
-            "choices": list(EXIT_HEADS),
-        },
+        help="What each exit below full depth owns: nothing (`shared`), a norm and a head (`separate`), a norm and a "
+        "square matrix before the shared head (`lens`). Defaults to the model's.",
+        metadata={"choices": list(EXIT_HEADS)},
     )
-    detach_exits: bool = field(
-        default=False, metadata={"help": "Whether the exits below full depth train only what they own."}
-    )
-    exit_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of what the exits own. Defaults to `learning_rate`."}
-    )
-    self_distillation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of each exit's divergence from full depth, added to its loss."}
-    )
+    detach_exits: bool = HfArg(default=False, help="Whether the exits below full depth train only what they own.")
+    exit_learning_rate: float | None = HfArg(default=None, help="Learning rate of what exits own.")
+    self_distillation_weight: float = HfArg(default=0.0, help="Weight of each exit's divergence from full depth.")
 
     def __post_init__(self):
         # `SFTConfig` takes bfloat16 where nothing is said, and then refuses a machine that has no accelerator for it
@@ -137,10 +110,7 @@ class SortedSFTConfig(SFTConfig):
         if self.exit_learning_rate is not None:
             check_number(self.exit_learning_rate, "exit_learning_rate", 0, exclusive=True)
         if self.exits_per_step != 1 and self.exit_schedule != "random":
-            raise ValueError(
-                f"`exits_per_step={self.exits_per_step}` has no effect with `exit_schedule={self.exit_schedule!r}`: "
-                "choose 'random'."
-            )
+            raise ValueError(f"`exits_per_step={self.exits_per_step}` has no effect with `exit_schedule='all'`.")
 
     def _read_exit_layers(self) -> Any:
         exits: Any = self.exit_layers
@@ -153,11 +123,10 @@ class SortedSFTConfig(SFTConfig):
     def _read_exit_loss_weights(self) -> Any:
         weights: Any = self.exit_loss_weights
         if isinstance(weights, (list, tuple)) and all(isinstance(w, str) for w in weights):  # from the command line
-            numbers = [_to_float(w) for w in weights]
-            if None not in numbers:
-                weights = numbers
-            elif len(weights) == 1:
-                (weights,) = weights
+            try:
+                weights = [float(w) for w in weights]
+            except ValueError:
+                weights = weights[0] if len(weights) == 1 else weights
         if isinstance(weights, str):
             _weights_by_rule(weights, [1])
         elif weights is not None:
@@ -197,17 +166,11 @@ def _weights_by_rule(rule: str, exit_layers: list[int]) -> list[float]:
     *others, full_depth = exit_layers
     if rule == "linear":
         return [k / full_depth for k in exit_layers]
-    budget = _to_float(rule.removeprefix("budget:")) if rule.startswith("budget:") else None
-    if budget is not None and is_number(budget) and budget >= 0:
-        return [budget / len(others) for _ in others] + [1.0]
+    if rule.startswith("budget:"):
+        with contextlib.suppress(ValueError):
+            budget = check_number(float(rule.removeprefix("budget:")), "budget", 0)
+            return [budget / len(others) for _ in others] + [1.0]
     raise ValueError(
         "`exit_loss_weights` must be a list of numbers, 'linear' or 'budget:B' with a finite B of at least 0, "
         f"got {rule!r}."
     )
-
-
-def _to_float(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
