@@ -15,16 +15,7 @@ from sorted_llama.trainer.model_card import get_block, new_page, open_page, set_
 
 from .checkpoint import load_config
 from .plot import plot_quality_speed
-from .record import (
-    FILE_NAME,
-    Measured,
-    exit_scores,
-    full_depth,
-    harness_results,
-    load_evaluation,
-    measured,
-    write_json,
-)
+from .record import FILE_NAME, Measured, exit_scores, full_depth, harness_scores, load_evaluation, measured, write_json
 
 
 PAGE_NAME = "README.md"
@@ -211,7 +202,7 @@ def _table_of_calls(record: dict[str, Any], exits: list[int]) -> str:
     """What each way to call the model scores, and how fast it is; below, what other models do at full depth."""
     header = ["`generate(...)`"]
     header += [markdown(f"{name}: {task['metric'].replace('_', ' ')}") for name, task in record["tasks"].items()]
-    header += [markdown(f"{name}: {_first_metric(task)}") for name, task in harness_results(record).items()]
+    header += [markdown(f"{name}: {_first_metric(task)}") for name, task in harness_scores(record).items()]
     header += ["tokens/s (best)", "speed-up"] if "speed" in record else []
     names = dict.fromkeys([*(f"exit {k}" for k in exits), *record["request"]["settings"]])
     return _table(header, [_row_of_call(record, way) for way in measured(record, names)])
@@ -230,7 +221,7 @@ def _row_of_call(record: dict[str, Any], way: Measured) -> list[str]:
         if setting.kind == "exit" and str(setting.value) not in record["exits"]:
             return [*row, "not evaluated"]
     row += ["not evaluated" if score is None else f"{100 * score:.1f} %" for score in way.scores.values()]
-    for task in harness_results(record).values():  # which is run at exits alone
+    for task in harness_scores(record).values():  # which is run at exits alone
         at_exit = task.get(str(scored.value), {}) if scored is not None and scored.kind == "exit" else {}
         score = at_exit.get(_first_metric(task))
         row.append("" if score is None else f"{score:.4g}")

@@ -6,12 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
-from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import (
-    check_exit_layer,
-    check_exit_layers,
-    check_int,
-    check_number,
-)
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layers, check_int, check_number
 from sorted_llama.trainer.escaping import one_line
 
 from .calibration import calibration_error, suggest_thresholds
@@ -191,10 +186,7 @@ STEPS = (_score_tasks, _time_decoding, _run_harness)
 
 
 def _settings(
-    config: SortedLlamaConfig,
-    exit_layers: Sequence[int] | str | None,
-    thresholds: Sequence[float],
-    drafts: Sequence[int] | None,
+    config: SortedLlamaConfig, exit_layers: Any, thresholds: Sequence[float], drafts: Sequence[int] | None
 ) -> tuple[list[int], list[Setting]]:
     """The exits to evaluate, and the settings."""
     depth = config.num_hidden_layers
@@ -204,7 +196,7 @@ def _settings(
         raise ValueError(f"`exit_layers` must be those that the checkpoint has weights for, {has}, got {exits}.")
     if drafts and depth == 1:
         raise ValueError(f"`drafts` are exits below full depth, of which a model of one layer has none, got {drafts}.")
-    drafting = exits[:-1] if drafts is None else [check_exit_layer(k, depth - 1, "drafts") for k in drafts]
+    drafting = exits[:-1] if drafts is None else [check_int(k, "drafts", 1, depth - 1) for k in drafts]
     values = {"exit": exits, "threshold": thresholds if len(exits) > 1 else [], "draft": drafting}
     return exits, [Setting(kind, value) for kind, of_kind in values.items() for value in of_kind]
 

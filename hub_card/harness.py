@@ -57,9 +57,7 @@ class SortedLlamaLM(HFLM):
         self.exit_layers = sorted(exit_layers or [depth if exit_layer is None else exit_layer])
         self.exit_layer = self.exit_layers[-1] if exit_layer is None else exit_layer
         if self.exit_layer not in self.exit_layers or not 1 <= self.exit_layers[0] <= self.exit_layers[-1] <= depth:
-            raise ValueError(
-                f"`exit_layer={exit_layer!r}` must be one of `exit_layers={exit_layers!r}`, from 1 to {depth}."
-            )
+            raise ValueError(f"`{exit_layer=}` must be one of `{exit_layers=}`, from 1 to {depth}.")
         self._scores: dict[Key, dict[int, tuple[float, bool]]] = {}
 
     def _loglikelihood_tokens(
@@ -122,8 +120,7 @@ def find_tasks(names: Sequence[str]) -> TaskManager:
         try:
             manager.load([name])
         except Exception as error:  # the harness, the file and the data have each their own
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise ValueError(f"The task {name!r} could not be made: {reason}") from error
+            raise ValueError(f"The task {name!r} could not be made: {one_line(repr(error))}") from error
     return manager
 
 

@@ -176,11 +176,9 @@ def judge_pairs(
             advice = "They are lost: pass `cache` to keep them."
             if cache is not None:
                 advice = f"They are in cache={os.fspath(cache)!r}: run again to go on from there."
-            raise JudgeError(
-                f"A request to model={model!r} failed with max_retries={max_retries}: {type(error).__name__}: "
-                f"{one_line(error)} {sum(key in replies for key in requests)} of {len(requests)} replies had arrived. "
-                f"{advice}"
-            ) from error
+            done = f"{sum(key in replies for key in requests)} of {len(requests)} replies had arrived"
+            failed = f"A request to {model=} failed with {max_retries=}: {one_line(repr(error))}"
+            raise JudgeError(f"{failed}; {done}. {advice}") from error
 
     read = [parse_verdict(replies[key], nonce) for key, nonce in asked]
     a_first = [verdict and {"1": "a", "2": "b", "TIE": "tie"}[verdict] for verdict in read[::2]]
@@ -208,9 +206,8 @@ def check_judge(model: str, base_url: str | None = None, **options: Any) -> None
         with client:
             _ask(client, request)
     except Exception as error:
-        raise JudgeError(
-            f"The judge {model!r} at {client.base_url} does not answer: {type(error).__name__}: {one_line(error)}"
-        ) from error
+        address = f"The judge {model!r} at {client.base_url}"
+        raise JudgeError(f"{address} does not answer: {one_line(repr(error))}") from error
 
 
 def _ask(client: Any, request: dict[str, Any]) -> str:

@@ -192,13 +192,13 @@ def exit_scores(record: dict[str, Any]) -> Iterator[Score]:
             if setting.kind == "exit":
                 for metric, value in scores.items():
                     yield Score(task, int(setting.value), metric, value, f"{100 * value:.1f} %")
-    for task, by_exit in harness_results(record).items():
+    for task, by_exit in harness_scores(record).items():
         for k, metrics in by_exit.items():
             for metric, value in metrics.items():
                 yield Score(task, int(k), metric.split(",")[0], value, f"{value:.4g}")
 
 
-def harness_results(record: dict[str, Any]) -> dict[str, dict[str, dict]]:
+def harness_scores(record: dict[str, Any]) -> dict[str, dict[str, dict]]:
     """
     Of each task of the harness that was asked for, or of the members of a group that has none, the metrics by exit,
     without standard errors.
