@@ -19,8 +19,12 @@ from transformers.utils import logging
 from sorted_llama.trainer.escaping import one_line
 from sorted_llama.trainer.sorted_sft_config import read_exit_layers
 
+from . import card, evaluation, extract, judging, push
 from .judge import JudgeError
 from .tasks import KINDS
+
+
+_DATA = f"KIND=FILE with a kind of {', '.join(KINDS)}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,18 +40,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None = None) -> tuple[Callable[..., None], dict[str, Any]]:
     """What to run, and its arguments."""
-    parser = argparse.ArgumentParser(
-        prog="sorted-llama", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sorted-llama", description=__doc__, formatter_class=as_it_stands)
     commands = parser.add_subparsers(required=True)
     for name, (add_arguments, what) in COMMANDS.items():
         command = commands.add_parser(name, help=what)
         command.set_defaults(run=add_arguments(command))
     options = vars(parser.parse_args(arguments))
     return options.pop("run"), options
-
-
-# Of each command, its arguments and what it does
 
 
 def evaluate_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
@@ -66,12 +66,10 @@ def evaluate_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
     parser.add_argument("--overwrite", action="store_true", help="replace results of other settings")
 
     def run(path: str, data: list[str], tasks: list[str], exit_layers: list[str] | None, **options: Any) -> None:
-        from .card import exits_block
-        from .evaluation import evaluate
-
         exits = None if exit_layers is None else read_exit_layers(exit_layers)
-        record = evaluate(path, [_kind_and_source(argument) for argument in data], tasks, exits, **options)
-        print(exits_block(record, record["request"]["exit_layers"], pictured=False))
+        sources = [_split("--data", _DATA, argument) for argument in data]
+        record = evaluation.evaluate(path, sources, tasks, exits, **options)
+        print(card.exits_block(record, record["request"]["exit_layers"], pictured=False))
 
     return run
 
@@ -85,9 +83,7 @@ def card_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
     parser.add_argument("--peers", nargs="+", default=[], metavar="NAME=PATH", help="evaluations of other models")
 
     def run(path: str, peers: list[str], **options: Any) -> None:
-        from .card import write_card
-
-        write_card(path, **options, peers=[_split("--peers", "NAME=PATH", argument) for argument in peers])
+        card.write_card(path, **options, peers=[_split("--peers", "NAME=PATH", argument) for argument in peers])
         print(f"The page is {one_line(Path(path) / 'README.md')}.")
 
     return run
@@ -102,10 +98,8 @@ def push_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="other files; repeatable")
 
     def run(path: str, include: list[str], **options: Any) -> None:
-        from .push import files_left, files_to_push, push
-
-        address = push(path, include=include, **options)
-        left = files_left(path, files_to_push(path, include))
+        address = push.push(path, include=include, **options)
+        left = push.files_left(path, push.files_to_push(path, include))
         if left:
             print(f"Not pushed, for want of --include: {one_line(', '.join(left))}.")
         print(address)
@@ -125,9 +119,7 @@ def judge_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
     parser.add_argument("--output", default="judging.json", help="result; answers and replies are kept beside it")
 
     def run(data: str, **options: Any) -> None:
-        from .judging import judge_exits
-
-        result = judge_exits(data=_kind_and_source(data), **options)
+        result = judging.judge_exits(data=_split("--data", _DATA, data), **options)
         print(f"{result.wins} wins, {result.ties} ties, {result.losses} losses, {result.malformed} malformed")
         if result.interval is not None:
             low, high = result.interval
@@ -141,17 +133,14 @@ def extract_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
     parser.add_argument("output", help="folder to make")
     parser.add_argument("--exit", type=int, required=True, help="number of layers")
     parser.add_argument("--revision", help="of the model on the Hub")
-    parser.add_argument("--push", metavar="NAME", help="id on the Hub to push it to: user/name")
+    parser.add_argument("--push", dest="name", metavar="NAME", help="id on the Hub to push it to: user/name")
     parser.add_argument("--private", action="store_true")
 
-    def run(path: str, output: str, exit: int, revision: str | None, push: str | None, private: bool) -> None:
-        from .extract import extract
-        from .push import upload
-
-        extract(path, exit, output, revision=revision, name=push)
+    def run(path: str, output: str, exit: int, revision: str | None, name: str | None, private: bool) -> None:
+        extract.extract(path, exit, output, revision=revision, name=name)
         print(f"The plain Llama of {exit} layers is in {one_line(output)}.")
-        if push is not None:
-            print(upload(output, push, f"The first {exit} layers of {one_line(path)}", private))
+        if name is not None:
+            print(push.upload(output, name, f"The first {exit} layers of {one_line(path)}", private))
 
     return run
 
@@ -170,10 +159,6 @@ def _add_arguments_of_answers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--chat", action="store_true", help="ask questions through the chat template")
-
-
-def _kind_and_source(argument: str) -> tuple[str, str]:
-    return _split("--data", f"KIND=FILE with a kind of {', '.join(KINDS)}", argument)
 
 
 def _split(option: str, form: str, argument: str) -> tuple[str, str]:

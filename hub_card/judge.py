@@ -261,7 +261,7 @@ def _check_texts(sequences: dict[str, Sequence[str]]) -> None:
         if len(texts) != length:
             raise ValueError(f"`{name}` must have one for each of the {length} `instructions`, got {len(texts)}.")
     if length == 0:
-        raise ValueError("`instructions` must hold at least one instruction, got none.")
+        raise ValueError("`instructions` must hold at least one, got none.")
 
 
 def _summarize(model: str, verdicts: list[tuple[str | None, str | None]]) -> PairwiseResult:

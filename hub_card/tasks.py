@@ -141,9 +141,6 @@ def as_text(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[di
     return texts
 
 
-# Scores
-
-
 def first_line(text: str) -> str:
     """The first line that says something, stripped."""
     return (text.strip().splitlines() or [""])[0].strip()
