@@ -183,14 +183,8 @@ class SortedLlamaConfig(LlamaConfig):
 
     model_type = "sorted_llama"
     # `Trainer` takes every other output for logits when it evaluates
-    keys_to_ignore_at_inference = [
-        "cache",
-        "past_key_values",
-        "exit_losses",
-        "exit_token_accuracies",
-        "exit_agreements",
-        "exit_divergences",
-    ]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "exit_losses", "exit_token_accuracies"]
+    keys_to_ignore_at_inference += ["exit_agreements", "exit_divergences"]
     # `Any`: for another type transformers raises, before `__post_init__`, an error that is no `ValueError`
     exit_layers: Any = None
     exit_layer: Any = None
@@ -211,7 +205,9 @@ class SortedLlamaConfig(LlamaConfig):
             self.exit_layer = check_exit_layer(self.exit_layer, self.num_hidden_layers)
         if self.exit_loss_weights is not None:
             if self.exit_layers is None:
-                raise ValueError(f"`exit_loss_weights` needs `exit_layers`, not None, got {self.exit_loss_weights!r}.")
+                raise ValueError(
+                    f"`exit_loss_weights` must be None where `exit_layers` is, got {self.exit_loss_weights!r}."
+                )
             self.exit_loss_weights = check_exit_loss_weights(self.exit_loss_weights, len(self.exit_layers))
         check_choice(self.exit_heads, "exit_heads", EXIT_HEADS)
         if EXIT_HEADS[self.exit_heads].owned and len(self.exit_layers or ()) < 2:

@@ -201,14 +201,12 @@ REMOVED_FIELDS = {
 }
 
 
-def _mode_of(fields: dict[str, Any]) -> type | None:
-    """The mode that fields ask for."""
-    for mode in (ConfidenceExit, SelfSpeculation):
-        if fields.get(mode.chosen_by) is not None:
-            return mode
-    if fields.get("exit_layer") is None:
-        return None
-    return OneDepth if type(fields["exit_layer"]) is int else RowDepths
+def _modes_of(fields: dict[str, Any]) -> list[Any]:
+    """The modes that fields ask for: more than one contradict each other. To two of them one depth is a bound."""
+    modes: list[Any] = [mode for mode in (ConfidenceExit, SelfSpeculation) if mode.chosen_by in fields]
+    if type(fields.get("exit_layer", 0)) is not int:
+        modes.append(RowDepths)
+    return [OneDepth] if "exit_layer" in fields and not modes else modes
 
 
 def read_decoding_fields(model, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -223,16 +221,16 @@ def read_decoding_fields(model, generation_config: GenerationConfig | None, kwar
     configs = (generation_config, model.generation_config, model.config)
     sources = [kwargs, *(vars(config) for config in configs if config is not None)]
     for source in sources:
-        mode = _mode_of(found)
+        modes = _modes_of(found)
         for name in _FIELDS:
             value = source.get(name)
             number = as_int(value)  # numpy's integers, and 0-dimensional tensors, are depths as well
             value = value if number is None else number
             bounds = name != "exit_layer" or number is not None  # depths of rows are a mode, one depth a bound
-            if value is not None and name not in found and (mode is None or (name in _options(mode) and bounds)):
+            if value is not None and name not in found and (not modes or (name in _options(modes[0]) and bounds)):
                 found[name] = value
     # What a checkpoint holds of them had a meaning for this one mode, and was passed over in the others
-    asked = sources if _mode_of(found) is ConfidenceExit else sources[: 1 + (generation_config is not None)]
+    asked = sources if ConfidenceExit in _modes_of(found) else sources[: 1 + (generation_config is not None)]
     for name, instead in REMOVED_FIELDS.items():
         value = next((source[name] for source in asked if source.get(name) is not None), None)
         if value is not None:
@@ -247,13 +245,11 @@ def choose_decoding(model, generation_config: GenerationConfig, fields: dict[str
     The mode that a call asks for, checked; `None` where it says nothing of depth. `fields` are what
     [`read_decoding_fields`] has found, `generation_config` is the call's, with what it takes over from the model's.
     """
-    asked = {name: fields[name] for name in fields if name in ("exit_threshold", "assistant_early_exit")}
-    if type(fields.get("exit_layer", 0)) is not int:
-        asked["exit_layer"] = fields["exit_layer"]
-    if len(asked) > 1:
-        calls = " and ".join(f"`{name}={value!r}`" for name, value in asked.items())
+    modes = _modes_of(fields)
+    if len(modes) > 1:
+        calls = " and ".join(f"`{mode.chosen_by}={fields[mode.chosen_by]!r}`" for mode in modes)
         raise ValueError(f"{calls} contradict each other: each chooses the depth of a token. Pass one of them.")
-    mode: Any = _mode_of(fields)
+    mode = modes[0] if modes else None
     options = [] if mode is None else _options(mode)
     for name in SORTED_GENERATION_FIELDS:
         if name in fields and name not in options:

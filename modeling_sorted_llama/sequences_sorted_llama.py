@@ -12,12 +12,9 @@ from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
-    GenerationConfig,
-    LogitsProcessorList,
     MaxLengthCriteria,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -90,18 +87,9 @@ class SortedGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 class Sequences:
-    """The tokens of one call. Rows are numbered as in the batch; lengths count the prompt."""
+    """The tokens of one call, given as to `_sample`. Rows are numbered as in the batch; lengths count the prompt."""
 
-    def __init__(
-        self,
-        model,
-        input_ids: torch.LongTensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        streamer,
-        model_kwargs: dict[str, Any],
-    ):
+    def __init__(self, model, input_ids, processors, criteria, generation_config, streamer, model_kwargs):
         self.model = model
         self.config = generation_config
         self.streamer = streamer
@@ -115,25 +103,21 @@ class Sequences:
         self._streamed = self.prompt_length
 
         returned, given = generation_config.return_dict_in_generate, model_kwargs.get(CACHE_NAME)
-        if given is None:
-            allocated = generation_config.max_length if generation_config.cache_implementation == "static" else 0
-            self.cache: Any = SortedCache(allocated)
-        else:
-            self.cache = as_sorted_cache(given)
+        allocated = generation_config.max_length if generation_config.cache_implementation == "static" else 0
+        self.cache: Any = SortedCache(allocated) if given is None else as_sorted_cache(given)
         self.cache_is_returned = returned or given is not None
         self.scores: list[torch.Tensor] | None = [] if returned and generation_config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if returned and generation_config.output_logits else None
 
-        self.processors = logits_processor
-        self.criteria = stopping_criteria
+        self.processors, self.criteria = processors, criteria
         # As in transformers: where no criterion has an end token, rows go on until all are done
-        self.ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self.ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.pad_token_id = int(generation_config._pad_token_tensor) if self.ends_rows else 0
         plain = (EosTokenCriteria, MaxLengthCriteria)
-        self.criteria_are_plain = all(type(criterion) in plain for criterion in stopping_criteria)
-        ends = [criterion.eos_token_id for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
+        self.criteria_are_plain = all(type(criterion) in plain for criterion in criteria)
+        ends = [criterion.eos_token_id for criterion in criteria if type(criterion) is EosTokenCriteria]
         self.eos_token_ids = {token for ids in ends for token in ids.tolist()}
-        self.max_length = stopping_criteria.max_length or math.inf
+        self.max_length = criteria.max_length or math.inf
 
         self.prompt = self._prompt_inputs(input_ids, {**model_kwargs, CACHE_NAME: self.cache})
 
