@@ -65,9 +65,7 @@ def load_model(path: str | Path, dtype: str, device: str | None = None, exit_lay
 
 
 def check_device(device: str | None) -> None:
-    """Check that torch finds a device here, by its name; `None` stands for the default, which always is."""
-    if device is None:
-        return
+    """Check that torch finds a device here, by its name; the default, `None`, always is there."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -44,11 +44,9 @@ def evaluate(
         path (`str`): Model id or path.
         data (`Sequence[tuple[str, str]]`, *optional*): Kind (see [`load_task`]) and file or dataset of each task.
         harness_tasks (`Sequence[str]`, *optional*): Tasks of lm-evaluation-harness.
-        exit_layers (`Sequence[int]` or `str`, *optional*):
-            Exits, ending in full depth, or `"every:N"`. Default to the checkpoint's.
+        exit_layers (`Sequence[int]` or `str`, *optional*): Up to full depth, or `"every:N"`. Default to its own.
         exit_thresholds (`Sequence[float]`, *optional*, defaults to `(0.5, 0.8, 0.9, 0.97)`): Of confidence.
-        drafts (`Sequence[int]`, *optional*):
-            Exits to let draft, for the speed. Default to all below full depth.
+        drafts (`Sequence[int]`, *optional*): Exits to let draft, for the speed. Default to all below full depth.
         limit (`int`, *optional*): Rows a task. Defaults to all.
         num_timed (`int`, *optional*, defaults to 4): Prompts of the first task to time.
         max_new_tokens (`int`, *optional*, defaults to 64): Length of their timed answers, at most.

@@ -161,8 +161,10 @@ class Measured(NamedTuple):
 
 def measured(record: dict[str, Any], names: Iterable[str]) -> Iterator[Measured]:
     """What was measured of the settings of these names, then of the other models."""
+    ours = str(full_depth(record))
     ways = [(name, Setting.read(name), record) for name in names]
-    for name, setting, source in [*ways, *((name, None, peer) for name, peer in record.get("peers", {}).items())]:
+    peers = [(name, None, peer) for name, peer in record.get("peers", {}).items()]
+    for name, setting, source in [*ways, *peers]:
         full = str(full_depth(source))
         speed = source.get("speed", {}).get(name if setting else full) if "speed" in record else None
         scored = full if setting is None or setting.mode.lossless else name
@@ -170,7 +172,7 @@ def measured(record: dict[str, Any], names: Iterable[str]) -> Iterator[Measured]
             task: source["tasks"][task]["settings"].get(scored, {}).get(results["metric"])
             for task, results in record["tasks"].items()
         }
-        speed_up = speed["median"] / record["speed"][str(full_depth(record))]["median"] if speed else None
+        speed_up = speed["median"] / record["speed"][ours]["median"] if speed else None
         yield Measured(name, setting, scores, speed, speed_up)
 
 
