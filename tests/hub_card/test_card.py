@@ -193,6 +193,13 @@ def write_results(folder, name, **options):
     return folder / name
 
 
+def test_peers_are_shown_beside_an_evaluation_without_speeds(shapes):
+    record = make_record() | {"peers": {"other": make_record(score=0.25)}}
+    del record["speed"]
+    (row,) = [row for row in cells(page_of(shapes, record)) if row[0] == "other"]
+    assert row == ["other", "25.0 %"]
+
+
 def test_a_page_needs_the_folder_of_a_checkpoint(folder):
     with pytest.raises(ValueError, match="`path` must be the folder of a checkpoint"):
         write_card(folder)

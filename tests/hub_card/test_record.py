@@ -105,6 +105,13 @@ def test_a_whole_evaluation_is_right():
     check_record(make_record())
 
 
+def test_a_task_whose_name_ends_like_a_field_that_may_be_missing_is_checked():
+    record = make_record("what?")
+    del record["tasks"]["what?"]["exits"]["2"]["reliability"]
+    with pytest.raises(ValueError, match=r"`tasks.what\?.exits.2.reliability` is missing"):
+        check_record(record)
+
+
 def test_an_evaluation_of_a_later_schema_is_not_read(tmp_path):
     (tmp_path / "evaluation.json").write_text('{"schema_version": 2}')
     with pytest.raises(ValueError, match="schema version 2, this version reads 1"):
