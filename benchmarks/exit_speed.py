@@ -22,16 +22,8 @@ from _common import DEVICE, SMOLLM2, in_turns, load_llama, print_head, print_row
 from sorted_llama import SortedLlamaForCausalLM
 
 
-COLUMNS = [
-    "dtype",
-    "layers",
-    "plain Llama, tokens/s",
-    "exit, tokens/s",
-    "ratio",
-    "speed-up",
-    "predicted",
-    "of predicted",
-]
+COLUMNS = ["dtype", "layers", "plain Llama, tokens/s", "exit, tokens/s", "ratio", "speed-up", "predicted"]
+COLUMNS += ["of predicted"]
 
 
 def weights_read(llama) -> int:

@@ -30,17 +30,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from _common import (
-    DEVICE,
-    SMOLLM2,
-    in_turns,
-    load_llama,
-    print_head,
-    print_row,
-    ratio,
-    tokenizer_without_words,
-    where,
-)
+from _common import DEVICE, SMOLLM2, in_turns, load_llama, print_head, print_row, ratio, tokenizer_without_words, where
 from datasets import Dataset, disable_progress_bars
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -126,7 +116,6 @@ def build(name: str, llama: LlamaForCausalLM, args: argparse.Namespace, tokens: 
         per_device_train_batch_size=tokens.shape[0],
         max_steps=2,
         save_strategy="no",
-        report_to="none",
         disable_tqdm=True,
         logging_steps=1000,
         **exits,
@@ -150,14 +139,9 @@ def operations(llama: LlamaForCausalLM, num_exits: int, tokens: torch.Tensor) ->
     return tokens.numel() * (backbone + num_exits * head)
 
 
-def peak_memory(name: str, args: argparse.Namespace) -> float:
+def peak_memory(name: str) -> float:
     """Peak memory, while it trains two steps, of a process that does nothing else, in MB."""
-    command = [sys.executable, __file__, "--only", name, "--dtype", args.dtype, "--tokens", str(args.tokens)]
-    command += ["--model", args.model] + (["--small"] if args.small else [])
-    command += ["--vocab_size", str(args.vocab_size)] if args.vocab_size else []
-    command += ["--num_layers", str(args.num_layers)] if args.num_layers else []
-    command += ["--random_weights"] if args.random_weights else []
-    command += ["--torch_compile"] if args.torch_compile else []
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -245,7 +229,7 @@ def main() -> None:
     base, memory = operations(llama, 1, tokens), {}
     print_head("step", "seconds", "ratio to SFT", "predicted", "of predicted", "peak memory, MB", "ratio to SFT")
     for name in names:
-        memory[name] = peak_memory(name, args)
+        memory[name] = peak_memory(name)
         measured = ratio(seconds[name], seconds["SFT"])
         predicted = operations(llama, int(name.partition(" ")[2] or 1), tokens) / base
         times = [f"{value:.2f}" for value in (measured, predicted, measured / predicted)]

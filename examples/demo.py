@@ -27,7 +27,7 @@ from datasets import Dataset
 from exit_results import ExitResult, default_exits, evaluate_exits, format_table, plot_before_and_after
 from facts import build_facts
 from huggingface_hub.utils import enable_progress_bars
-from plan import FIXED, MAX_LENGTH, Plan, freeze_head, make_plan
+from plan import BATCH_SIZE, FIXED, MAX_LENGTH, Plan, freeze_head, make_plan
 from smollm2 import SMOLLM2, fetch_model
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -41,7 +41,6 @@ from sorted_llama.hub_card.tasks import as_text, first_line, load_rows
 from sorted_llama.trainer.escaping import one_line
 
 
-BATCH_SIZE = 16
 MAX_TEST_ROWS = 400
 
 # Runs where neither this project's packages nor its folder can be imported
@@ -115,7 +114,7 @@ def main() -> None:
         print("Measuring this machine ...")
         load, deadline = partial(load_model, task.model), started + 60 * args.minutes
         data = tokenizer, task.train_rows, task.test_rows
-        state["plan"] = asdict(make_plan(load, *data, exits, BATCH_SIZE, args.max_steps, deadline))
+        state["plan"] = asdict(make_plan(load, *data, exits, args.max_steps, deadline))
         write_json(state_file, state)
     plan = Plan(**state["plan"])
     print_plan(plan, args)

@@ -20,6 +20,7 @@ DTYPES = ("float32", "bfloat16")
 FIXED = 45  # seconds to load, to tokenize, to save and to reload
 ANSWERS = 0.3  # of the time, at most, for the questions; the rest is for training
 MIN_QUESTIONS = 100
+BATCH_SIZE = 16
 MAX_LENGTH = 256  # tokens of a row in training
 
 
@@ -63,7 +64,6 @@ def make_plan(
     train_rows: Sequence[dict],
     test_rows: Sequence[dict],
     exits: list[int],
-    batch_size: int,
     max_steps: int,
     deadline: float,
 ) -> Plan:
@@ -79,7 +79,7 @@ def make_plan(
 
     model = freeze_head(models["float32"]).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
-    batch = typical_batch(tokenizer, train_rows, batch_size).to(model.device)
+    batch = typical_batch(tokenizer, train_rows, BATCH_SIZE).to(model.device)
     steps = {dtype: seconds_of(partial(train_step, model, optimizer, batch, exits), dtype) for dtype in dtypes}
 
     passes = sum(exits) / exits[-1]  # of the whole depth, for one at each exit

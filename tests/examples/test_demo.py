@@ -142,7 +142,7 @@ def make_plan(plan):
     model = {"float32": tiny_sorted, "bfloat16": lambda: tiny_sorted().to(torch.bfloat16)}
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    arguments = {"exits": [1, 2, 4], "batch_size": 4, "max_steps": 5, "deadline": time.monotonic() + 600}
+    arguments = {"exits": [1, 2, 4], "max_steps": 5, "deadline": time.monotonic() + 600}
     return plan.make_plan(lambda dtype: model[dtype](), tokenizer, ROWS[4:], ROWS[:4], **arguments)
 
 
