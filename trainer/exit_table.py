@@ -18,10 +18,7 @@ if is_rich_available():
 class ExitTableCallback(TrainerCallback):
     """
     Prints a table of the exits at each evaluation: a row an exit, a column a metric. [`SortedSFTTrainer`] adds it by
-    itself; `trainer.remove_callback(ExitTableCallback)` takes it out.
-
-    Raises:
-        ImportError: If `rich` is not installed.
+    itself; `trainer.remove_callback(ExitTableCallback)` takes it out. Without `rich` it is an `ImportError`.
     """
 
     def __init__(self):

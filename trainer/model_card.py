@@ -9,6 +9,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import logging
 from yaml import YAMLError
 
+from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS
+
 from .escaping import hub_links, markdown, one_line, python_literal, without_marks
 
 
@@ -51,23 +53,20 @@ _TRUST = """
 
 def new_page(data: Any, model_name: str, dataset_name: str | None = None) -> str:
     """The template, filled in, with its metadata: a `CardData`."""
-    card = ModelCard.from_template(
+    return ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_suffix(".md")),
         model_name=markdown(model_name),
         base_links=hub_links(data.get("base_model") or []),
         dataset_links=hub_links(dataset_name or [], "datasets/"),
-    )
-    return card.content
+    ).content
 
 
 def open_page(file: Path, new: str) -> ModelCard:
     """
-    The page that is there, with our blocks: where there is none, `new`, a page with them, which also comes above
-    somebody else's page, whose metadata stay.
-
-    Raises:
-        ValueError, TypeError, YAMLError: If the file is no text in UTF-8, or its metadata cannot be read.
+    The page that is there, with our blocks; where there is none, `new`, which also comes above somebody else's page,
+    whose metadata stay. A file that is no UTF-8, or whose metadata cannot be read, is a ValueError, TypeError or
+    YAMLError.
     """
     card = ModelCard(new)
     if not file.is_file():
@@ -77,16 +76,15 @@ def open_page(file: Path, new: str) -> ModelCard:
         return old
     if old.text.strip().startswith(ModelCard.from_template(ModelCardData()).text.strip()):
         return card  # the Hub's form, which PEFT leaves with every adapter, and nobody has filled in
-    for name, value in old.data.to_dict().items():
-        card.data[name] = value
+    vars(card.data).update(old.data.to_dict())
     card.text = f"{card.text.rstrip()}\n\n{old.text.strip()}\n"
     return card
 
 
 def update_page(file: Path, new: str) -> None:
     """
-    Write what a training knows, the page `new`, into the page that is there: its blocks and its metadata, and nothing
-    else. A page that cannot be read stays as it is, with a warning.
+    Write what a training knows, the page `new`, into the page that is there: blocks and metadata, and nothing else. A
+    page that cannot be read stays as it is, with a warning.
     """
     try:
         card = open_page(file, new)
@@ -95,12 +93,9 @@ def update_page(file: Path, new: str) -> None:
         return
     for name in ("about", "use", "training"):
         card.text = set_block(card.text, name, get_block(new, name) or "")
-    known: Any = card.data
     data: Any = ModelCard(new).data
-    data.tags = list(dict.fromkeys([*(known.tags or []), *(data.tags or [])]))
-    for name, value in vars(data).items():
-        if value is not None:
-            known[name] = value
+    data.tags = list(dict.fromkeys([*(card.data.get("tags") or []), *(data.tags or [])]))
+    vars(card.data).update({name: value for name, value in vars(data).items() if value is not None})
     temporary = file.with_name(f"_{file.name}.{os.getpid()}")  # nothing that begins with `_` is pushed
     card.save(temporary)
     temporary.replace(file)
@@ -114,8 +109,8 @@ def get_block(page: str, name: str) -> str | None:
 
 def set_block(page: str, name: str, content: str) -> str:
     """
-    The page with other content between the marks of a block, each on a line of its own. A block whose marks the owner
-    of the page took away stays as it is. What reads like a mark in the content is shown as text.
+    The page with other content between the marks of a block, where it has that block. What reads like a mark in the
+    content is shown as text.
     """
     content = without_marks(content.strip())
     return _block(name).sub(lambda block: f"{block[1]}{content}\n{block[3]}", page, count=1)
@@ -144,7 +139,7 @@ def use_block(
     if base is None:
         load = _LOAD.format(name=python_literal(name))
     else:
-        own = "" if exit_heads == "shared" else f", exit_heads={python_literal(exit_heads)}"
+        own = f", exit_heads={python_literal(exit_heads)}" if EXIT_HEADS[exit_heads].owned else ""
         load = _LOAD_ADAPTER.format(name=python_literal(name), base=python_literal(base), exits=exits, own=own)
     lines = ["```python", load, _ASK_CHAT if chat else _ASK]
     for call, comment in _CALLS.items() if len(exits) > 1 else [("", "")]:
@@ -158,7 +153,6 @@ def training_block(trainer: Any) -> str:
     """What a [`SortedSFTTrainer`] did, from its own arguments and state, as Markdown."""
     args, state, exits = trainer.args, trainer.state, trainer.exit_layers
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     weights = ", ".join(f"{w:g}" for w in trainer.exit_loss_weights or [1.0] * len(exits))
     some = f", {args.exits_per_step} beside full depth" if args.exit_schedule == "random" else ""
     facts = {
@@ -166,15 +160,14 @@ def training_block(trainer: Any) -> str:
         "weights of their losses": f"{weights}; {args.exit_loss_reduction}",
         "exits a step": f"{args.exit_schedule}{some}",
         "exit heads": trainer.model.config.exit_heads + (", detached" if args.detach_exits else ""),
-        "trained": f"{args.trainable}, {trained / 1e6:,.1f} M parameters",
+        "trained": f"{args.trainable}, {trainer.get_num_trainable_parameters() / 1e6:,.1f} M parameters",
         "self-distillation": args.self_distillation_weight and f"{args.self_distillation_weight:g}",
         "optimization": f"{state.global_step} steps of {batch} rows, {args.optim.value}, learning rate "
         f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}",
     }
     lines = ["| | |", "|---|---|", *(f"| {name} | {markdown(value)} |" for name, value in facts.items() if value)]
-    evaluations = [entry for entry in state.log_history if f"eval_exit_{exits[0]}_agreement" in entry]
-    if evaluations:
-        last = evaluations[-1]
+    last = next((entry for entry in reversed(state.log_history) if f"eval_exit_{exits[0]}_agreement" in entry), None)
+    if last:
         lines += ["", f"Evaluation during training, after {last['step']} steps:", ""]
         lines += ["| exit | loss | token accuracy | agreement with full depth |", "|---:|---:|---:|---:|"]
         for k in exits:
