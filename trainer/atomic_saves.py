@@ -44,7 +44,7 @@ class AtomicSaves(Trainer):
             return
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             raise ValueError(
-                "A model is saved whole, and `fsdp_state_dict_type: SHARDED_STATE_DICT` keeps it in shards: set "
+                "`fsdp_state_dict_type: SHARDED_STATE_DICT` keeps a model in shards, and it is saved whole: set "
                 "FULL_STATE_DICT, or merge the last checkpoint with `accelerate merge-weights`."
             )
         folder = Path(output_dir or self.args.output_dir)

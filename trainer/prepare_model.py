@@ -34,8 +34,8 @@ def prepare_model(
     The model to train, the exits that are trained and the weights of their losses (`None` for 1.0 each), from what
     [`SortedSFTTrainer`] is given.
 
-    The returned model shares the weights of the one that is passed. Where this is sorted and has the heads that are
-    asked for, it is returned itself: its config then says which exits it was trained for.
+    The model shares the weights of the one that is passed, and is this itself where it is sorted and has the heads
+    that are asked for: its config then says which exits it was trained for.
     """
     model = _as_sorted(model)
     config = model.config

@@ -35,14 +35,12 @@ class SortedSFTConfig(SFTConfig):
         exit_loss_weights (`list[float]` or `str`, *optional*):
             Weight of each exit's loss, at least 0; or a rule: `"linear"` (its share of the layers), `"budget:0.3"`
             (full depth weighs 1, the others share 0.3 evenly, so that more exits do not pull more). Defaults to the
-            model config's, then to 1.0 each. Full depth loses the least by small weights of the shallow exits.
+            model config's, then to 1.0 each.
         exit_loss_reduction (`str`, *optional*, defaults to `"sum"`):
-            How the weighted losses are put together: their `"sum"` (the paper's text) or their `"mean"` (its formula),
-            which keeps the loss on the scale of ordinary fine-tuning.
+            `"sum"` of the weighted losses (the paper's text), or their `"mean"` (its formula), on the scale of SFT's.
         exit_schedule (`str`, *optional*, defaults to `"all"`):
-            Which exits a step trains beside the full depth, where each costs time: `"all"`; or `"random"`,
-            `exits_per_step` of them, drawn from the seed and the number of the step (SortedNet, arXiv 2309.00255), so
-            the same on every process and after resuming.
+            Which exits a step trains beside the full depth: `"all"`; or `"random"`, `exits_per_step` of them, drawn
+            from the seed and the number of the step (SortedNet, arXiv 2309.00255), so the same on every process.
         exits_per_step (`int`, *optional*, defaults to `1`):
             Number of exits beside the full depth that a `"random"` step trains.
         trainable (`str`, *optional*, defaults to `"all"`):
@@ -50,9 +48,9 @@ class SortedSFTConfig(SFTConfig):
             frozen, and what reads the exits is trained, the final norm and the LM head (a tied head is untied), or
             what the exits below full depth own, which leaves full depth as it is.
         exit_heads (`str`, *optional*):
-            What each exit below full depth owns: nothing with `"shared"`; with `"separate"` a norm and a head, first
-            copies of the shared ones; with `"lens"` a norm and a square matrix before the shared head, first the final
-            norm and the identity. Defaults to the model config's.
+            What each exit below full depth owns: nothing with `"shared"`; with `"separate"` copies of the norm and the
+            head; with `"lens"` a norm and a square matrix, first the identity, before the shared head. Defaults to the
+            model config's.
         detach_exits (`bool`, *optional*, defaults to `False`):
             Whether the exits below full depth train only what they own, so that full depth is trained as without
             them; with small `exit_loss_weights`, as `max_grad_norm` clips the norm of all gradients.
@@ -116,9 +114,8 @@ class SortedSFTConfig(SFTConfig):
         exits: Any = self.exit_layers
         if isinstance(exits, (list, tuple)):
             exits = read_exit_layers(exits)
-        if exits is None or (isinstance(exits, str) and exit_spacing(exits) is not None):
-            return exits
-        return check_exit_layers(exits, None)
+        is_spacing = isinstance(exits, str) and exit_spacing(exits) is not None
+        return exits if exits is None or is_spacing else check_exit_layers(exits, None)
 
     def _read_exit_loss_weights(self) -> Any:
         weights: Any = self.exit_loss_weights

@@ -39,10 +39,10 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
 
     It is [`~trl.SFTTrainer`] with another objective and nothing else: the sum over `exit_layers` of what SFT computes
     for the full depth, from one backbone pass. For each exit it logs `exit_10_loss` and `exit_10_mean_token_accuracy`,
-    averaged over the labelled tokens that the exit was trained on since the last log, with self-distillation
-    `exit_10_divergence`; in an evaluation `eval_exit_10_loss`, ..., and `eval_exit_10_agreement` (how often the exit's
-    greedy token is full depth's), also as a table in the terminal where `rich` is installed. Any of them can choose
-    the best checkpoint: `metric_for_best_model="eval_exit_10_loss"`. `entropy` is not logged.
+    means over the labelled tokens that the exit was trained on since the last log, with self-distillation
+    `exit_10_divergence`; in an evaluation `eval_exit_10_loss`, ..., and `eval_exit_10_agreement` (how often its greedy
+    token is full depth's), with `rich` also as a table. Any of them can choose the best checkpoint:
+    `metric_for_best_model="eval_exit_10_loss"`. `entropy` is not logged.
 
     Args:
         model (`str`, [`~transformers.LlamaForCausalLM`], [`SortedLlamaForCausalLM`] or [`~peft.PeftModel`] of either):
@@ -62,20 +62,8 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
 
     Raises:
         ValueError: If there are no exits, in `args` or in the model's config; if an option does not fit the model, the
-            adapters or the optimizer, or would have no effect; or if `compute_loss_func` is passed, which would
-            replace the objective.
+            adapters or the optimizer, or would have no effect; or for `compute_loss_func`, another objective.
         TypeError: If `model` is no Llama.
-
-    Example:
-
-    ```python
-    >>> trainer = SortedSFTTrainer(
-    ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
-    ...     args=SortedSFTConfig(output_dir="out", exit_layers=[10, 15, 20, 30]),
-    ...     train_dataset=load_dataset("trl-lib/Capybara", split="train"),
-    ... )
-    >>> trainer.train()
-    ```
     """
 
     _tag_names = ["trl", "sft", "sorted-llama", "soft"]
@@ -97,7 +85,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (`nn.DataParallel`) would mix up the losses of the exits: start a "
-                "process for each, `accelerate launch`, or show it one, `CUDA_VISIBLE_DEVICES=0`."
+                "process for each, `accelerate launch`, or set `CUDA_VISIBLE_DEVICES=0`."
             )
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
@@ -139,13 +127,13 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         if (detach_exits or learning_rate is not None) and not trained:
             owned = [name for k in self.exit_layers for name in owned_modules(self.model.config, k)]
             raise ValueError(
-                f"`detach_exits={detach_exits!r}` and `exit_learning_rate={learning_rate!r}` concern what every exit "
-                "owns, which PEFT has frozen, or some of it: name it in "
+                f"`detach_exits={detach_exits!r}` and `exit_learning_rate={learning_rate!r}` concern what exits own, "
+                "which PEFT has frozen, or some of it: name it in "
                 f"`LoraConfig(modules_to_save={[name.removeprefix('model.') for name in owned]})`."
             )
         if learning_rate is not None and self.optimizer is not None:
             raise ValueError(
-                f"`exit_learning_rate={learning_rate!r}` is for an optimizer that the trainer makes: with "
+                f"`exit_learning_rate={learning_rate!r}` is for the trainer's own optimizer: in yours, passed as "
                 "`optimizers`, give the exits' weights a parameter group with their own `lr`."
             )
 
@@ -192,9 +180,8 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         if different:
             as_then, as_now = (", ".join(f"{name}={facts[name]!r}" for name in different) for facts in (then, now))
             raise ValueError(
-                f"`resume_from_checkpoint`: {str(checkpoint)!r} was trained with `{as_then}`, and this is `{as_now}`: "
-                f"its optimizer is not made for that. Go on with `{as_then}`, or train from its weights: pass the "
-                "checkpoint as `model`, and no `resume_from_checkpoint`."
+                f"`resume_from_checkpoint`: {str(checkpoint)!r} was trained with `{as_then}`, and this is `{as_now}`, "
+                "which its optimizer is not made for: go on with the former, or pass the checkpoint as `model`."
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -203,15 +190,10 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             exits = args.exits_at_step(exits, self.state.global_step)
             weights = weights and [weights[self.exit_layers.index(k)] for k in exits]
         options = {f.name: getattr(args, f.name) for f in fields(ExitLossOptions) if hasattr(args, f.name)}
-        options["exit_loss_weights"] = weights
-        options["label_smoothing"] = args.label_smoothing_factor if args.loss_type == "nll" else 0.0  # as in SFT
-        outputs = model(
-            **{**inputs, "use_cache": False},
-            exit_layers=exits,
-            num_items_in_batch=num_items_in_batch,
-            skip_logits=not return_outputs,
-            **options,
-        )
+        smoothing = args.label_smoothing_factor if args.loss_type == "nll" else 0.0  # as in SFT
+        options |= {"exit_loss_weights": weights, "label_smoothing": smoothing}
+        options |= {"num_items_in_batch": num_items_in_batch, "skip_logits": not return_outputs, "use_cache": False}
+        outputs = model(**{**inputs, **options}, exit_layers=exits)
         loss = outputs.loss
         # As in `Trainer`: `num_items_in_batch` counts the tokens of all ranks, over which DDP averages the gradients
         if args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -233,10 +215,9 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
 
     def _has_virtual_tokens(self) -> bool:
         """Whether PEFT puts embeddings before the tokens; a prefix is put into the cache."""
-        if not is_peft_model(self.model):
-            return False
-        adapter = self.model.active_peft_config
-        return adapter.is_prompt_learning and adapter.peft_type not in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+        adapter = self.model.active_peft_config if is_peft_model(self.model) else None
+        in_cache = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+        return adapter is not None and adapter.is_prompt_learning and adapter.peft_type not in in_cache
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         metrics = self._exit_metrics["eval"]
