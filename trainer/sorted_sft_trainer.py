@@ -133,7 +133,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             )
         if learning_rate is not None and self.optimizer is not None:
             raise ValueError(
-                f"`exit_learning_rate={learning_rate!r}` is for the trainer's own optimizer: in yours, passed as "
+                f"`exit_learning_rate={learning_rate!r}` is for an optimizer that the trainer makes: with "
                 "`optimizers`, give the exits' weights a parameter group with their own `lr`."
             )
 
