@@ -64,6 +64,20 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         ValueError: If there are no exits, in `args` or in the model's config; if an option does not fit the model, the
             adapters or the optimizer, or would have no effect; or for `compute_loss_func`, another objective.
         TypeError: If `model` is no Llama.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from sorted_llama import SortedSFTConfig, SortedSFTTrainer
+
+    >>> trainer = SortedSFTTrainer(
+    ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ...     args=SortedSFTConfig(output_dir="out", exit_layers=[10, 15, 20, 30]),
+    ...     train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
     """
 
     _tag_names = ["trl", "sft", "sorted-llama", "soft"]
