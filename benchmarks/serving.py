@@ -1,199 +1,308 @@
 """
-Claim: vLLM serves an exit of a sorted checkpoint at >= 0.98 of the speed at which it serves the extracted plain Llama,
-and has room for L / k times the tokens of full depth in the same memory.
+Claims, of vLLM's OpenAI server of a sorted checkpoint:
 
-For each exit two of vLLM's OpenAI servers are up, of the checkpoint and of the extracted folder; they are asked in
-turns by 1, 8 and 32 clients at once, each for a number of streamed answers of the same length. Of two servers on one
-machine the one that was started first can be the slower for as long as both are up, so all of it is done twice, with
-either started first, and the ratio is the geometric mean of the two.
+1. It serves an exit at >= 0.98 of the speed at which it serves the extracted plain Llama, and has room for L / k times
+   the tokens of full depth in the same memory (`--exits`, the default).
+2. One server that takes a depth from each request gives as many tokens a second as two servers of one depth each on
+   the same machine, with the weights in memory once; a token of a shallow request takes at most 0.7 of the time of one
+   of full depth; and at a single depth it gives >= 0.95 of the server of that depth (`--mixed 10 30`).
+3. Drafts from the model's own first layers are lossless, leave room for (L + k) / L times the tokens that there is
+   room for with a draft model of the same layers, and have the first token sooner (`--drafts 10`).
+
+All servers that are compared are up, and are asked in turns by clients that stream greedy answers. Of two servers on
+one machine the one that was started first can be the slower for as long as both are up, so the first claim is measured
+twice, with either started first.
 
 ```shell
 make test-vllm                                                   # makes the environment
 .venv-vllm/bin/python benchmarks/serving.py --model out/demo/final
-.venv-vllm/bin/python benchmarks/serving.py --model out/demo/final --exits 10 --soak 1000     # does memory grow?
+.venv-vllm/bin/python benchmarks/serving.py --model out/demo/final --mixed 10 30
+.venv-vllm/bin/python benchmarks/serving.py --model out/demo/final --mixed 10 30 --soak 1000    # does memory grow?
+.venv-vllm/bin/python benchmarks/serving.py --model out/demo/final --drafts 10
 ```
 """
 
 import argparse
 import asyncio
-import math
+import json
 import os
-import re
-import signal
+import random
 import statistics
+import sys
 import tempfile
 import time
-import urllib.request
 from contextlib import ExitStack
-from pathlib import Path
 
 from _common import SMALL, print_head, print_row
-from _vllm import start_server, wait_until_up
+from _vllm import PER_REQUEST, Load, Server, Throughput, ask, at_depth, client_of, run_loads
 from facts import build_facts
-from openai import AsyncOpenAI
 
 from sorted_llama.hub_card.extract import extract
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
 
 
-FLAGS = ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "32", "--no-enable-prefix-caching"]
-FLAGS += ["--disable-uvicorn-access-log"]
+FLAGS = [
+    "--max-model-len",
+    "2048",
+    "--max-num-seqs",
+    "32",
+    "--no-enable-prefix-caching",
+    "--disable-uvicorn-access-log",
+]
 SECONDS_UP = 3.0  # between two looks at the memory of a server
 
 
-class Server:
-    """A vLLM server and what it is asked."""
+class Bench:
+    """What all claims share: the checkpoint, what is asked of it, and the servers that are up."""
 
-    def __init__(self, path: str, depth: str, port: int, prompts: list, max_tokens: int, flags: list[str]):
-        self.process = start_server(path, depth, port, *FLAGS, *flags, name="model")
-        self.url, self.prompts, self.max_tokens = f"http://localhost:{port}", prompts, max_tokens
-        wait_until_up(self.process, port)
+    def __init__(self, args: argparse.Namespace, folder: str, stack: ExitStack):
+        self.args, self.folder, self.stack, self.port = args, folder, stack, args.port
+        self.prompts = [row["prompt"] for row in build_facts()[1]]
+        if args.small:
+            args.dtype = "float32"  # vLLM's kernels for bfloat16 may count on an earlier, larger product
+            fields = SMALL | {"num_attention_heads": 2, "num_key_value_heads": 1}  # of a width that vLLM knows
+            model = SortedLlamaForCausalLM(SortedLlamaConfig(**fields, exit_layers=[2, 6], initializer_range=0.3))
+            model.save_pretrained(f"{folder}/tiny")
+            args.model, args.exits, args.clients, args.runs = f"{folder}/tiny", [2, 6], [1, 2], 1
+            args.mixed, args.drafts, args.seconds = args.mixed and [2, 6], args.drafts and 2, 1.0
+            self.prompts = [[5, 6, 7], [9] * 8]
+        self.flags = [*FLAGS, "--dtype", args.dtype]
+        if args.small:
+            self.flags += ["--skip-tokenizer-init", "--enforce-eager"]
 
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait()
+    def start(self, path: str, *flags: str, cores: str = "") -> Server:
+        self.port += 1
+        server = Server(path, self.port, *self.flags, *flags, cores=cores)
+        self.stack.callback(server.stop)
+        return server
 
-    def cached_tokens(self) -> int:
-        """Tokens that there is room for."""
-        metrics = urllib.request.urlopen(f"{self.url}/metrics").read().decode()
-        (line,) = re.findall(r"^vllm:cache_config_info{(.*)}", metrics, re.MULTILINE)
-        fields = dict(re.findall(r'(\w+)="([^"]*)"', line))
-        return int(fields["num_gpu_blocks"]) * int(fields["block_size"])
-
-    def memory_mb(self) -> float:
-        """Resident memory of the server and its children, what they share counted once."""
-        pids, kilobytes = [self.process.pid], 0
-        while pids:
-            pid = pids.pop()
-            pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-            (share,) = re.findall(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-            kilobytes += int(share)
-        return kilobytes / 1024
-
-    async def answer(self, client: AsyncOpenAI, i: int) -> float:
-        """Ask once; seconds to the first token."""
-        start, first = time.perf_counter(), 0.0
-        stream = await client.completions.create(
-            model="model",
-            prompt=self.prompts[i % len(self.prompts)],
-            max_tokens=self.max_tokens,
-            temperature=0,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        async for _ in stream:
-            first = first or time.perf_counter() - start
-        return first
-
-    def run(self, clients: int, requests: int) -> tuple[float, float, int]:
-        """Tokens a second, median seconds to the first token, errors; `requests` a client."""
-
-        async def ask_all():
-            async with AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
-
-                async def one(c: int) -> list:
-                    return [await self.answer(client, c * requests + i) for i in range(requests)]
-
-                return await asyncio.gather(*map(one, range(clients)), return_exceptions=True)
-
-        start = time.perf_counter()
-        results = asyncio.run(ask_all())
-        seconds = time.perf_counter() - start
-        firsts = [first for result in results if isinstance(result, list) for first in result]
-        errors = sum(isinstance(result, BaseException) for result in results)
-        return len(firsts) * self.max_tokens / seconds, statistics.median(firsts or [0.0]), errors
+    def in_turns(self, sides: dict[str, list[Load]]) -> dict[str, list[list[Throughput]]]:
+        """Throughputs of each side's loads, run by run, there and back, after a warm-up."""
+        found: dict[str, list[list[Throughput]]] = {name: [] for name in sides}
+        for run in range(self.args.runs + 1):
+            for name in list(sides) if run % 2 else reversed(sides):
+                print(f"run {run}, {name}", file=sys.stderr, flush=True)
+                seconds = self.args.seconds if run else 2.0
+                measured = run_loads(sides[name], self.prompts, self.args.max_tokens, seconds)
+                if run:
+                    found[name].append(measured)
+        return found
 
 
-def soak(server: Server, requests: int, clients: int) -> None:
-    """Memory while many requests come in: growth over the last half, in percent."""
-    sizes, errors = [server.memory_mb()], 0
-    of_client = math.ceil(requests / clients / 10)
-    for _ in range(10):
-        errors += server.run(clients, of_client)[2]
-        time.sleep(SECONDS_UP)
-        sizes.append(server.memory_mb())
-    growth = 100 * (sizes[-1] / sizes[len(sizes) // 2] - 1)
-    print(f"{10 * of_client * clients} requests of {clients} clients, {errors} errors")
-    print(f"memory, MB: {[round(size) for size in sizes]}")
-    print(f"growth over the last half: {growth:+.2f} % (held to 2)")
+def median_speed(runs: list[list[Throughput]]) -> float:
+    """Median over the runs of the tokens a second of all loads together."""
+    return statistics.median(sum(load.tokens_per_second for load in run) for run in runs)
 
 
-def measure(paths: dict[str, tuple[str, str]], args, arguments: tuple) -> tuple[dict[int, list], int]:
-    """The runs of either order, by number of clients; and the tokens that the server of the exit has room for."""
-    found: dict[int, list] = {clients: [] for clients in args.clients}
-    for order in (["sorted", "plain"], ["plain", "sorted"]):
-        with ExitStack() as stack:
-            servers = {}
-            for i, name in enumerate(order):
-                servers[name] = Server(*paths[name], args.port + i, *arguments)
-                stack.callback(servers[name].stop)
-            room = servers["sorted"].cached_tokens()
-            for clients in args.clients:
-                runs = []
-                for _ in range(args.runs + 1):
-                    runs.append({name: server.run(clients, args.requests) for name, server in servers.items()})
-                found[clients].append(runs[1:])  # the first is a warm-up
-    return found, room
+def milliseconds(runs: list[list[Throughput]], load: int) -> tuple[str, str]:
+    """Median and 95th percentile of the time of a token."""
+    gaps = sorted(gap for run in runs for gap in run[load].gaps)
+    return f"{1000 * statistics.median(gaps):.0f}", f"{1000 * gaps[int(0.95 * len(gaps))]:.0f}"
 
 
-def print_exit(k: int, found: dict[int, list]) -> None:
-    """A row for each number of clients."""
-    for clients, orders in found.items():
-        every = [run for runs in orders for run in runs]
-        ours, plain = (statistics.median(run[name][0] for run in every) for name in ("sorted", "plain"))
-        ratio = statistics.geometric_mean(
-            statistics.median(run["sorted"][0] / run["plain"][0] for run in runs) for runs in orders
-        )
-        first = statistics.median(run["sorted"][1] for run in every)
-        errors = sum(of_server[2] for run in every for of_server in run.values())
-        print_row(k, clients, f"{ours:.0f}", f"{plain:.0f}", f"{ratio:.2f}", f"{first:.2f}", errors)
+def errors(found: dict[str, list[list[Throughput]]]) -> int:
+    return sum(load.errors for runs in found.values() for run in runs for load in run)
 
 
-def compare(args, folder: str, arguments: tuple) -> None:
-    print(f"{args.runs} runs in turns in either order, after a warm-up; medians; answers of {args.max_tokens} tokens")
+def compare_exits(bench: Bench) -> None:
+    """Each exit against its extracted plain Llama."""
+    args, rooms = bench.args, {}
+    print(f"{args.runs} runs of {args.seconds:.0f} s in turns in either order; medians; {args.dtype}")
     print_head("exit", "clients", "tokens/s", "plain Llama's", "ratio", "first token, s", "errors")
-    rooms = {}
     for k in args.exits:
-        extract(args.model, k, f"{folder}/plain{k}")
-        paths = {"sorted": (args.model, str(k)), "plain": (f"{folder}/plain{k}", "full")}
-        found, rooms[k] = measure(paths, args, arguments)
-        print_exit(k, found)
+        plain = str(extract(args.model, k, f"{bench.folder}/plain{k}"))
+        sides = {"sorted": (args.model, at_depth(k)), "plain": (plain, [])}
+        found: dict[int, list] = {clients: [] for clients in args.clients}
+        for order in (["sorted", "plain"], ["plain", "sorted"]):
+            with ExitStack() as bench.stack:
+                servers = {name: bench.start(sides[name][0], *sides[name][1]) for name in order}
+                rooms[k] = servers["sorted"].cached_tokens()
+                for clients, orders in found.items():
+                    orders.append(bench.in_turns({name: [Load(s, clients)] for name, s in servers.items()}))
+        for clients, orders in found.items():
+            every = {name: [run for order in orders for run in order[name]] for name in sides}
+            ratio = statistics.geometric_mean(median_speed(o["sorted"]) / median_speed(o["plain"]) for o in orders)
+            first = statistics.median(first for run in every["sorted"] for first in run[0].firsts)
+            speeds = [f"{median_speed(every[name]):.0f}" for name in sides]
+            print_row(k, clients, *speeds, f"{ratio:.2f}", f"{first:.2f}", errors(every))
     full = args.exits[-1]
     print(f"\nTokens cached in {os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB, and x those of exit {full}:")
     for k, room in rooms.items():
         print(f"exit {k}: {room}, {room / rooms[full]:.2f} (layers: {full / k:.2f})")
 
 
+def compare_mixed(bench: Bench) -> None:
+    """One server of all depths against a server a depth, which share the cores or have half of them each."""
+    args, depths = bench.args, bench.args.mixed
+    one = bench.start(args.model, *PER_REQUEST)
+    alone = {k: bench.start(args.model, *at_depth(k)) for k in depths}
+    half, cores = {}, os.cpu_count() or 1
+    if cores >= len(depths):
+        share = cores // len(depths)
+        for i, k in enumerate(depths):
+            half[k] = bench.start(args.model, *at_depth(k), cores=f"{i * share}-{(i + 1) * share - 1}")
+    print(
+        f"{args.runs} runs of {args.seconds:.0f} s in turns; medians; {args.dtype}, answers of {args.max_tokens}"
+    )
+    times = [f"exit {k}: {what} ms" for k in depths for what in ("median", "95 %")]
+    print_head("clients", "servers", *(f"exit {k}: tokens/s" for k in depths), "together", "ratio", *times, "errors")
+    for clients in args.clients:
+        sides = {"one": [Load(one, clients, k) for k in depths], "two": [Load(s, clients) for s in alone.values()]}
+        if half:
+            sides["two, half of the cores each"] = [Load(s, clients) for s in half.values()]
+        found = bench.in_turns(sides)
+        for name, runs in found.items():
+            speeds = [f"{statistics.median(run[i].tokens_per_second for run in runs):.0f}" for i in range(len(depths))]
+            ratio = statistics.median(
+                sum(a.tokens_per_second for a in ours) / sum(b.tokens_per_second for b in theirs)
+                for ours, theirs in zip(found["one"], runs)
+            )
+            gaps = [text for i in range(len(depths)) for text in milliseconds(runs, i)]
+            together = f"{median_speed(runs):.0f}"
+            print_row(f"{clients} + {clients}", name, *speeds, together, f"{ratio:.2f}", *gaps, errors({name: runs}))
+
+    print("\nA single depth, the server of all depths / the server of that depth:")
+    print_head("exit", "clients", "tokens/s", "server of one depth", "ratio")
+    for k in depths:
+        for clients in args.clients:
+            found = bench.in_turns({"all": [Load(one, clients, k)], "one": [Load(alone[k], clients)]})
+            ratio = median_speed(found["all"]) / median_speed(found["one"])
+            print_row(k, clients, *(f"{median_speed(runs):.0f}" for runs in found.values()), f"{ratio:.2f}")
+
+    memory = {"one server": one.memory_mb(), "two servers": sum(server.memory_mb() for server in alone.values())}
+    print(
+        "\nResident memory, MB, with the keys and values that were used: "
+        + str({k: round(v) for k, v in memory.items()})
+    )
+
+
+def soak(bench: Bench, requests: int) -> None:
+    """Many requests of all depths, a third of them hung up on: errors, wrong depths, what is left, memory."""
+    args, draw = bench.args, random.Random(0)
+    # A cache that is soon used whole: memory that is touched for the first time is no leak
+    server = bench.start(args.model, *PER_REQUEST, "--num-gpu-blocks-override", "1024")
+    depths, length, rounds = args.mixed, 16, 10
+
+    async def answers(jobs: list[tuple[int, int, int]], clients: int) -> list:
+        limit = asyncio.Semaphore(clients)
+        async with client_of(server) as client:
+
+            async def one(prompt: int, depth: int, stop_after: int):
+                async with limit:
+                    text = bench.prompts[prompt % len(bench.prompts)]
+                    return await ask(client, text, length, depth, stop_after)
+
+            return await asyncio.gather(*(one(*job) for job in jobs), return_exceptions=True)
+
+    some = range(min(16, len(bench.prompts)))
+    keys = [(prompt, depth) for prompt in some for depth in depths]
+    alone = asyncio.run(answers([(*key, 0) for key in keys], 1))
+    expected = {key: answer.tokens for key, answer in zip(keys, alone, strict=True)}
+    failed = wrong = done = 0
+    sizes = [server.memory_mb()]
+    for _ in range(rounds):
+        jobs = [(*draw.choice(keys), draw.choice([0, 0, draw.randrange(1, 12)])) for _ in range(requests // rounds)]
+        for (prompt, depth, _), answer in zip(jobs, asyncio.run(answers(jobs, 16)), strict=True):
+            failed += isinstance(answer, Exception)
+            if not isinstance(answer, Exception):
+                done += 1
+                wrong += answer.tokens != expected[prompt, depth][: len(answer.tokens)]
+        time.sleep(SECONDS_UP)
+        sizes.append(server.memory_mb())
+    left = {name: value for name, value in server.metrics().items() if name in LEFT_BEHIND}
+    print(f"{done} answers at depths {depths} by 16 clients, {failed} errors, {wrong} unlike the same request alone")
+    print(f"left behind: {left}")
+    print(
+        f"memory, MB: {[round(size) for size in sizes]}, {100 * (sizes[-1] / sizes[5] - 1):+.2f} % over the last half"
+    )
+
+
+LEFT_BEHIND = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+
+
+def compare_drafts(bench: Bench) -> None:
+    """Drafts from the first layers against a draft model of the same layers, and against no drafts."""
+    args, k = bench.args, bench.args.drafts
+    plain = str(extract(args.model, k, f"{bench.folder}/plain{k}"))
+
+    def speculative(path: str) -> list[str]:
+        fields = {"method": "draft_model", "model": path, "num_speculative_tokens": args.num_drafts}
+        return ["--speculative-config", json.dumps(fields)]
+
+    overrides = ["--hf-overrides", json.dumps({"assistant_early_exit": k})]
+    servers = {
+        "first layers": bench.start(args.model, *overrides, *speculative(args.model)),
+        "draft model": bench.start(args.model, *speculative(plain)),
+        "no drafts": bench.start(args.model),
+    }
+    prompts = bench.prompts[:50]
+
+    async def all_answers(server: Server) -> list[list[int]]:
+        async with client_of(server) as client:
+            return [(await ask(client, prompt, args.max_tokens)).tokens for prompt in prompts]
+
+    async def first_tokens(server: Server) -> float:
+        long = [[(7 * i + j) % 400 + 3 for i in range(1000)] for j in range(6)]
+        async with client_of(server) as client:
+            answers = [await ask(client, prompt, 1) for prompt in long]
+        return statistics.median(answer.arrivals[0] - answer.asked_at for answer in answers[1:])
+
+    answers = {name: asyncio.run(all_answers(server)) for name, server in servers.items()}
+    accepted = {name: server.metrics() for name, server in servers.items()}
+    speeds = bench.in_turns({name: [Load(server, 1)] for name, server in servers.items()})
+    print(f"{args.num_drafts} drafts at exit {k}; {args.runs} runs of {args.seconds:.0f} s in turns; {args.dtype}")
+    print_head(
+        "drafts from", "as without", "accepted", "room, tokens", "first of 1,000 tokens, s", "tokens/s", "memory, MB"
+    )
+    for name, server in servers.items():
+        same = sum(a == b for a, b in zip(answers[name], answers["no drafts"]))
+        counts = [
+            accepted[name].get(f"vllm:spec_decode_num_{what}_tokens_total", 0.0) for what in ("accepted", "draft")
+        ]
+        rate = f"{counts[0] / counts[1]:.2f}" if counts[1] else ""
+        first = statistics.median(asyncio.run(first_tokens(server)) for _ in range(args.runs))
+        speed, memory = median_speed(speeds[name]), server.memory_mb()
+        row = (
+            f"{same} of {len(prompts)}",
+            rate,
+            server.cached_tokens(),
+            f"{first:.2f}",
+            f"{speed:.0f}",
+            f"{memory:.0f}",
+        )
+        print_row(name, *row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="out/demo/final")
     parser.add_argument("--exits", type=int, nargs="+", default=[10, 20, 30])
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=2, help="of each client in a run")
+    parser.add_argument("--mixed", type=int, nargs=2, help="two depths of one server")
+    parser.add_argument("--drafts", type=int, help="exit that drafts")
+    parser.add_argument("--num_drafts", type=int, default=3)
+    parser.add_argument(
+        "--clients", type=int, nargs="+", help="at once; defaults to 1 8 32, and to 1 8 a depth with --mixed"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a run")
     parser.add_argument("--max_tokens", type=int, default=48)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--soak", type=int, help="only this: so many requests of the most clients at the first exit")
-    parser.add_argument("--port", type=int, default=8101)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--soak", type=int, help="with --mixed, only this: so many requests, some of them hung up on")
+    parser.add_argument("--port", type=int, default=8100)
     parser.add_argument("--small", action="store_true", help="a tiny random model: only checks that it runs")
     args = parser.parse_args()
+    args.clients = args.clients or ([1, 8] if args.mixed else [1, 8, 32])
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    flags, prompts = [], [row["prompt"] for row in build_facts()[1]]
-    with tempfile.TemporaryDirectory() as folder:
-        if args.small:
-            fields = SMALL | {"num_attention_heads": 2, "num_key_value_heads": 1}  # of a width that vLLM knows
-            SortedLlamaForCausalLM(SortedLlamaConfig(**fields, exit_layers=[2, 6])).save_pretrained(f"{folder}/tiny")
-            args.model, args.exits, args.clients, args.runs = f"{folder}/tiny", [2, 6], [1, 2], 1
-            flags, prompts = ["--skip-tokenizer-init", "--enforce-eager"], [[5, 6, 7]]
-        arguments = (prompts, args.max_tokens, flags)
-        if args.soak:
-            # A cache that is soon used whole: memory that is touched for the first time is no leak
-            flags += ["--num-gpu-blocks-override", "128"]
-            with ExitStack() as stack:
-                server = Server(args.model, str(args.exits[0]), args.port, *arguments)
-                stack.callback(server.stop)
-                soak(server, args.soak, args.clients[-1])
-            return
-        compare(args, folder, arguments)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        bench = Bench(args, folder, stack)
+        if args.mixed and args.soak:
+            soak(bench, args.soak)
+        elif args.mixed:
+            compare_mixed(bench)
+        elif args.drafts:
+            compare_drafts(bench)
+        else:
+            compare_exits(bench)
 
 
 if __name__ == "__main__":

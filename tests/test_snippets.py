@@ -38,7 +38,7 @@ SCRIPTS = ["hub_card/*.py", "examples/**/*.py", "benchmarks/*.py"]  # their test
 # What stands on a page and is not run, by how it begins
 NOT_RUN = {
     "pip install": "downloads into the environment",
-    "python -m vllm.entrypoints.openai.api_server": "vLLM has an environment of its own: tests/serving_vllm",
+    "vllm serve ": "vLLM has an environment of its own: tests/serving_vllm",
     "accelerate launch ": "several processes: tests/examples/test_train.py",
     "torchrun ": "several processes: tests/examples/test_train.py",
     "python examples/serve.py out/demo/final": "a server that stays: tests/examples/test_serve.py",
@@ -47,7 +47,8 @@ NOT_RUN = {
     "lm_eval --model hf --model_args pretrained=PATH": "a help text, with PATH: docs/hub.md has it in full",
     "hf ": "makes and fills a repository on the Hub",
     ".ci/run": "runs this test",
-    "from openai import OpenAI": "asks a server: tests/examples/test_serve.py runs it",
+    "from openai import OpenAI": "asks a server: tests/examples/test_serve.py and tests/serving_vllm do",
+    "curl http://localhost:8000/": "asks a server: tests/serving_vllm",
 }
 
 
