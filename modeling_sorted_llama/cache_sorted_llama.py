@@ -88,6 +88,19 @@ class SortedCache(Cache):
         pending (`dict[int, torch.Tensor]`): By exit layer, states of shape `(batch_size, slots, hidden_size)`; row
             `r`'s tokens from the first that its next layer has not seen.
         layer_token_passes (`int`): Number of times that any layer was run for any token.
+
+    Example:
+
+    ```python
+    >>> from sorted_llama import SortedLlamaForCausalLM
+    >>> from transformers import AutoTokenizer
+
+    >>> model = SortedLlamaForCausalLM.from_pretrained("user/sorted-llama")
+    >>> tokenizer = AutoTokenizer.from_pretrained("user/sorted-llama")
+    >>> inputs = tokenizer("The capital of Peru is", return_tensors="pt")
+    >>> turn = model.generate(**inputs, assistant_early_exit=10, max_new_tokens=8, return_dict_in_generate=True)
+    >>> next_turn = model.generate(turn.sequences, cache=turn.cache, exit_threshold=0.9, max_new_tokens=8)
+    ```
     """
 
     layers: list[Any]
@@ -424,5 +437,5 @@ def check_cache_depth(cache: Cache, depth: int, synchronize: bool = False) -> No
     if last < first:
         raise ValueError(
             f"The cache holds {first} tokens in its first layer but {last} in layer {depth}: it was filled at a "
-            f"smaller `exit_layer`. Go on at that one, or start from an empty cache."
+            f"smaller `exit_layer`, and `exit_layer={depth}` cannot go on with it: go on at that one, or start anew."
         )

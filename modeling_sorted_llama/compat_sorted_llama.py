@@ -79,7 +79,7 @@ def whole_weight(head: nn.Module) -> torch.Tensor:
 def gather_in_backward(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """
     Under DeepSpeed ZeRO-3, have parameters made whole for the backward of a `model` that uses them without calling
-    their `modules`; in the same order on every process.
+    their `modules`, in the same order on every process: when their gradients arrive they are sharded again.
     """
     for param in dict.fromkeys(p for module in modules for p in module.parameters() if hasattr(p, "ds_id")):
         sys.modules["deepspeed"].zero.register_external_parameter(model, param)

@@ -111,9 +111,12 @@ def check_exit_layers(exit_layers: Any, num_hidden_layers: int | None, name: str
     are_ascending = bool(exits) and all(a < b for a, b in pairwise([0, *exits]))
     if not are_ascending or num_hidden_layers not in (None, exits[-1]):
         limit = "the full depth" if num_hidden_layers is None else num_hidden_layers
+        hint = ""
+        if are_ascending and num_hidden_layers is not None and exits[-1] < num_hidden_layers:
+            hint = f": pass {[*exits, num_hidden_layers]}"
         raise ValueError(
             f"`{name}` must be a list of integers from 1 to {limit}, ascending and ending in the full depth, or "
-            f"'every:N' where a model's depth is known, got {exit_layers!r}."
+            f"'every:N' where a model's depth is known, got {exit_layers!r}{hint}."
         )
     return exits
 
@@ -126,7 +129,7 @@ def exit_spacing(text: str) -> int | None:
 
 def check_exit_loss_weights(weights: Any, num_exits: int, name: str = "exit_loss_weights") -> list[float]:
     """One weight an exit, finite and not negative, at least one above 0; else a `ValueError` that names them."""
-    entries = as_list(weights) or []
+    entries = list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else []
     are_weights = all(is_number(entry) and entry >= 0 for entry in entries) and any(entries)
     if len(entries) != num_exits or not are_weights:
         raise ValueError(
@@ -257,6 +260,7 @@ class SortedLlamaConfig(LlamaConfig):
     def update(self, config_dict: dict[str, Any]) -> None:
         """See [`~transformers.PreTrainedConfig.update`]. `num_hidden_layers` cuts the exits above it off."""
         if "num_hidden_layers" in config_dict:
+            self._check_exits()  # what was assigned to fields is known to be right before it is cut
             config_dict = {**self._cut_exits(config_dict["num_hidden_layers"]), **config_dict}
         super().update(config_dict)
         self._check_exits()

@@ -89,13 +89,21 @@ class SortedGenerationMixin(GenerationMixin):
             del cache.layers[depth:]  # keys and values of the layers that run, and no more
             cache.offloading = cache.offloading and depth > 1  # a lone layer would be fetched while it is in use
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs: Any):
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **kwargs: Any,
+    ):
         decoding = getattr(generation_config, "sorted_decoding", None)
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         if decoding is None:
-            return super()._sample(*arguments, **kwargs)
-        streamer = kwargs.pop("streamer", None)
-        if kwargs.pop("synced_gpus", False):
+            return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
+        if synced_gpus:
             raise ValueError(
                 "Decoding at moving depth takes other steps on every process; sharded weights (`synced_gpus=True`: "
                 "DeepSpeed ZeRO-3, FSDP) would wait for each other forever: gather them first."

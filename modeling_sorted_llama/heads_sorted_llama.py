@@ -1,6 +1,5 @@
 """What an exit owns: one class a kind of `exit_heads`, and which heads are known to be a plain matrix product."""
 
-from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -65,9 +64,11 @@ class SharedHeads:
 
     def make_norm(self, config: LlamaConfig) -> nn.Module | None:
         """The norm that an exit owns, its weights not yet set."""
+        return None
 
     def make_head(self, config: LlamaConfig) -> nn.Module | None:
         """The LM head that an exit owns, its weights not yet set."""
+        return None
 
     def init_norm(self, norm: Any, shared: Any) -> None:
         """Have a norm of an exit, where it was not loaded, do what the final norm does."""
@@ -171,22 +172,6 @@ def folded_matrix(config: Any, exit_layer: int) -> str | None:
     """Name of the matrix that [`fold_lens`] folds into the sub-model's head; `None` if the exit has none."""
     folded = heads_of(config, exit_layer).folded
     return None if folded is None else folded.format(exit_layer)
-
-
-def submodel_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], config: Any, exit_layer: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of an exit's sub-model as a plain Llama has them, from the checkpoint's, one after another."""
-    matrix = folded_matrix(config, exit_layer)
-    parts: dict[str, torch.Tensor] = {}
-    for name, tensor in weights:
-        target = submodel_name(name, config, exit_layer)
-        if matrix is not None and name in (EMBEDDINGS, HEAD, matrix):
-            parts[name] = tensor
-        if target is not None and (matrix is None or target != HEAD):
-            yield target, tensor
-    if matrix is not None:
-        yield HEAD, fold_lens(parts[HEAD if HEAD in parts else EMBEDDINGS], parts[matrix])
 
 
 _FORWARDS = {nn.Linear: nn.Linear.forward, ExitHead: ExitHead.forward}

@@ -13,7 +13,8 @@ from .configuration_sorted_llama import check_choice, check_exit_loss_weights, c
 from .heads_sorted_llama import OWNING_HEADS, is_matrix_product
 
 
-# Size of the one float32 tile of logits, from which on the matrix products are near their peak
+# Size of the one float32 tile of logits, from which on the matrix products are near their peak; an accelerator needs
+# more rows for that
 _TILE_BYTES_CPU = 2**26
 _TILE_BYTES_ACCELERATOR = 2**29
 
@@ -31,7 +32,8 @@ class ExitLossOptions:
 
     Args:
         exit_loss_weights (`Sequence[float]`, *optional*):
-            Weight of each exit, at least 0. Defaults to 1.0 each; in `forward`, to those of the model's config.
+            Weight of each exit, finite and at least 0, one of them above 0. Defaults to 1.0 each; in `forward`, to
+            those of the model's config.
         exit_loss_reduction (`str`, *optional*, defaults to `"sum"`):
             `"sum"` over the exits (the paper's text) or their `"mean"` (its formula).
         loss_type (`str`, *optional*, defaults to `"nll"`):
@@ -298,7 +300,15 @@ def _losses_of_tokens(
     return loss, slope, cross_entropy, exp_sum
 
 
-def _to_gradient(exps, exp_sum, target, teacher, weight, distillation: float, label_smoothing: float) -> None:
+def _to_gradient(
+    exps: torch.Tensor,
+    exp_sum: torch.Tensor,
+    target: torch.Tensor,
+    teacher: torch.Tensor | None,
+    weight: torch.Tensor,
+    distillation: float,
+    label_smoothing: float,
+) -> None:
     """
     What a tile's gradient is: `exps`, as `_losses_of_tokens` leaves it, becomes d loss / d z.
 

@@ -315,7 +315,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
             exit_layer (`int`, *optional*):
                 Number of layers to run. Defaults to `config.exit_layer`, then to all.
             exit_layers (`list[int]`, *optional*):
-                Exits whose losses are summed. Defaults to `config.exit_layers`.
+                Exits whose losses are summed, ascending, ending in the full depth. Defaults to `config.exit_layers`.
             shift_labels (`torch.LongTensor`, *optional*):
                 Labels already shifted by one, as passed under context parallelism; used in place of `labels`.
             skip_logits (`bool`, *optional*):
@@ -325,8 +325,9 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
                 The fields of [`ExitLossOptions`], with a SoFT loss; `num_items_in_batch`; what Llama takes.
 
         Returns:
-            [`SortedCausalLMOutputWithPast`]: With a [`SortedCache`], logits of tokens that were pending come before
-            the input's, unless `labels` or a tensor of `logits_to_keep` count the input's.
+            [`SortedCausalLMOutputWithPast`]: `logits` are those of the deepest layer that ran. With a [`SortedCache`],
+            those of tokens that were pending come before the input's, unless `labels` or a tensor of `logits_to_keep`
+            count the input's; a number of `logits_to_keep` keeps the newest of both.
         """
         exits = self._loss_exits(exit_layer, exit_layers, labels)
         loss_arguments = self._loss_arguments(kwargs, exits)

@@ -74,13 +74,14 @@ class RowDepths:
         layers, depths = len(model.model.layers), as_list(self.exit_layer)
         if not depths:
             raise ValueError(
-                f"`exit_layer` must be an integer from 1 to {layers} or a list of them, got {self.exit_layer!r}."
+                f"`exit_layer` must be an integer from 1 to {layers} or a list of them, one a row of the batch, got "
+                f"{self.exit_layer!r}."
             )
         self.exit_layer = [check_exit_layer(depth, layers) for depth in depths]
 
     def of_batch(self, batch_size: int, num_return_sequences: int | None) -> list[int]:
         """The depth of every sequence; `ValueError` where there is not one for each prompt."""
-        repeats = num_return_sequences or 1
+        repeats = max(num_return_sequences or 1, 1)
         if len(self.exit_layer) * repeats != batch_size:
             raise ValueError(
                 f"`exit_layer={self.exit_layer}` must name a depth for each of {batch_size // repeats} rows."
@@ -342,7 +343,10 @@ def make_plain(generation_config: GenerationConfig) -> None:
 
 
 def row_hooks(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int, Any]]:
-    """PEFT's hooks that tell its layers what is each row's: modules, keys among their hooks, and hooks."""
+    """
+    PEFT's hooks that tell its layers what is each row's: modules, keys among their hooks, and hooks. PEFT has no other
+    sign of them, and takes them out only where a call succeeds.
+    """
     names = {"adapter_names", "alora_offsets"}
     return [
         (module, key, hook)

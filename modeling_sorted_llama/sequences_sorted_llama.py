@@ -12,9 +12,12 @@ from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
     MaxLengthCriteria,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -89,7 +92,16 @@ class SortedGenerateOutput(GenerateDecoderOnlyOutput):
 class Sequences:
     """The tokens of one call, given as to `_sample`. Rows are numbered as in the batch; lengths count the prompt."""
 
-    def __init__(self, model, input_ids, processors, criteria, generation_config, streamer, model_kwargs):
+    def __init__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ):
         self.model = model
         self.config = generation_config
         self.streamer = streamer

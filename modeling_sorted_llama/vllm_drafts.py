@@ -1,27 +1,40 @@
 """Drafts in vLLM from the target's own first layers, on its own keys and values."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
+from vllm.triton_utils.dispatcher import register_kernels
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 
-class FirstLayers:
-    """The first segment of a [`SegmentedLlamaForCausalLM`] as vLLM's proposers call a model: nothing of it is new."""
+class FirstLayers(nn.Module):
+    """
+    The first segment of a [`SegmentedLlamaForCausalLM`] as vLLM's proposers call a model: nothing of it is new. A
+    module, because vLLM asks it for its parameters and buffers when an engine sleeps, or has its weights updated.
+    """
+
+    target: Any
 
     def __init__(self, target: Any):
-        self.target, self.ends = target, target.model.segment_ends
+        super().__init__()
+        self.__dict__["target"] = target  # no submodule: what it has is the target's, and found there once
 
-    def __call__(
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load nothing: it draws on what the target has loaded."""
+        return set()
+
+    def forward(
         self, input_ids: torch.Tensor | None, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
-        tokens = [len(positions)] + [0] * (len(self.ends) - 1)
+        tokens = [len(positions)] + [0] * (len(self.target.model.segment_ends) - 1)
         states = self.target.model(input_ids, positions, inputs_embeds=inputs_embeds, segment_tokens=tokens)
         return states[:, : self.target.config.hidden_size]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         if self.target.model.returns_exits:
-            hidden_states = torch.nn.functional.pad(hidden_states, (0, 1))  # the number of the first exit
+            hidden_states = nn.functional.pad(hidden_states, (0, 1))  # the number of the first exit
         return self.target.compute_logits(hidden_states)
 
 
@@ -82,3 +95,24 @@ class FirstLayersProposer(DraftModelProposer):
         self.input_ids[:count] = next_token_ids
         self._set_positions(count, target_positions)
         return count, token_indices_to_sample, cad
+
+
+def mend_sampling_on_cpu() -> None:
+    """
+    vLLM 0.32's kernel that hands a request's temperature, `top_k` and `top_p` to each of its drafts writes, on a CPU,
+    into a copy: drafts of any method are then sampled by what was in memory. A right one takes its place.
+    """
+    register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": _expand})
+
+
+def _expand(
+    output: torch.Tensor,
+    values: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    replace_from: int,
+    replace_to: int,
+    *_: Any,
+    **__: Any,
+) -> None:
+    counts = cu_num_tokens.long().diff(prepend=cu_num_tokens.new_zeros(1).long())
+    output.copy_(values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts))

@@ -94,7 +94,6 @@ def _set_up_drafts(vllm_config: VllmConfig) -> None:
 def _refuse_beside_depths(vllm_config: VllmConfig) -> None:
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     config, graphs = vllm_config.model_config.hf_config, vllm_config.compilation_config.cudagraph_mode
-    lora = vllm_config.lora_config is not None
     excluded = {
         **_unknown_machinery(vllm_config),
         "a checkpoint without `exit_layers`": len(exit_layers_of(config)) < 2,
@@ -109,17 +108,18 @@ def _refuse_beside_depths(vllm_config: VllmConfig) -> None:
         "`--disable-hybrid-kv-cache-manager`": bool(scheduler.disable_hybrid_kv_cache_manager),
         "`--scheduler-cls`": scheduler.scheduler_cls is not None,
         "captured graphs (`cudagraph_mode`), which know no depth": graphs not in (None, CUDAGraphMode.NONE),
-        "adapters on an accelerator, whose kernels take the tokens of all layers": lora
-        and not current_platform.is_cpu(),
-        "adapters where exits have heads of their own (`exit_heads='separate'`)": lora
-        and config.exit_heads == "separate",
+        "adapters (`--enable-lora`), whose kernels take all tokens of a step in every layer": bool(
+            vllm_config.lora_config
+        ),
     }
     _refuse(f"A depth a request (`exit_layer={PER_REQUEST!r}`)", excluded)
 
 
 def _unknown_machinery(vllm_config: VllmConfig) -> dict[str, bool]:
     return {
-        f"vLLM {vllm.__version__} (it has run with {', '.join(VERSIONS)})": not vllm.__version__.startswith(VERSIONS),
+        f"vLLM {vllm.__version__} (it has run with {', '.join(VERSIONS)})": not f"{vllm.__version__}.".startswith(
+            tuple(f"{version}." for version in VERSIONS)
+        ),
         "model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
         "`--worker-cls`": vllm_config.parallel_config.worker_cls != "auto",
         f"the platform {current_platform.device_name}": not (

@@ -8,7 +8,8 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from .configuration_sorted_llama import check_exit_layer
-from .heads_sorted_llama import submodel_weights
+from .heads_sorted_llama import HEAD, folded_matrix, heads_of, submodel_name
+from .vllm_segments import ExitLens
 
 
 class SortedLlamaForCausalLM(LlamaForCausalLM):
@@ -28,10 +29,17 @@ class SortedLlamaForCausalLM(LlamaForCausalLM):
             depth = getattr(target, "assistant_early_exit", None) or depth
         self.exit_layer = check_exit_layer(depth or config.num_hidden_layers, config.num_hidden_layers)
         config.num_hidden_layers = self.exit_layer  # keys and values, too, are of these layers
-        if self.exit_layer in config.own_exits:
+        if HEAD in heads_of(config, self.exit_layer).owned:
             config.tie_word_embeddings = False
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.matrix = folded_matrix(config, self.exit_layer)
+        if self.matrix is not None:  # a lens stays unfolded: the head may be the embeddings, and is in memory once
+            self.model.norm = ExitLens(config.hidden_size, config.rms_norm_eps)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the sub-model's weights; those of deeper layers are passed over."""
-        return AutoWeightsLoader(self).load_weights(submodel_weights(weights, self.config, self.exit_layer))
+        """Load the sub-model's weights, in one call or in several; those of deeper layers are passed over."""
+        named = ((self._name_of(name), tensor) for name, tensor in weights)
+        return AutoWeightsLoader(self).load_weights((name, tensor) for name, tensor in named if name is not None)
+
+    def _name_of(self, name: str) -> str | None:
+        return "model.norm.matrix" if name == self.matrix else submodel_name(name, self.config, self.exit_layer)

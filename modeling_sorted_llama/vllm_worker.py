@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.utils import AttentionGroup
 
 from .vllm_cache import SegmentSpec
-from .vllm_drafts import FirstLayersProposer
+from .vllm_drafts import FirstLayersProposer, mend_sampling_on_cpu
 from .vllm_requests import exit_layer_of, exit_layers_of
 from .vllm_setup import drafts_for_itself
 
@@ -130,6 +130,8 @@ class DraftWorker(Worker):
         processors = self.model_config.logits_processors or []
         self.model_config.logits_processors = [p for p in processors if not str(p).startswith(checks)]
         super().init_device()
+        if current_platform.is_cpu():
+            mend_sampling_on_cpu()
         if drafts_for_itself(self.vllm_config):
             runner = self.model_runner
             runner.drafter = FirstLayersProposer(self.vllm_config, runner.device, runner)

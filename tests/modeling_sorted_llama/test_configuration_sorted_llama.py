@@ -98,7 +98,7 @@ def test_bad_exit_layers_are_refused_by_name(value):
 
 
 @pytest.mark.parametrize(
-    "value", [[2, 1, 4], [1, 1, 4], "1, 2, 4", "[1, 2, 4]", [], [1, 2, 5], [1, 2], "every:0", "every:²"], ids=repr
+    "value", [[2, 1, 4], [1, 1, 4], "1, 2, 4", "[1, 2, 4]", [], [1, 2, 5], "every:0", "every:²"], ids=repr
 )
 def test_wrong_exit_layers_are_told_beside_what_is_allowed(value):
     with pytest.raises(ValueError) as error:
@@ -107,6 +107,11 @@ def test_wrong_exit_layers_are_told_beside_what_is_allowed(value):
         "`exit_layers` must be a list of integers from 1 to 4, ascending and ending in the full depth, or 'every:N' "
         f"where a model's depth is known, got {value!r}."
     )
+
+
+def test_exits_that_end_before_full_depth_are_told_with_it():
+    with pytest.raises(ValueError, match=r"got \[1, 2\]: pass \[1, 2, 4\]"):
+        sorted_config(exit_layers=[1, 2])
 
 
 @pytest.mark.parametrize("depth, n, exits", [(4, 2, [2, 4]), (5, 2, [2, 4, 5]), (4, 9, [4]), (3, 1, [1, 2, 3])])
@@ -298,6 +303,11 @@ def test_an_update_of_the_config_is_checked():
     ):
         with pytest.raises(ValueError, match=message):
             copy.deepcopy(config).update(fields)
+    for name, value in (("exit_layers", [4, 1]), ("exit_layers", 5), ("exit_layer", "2"), ("exit_loss_weights", 5)):
+        assigned = copy.deepcopy(config)
+        setattr(assigned, name, value)
+        with pytest.raises(ValueError, match=f"`{name}` must be"):  # before it is cut, too
+            assigned.update({"num_hidden_layers": 2})
     config.update({"num_hidden_layers": 2})
     assert (config.num_hidden_layers, config.exit_layers, config.exit_loss_weights) == (2, [1, 2], [1.0, 2.0])
     own = SortedLlamaConfig(num_hidden_layers=4, exit_layers=[1, 2, 4], exit_heads="lens")
