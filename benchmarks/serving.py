@@ -141,9 +141,7 @@ def compare_mixed(bench: Bench) -> None:
         share = cores // len(depths)
         for i, k in enumerate(depths):
             half[k] = bench.start(args.model, *at_depth(k), cores=f"{i * share}-{(i + 1) * share - 1}")
-    print(
-        f"{args.runs} runs of {args.seconds:.0f} s in turns; medians; {args.dtype}, answers of {args.max_tokens}"
-    )
+    print(f"{args.runs} runs of {args.seconds:.0f} s in turns; medians; {args.dtype}, answers of {args.max_tokens}")
     times = [f"exit {k}: {what} ms" for k in depths for what in ("median", "95 %")]
     print_head("clients", "servers", *(f"exit {k}: tokens/s" for k in depths), "together", "ratio", *times, "errors")
     for clients in args.clients:

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server at an exit, under fault."""
+"""vLLM's OpenAI servers, at one exit and at all of them, and under fault."""
 
 import hashlib
 import os
@@ -7,17 +7,19 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 from openai import APIError, BadRequestError, OpenAI
 
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from _vllm import start_server, wait_until_up  # noqa: E402
-from test_vllm_sorted_llama import make  # noqa: E402
+from _vllm import PER_REQUEST, at_depth, start_server, wait_until_up  # noqa: E402
+
+from sorted_llama import SortedLlamaForCausalLM  # noqa: E402
+from tests.serving_vllm.engines import expected_tokens, make, random_prompts  # noqa: E402
 
 
 FLAGS = [
@@ -28,15 +30,12 @@ FLAGS = [
     "--max-num-seqs",
     "4",
     "--enforce-eager",
-    "--skip-tokenizer-init",
 ]
 PROMPT = [5, 40, 7, 100]
 
 
 @pytest.fixture
-def path(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def path(tmp_path):
     make(tmp_path / "model")
     return tmp_path / "model"
 
@@ -45,11 +44,11 @@ def path(tmp_path, monkeypatch):
 def serve(path):
     servers = []
 
-    def serve(depth: str):
+    def serve(*flags: str):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        server = start_server(str(path), depth, port, *FLAGS, name="model")
+        server = start_server(str(path), port, *FLAGS, *flags)
         servers.append(server)
         wait_until_up(server, port)
         return server, OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=60)
@@ -72,13 +71,9 @@ def tokens(client, **options):
     return ask(client, **options).choices[0].token_ids
 
 
-def expected(path, exit_layer):
-    from sorted_llama import SortedLlamaForCausalLM
-
+def expected(path, exit_layer, prompt=PROMPT, max_tokens=8):
     model = SortedLlamaForCausalLM.from_pretrained(path)
-    inputs = torch.tensor([PROMPT])
-    found = model.generate(inputs, exit_layer=exit_layer, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    return found[0, len(PROMPT) :].tolist()
+    return expected_tokens(model, [(prompt, exit_layer)], max_tokens)[0]
 
 
 def digest(folder):
@@ -87,11 +82,12 @@ def digest(folder):
 
 def test_two_servers_and_their_faults(path, serve):
     before = digest(path)
-    shallow, client = serve("2")
-    _, other = serve("full")
+    shallow, client = serve(*at_depth(2))
+    _, other = serve()
     assert tokens(client) == expected(path, 2) and tokens(other) == expected(path, 4)
-    # A field that the server does not know is passed over: a depth is the server's, not the request's
-    assert tokens(client, exit_layer=1) == expected(path, 2)
+    assert tokens(client, vllm_xargs={"exit_layer": 2}) == expected(path, 2)
+    with pytest.raises(BadRequestError, match="`exit_layer` must be 2, the only depth of this server"):
+        tokens(client, vllm_xargs={"exit_layer": 1})
 
     stream = ask(client, stream=True, max_tokens=50)
     next(iter(stream))
@@ -125,14 +121,53 @@ def test_two_servers_and_their_faults(path, serve):
         tokens(client)
     assert tokens(other) == expected(path, 4)
     assert digest(path) == before
-    _, client = serve("2")
+    _, client = serve(*at_depth(2))
     assert tokens(client) == expected(path, 2)
 
 
 def test_a_bad_depth_ends_the_start_with_the_allowed_ones(path):
-    command = [sys.executable, "-c", "import sys; from _vllm import start_server; "]
-    command[-1] += f"sys.exit(start_server({str(path)!r}, '9', 1, *{FLAGS!r}).wait())"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), *FLAGS, *at_depth(9)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode != 0
     assert "`exit_layer` must be an integer from 1 to 4, got 9" in run.stdout + run.stderr
+
+
+def test_a_server_of_all_depths_and_its_requests(path, serve):
+    _, client = serve(*PER_REQUEST)
+    depths = [1, 2, 4, None] * 4
+    prompts = random_prompts(len(depths), longest=20)
+
+    def asked(exit_layer):
+        return {} if exit_layer is None else {"vllm_xargs": {"exit_layer": exit_layer}}
+
+    def whole(prompt, exit_layer):
+        return tokens(client, prompt=prompt, max_tokens=30, **asked(exit_layer))
+
+    def streamed(prompt, exit_layer):
+        stream = ask(client, stream=True, prompt=prompt, max_tokens=30, **asked(exit_layer))
+        return [token for part in stream for token in part.choices[0].token_ids or ()]
+
+    def left(prompt, exit_layer):
+        stream = ask(client, stream=True, prompt=prompt, max_tokens=40, **asked(exit_layer))
+        next(iter(stream))
+        stream.close()
+
+    rows = [expected(path, exit_layer, prompt, 30) for prompt, exit_layer in zip(prompts, depths)]
+    with ThreadPoolExecutor(12) as clients:  # more than the server runs at once
+        some_leave = [clients.submit(left, *request) for request in zip(prompts[:8], depths)]
+        assert list(clients.map(whole, prompts, depths)) == rows
+        assert list(clients.map(streamed, prompts, depths)) == rows
+        [leaves.result() for leaves in some_leave]
+
+    for bad in (3, 0, "2", 2.0, [2]):
+        with pytest.raises(BadRequestError) as refused:
+            tokens(client, vllm_xargs={"exit_layer": bad})
+        assert f"`exit_layer` must be one of 1, 2, 4, got {bad!r}." in refused.value.message
+    chat = {"messages": [{"role": "user", "content": "?"}], "model": "model"}
+    with pytest.raises(BadRequestError, match="must be one of 1, 2, 4, got 3"):
+        client.chat.completions.create(**chat, extra_body=asked(3))
+    answers = [
+        client.chat.completions.create(**chat, temperature=0, max_tokens=8, extra_body=asked(k)) for k in (1, 4)
+    ]
+    assert answers[0].choices[0].message.content != answers[1].choices[0].message.content
+    assert whole(prompts[0], depths[0]) == rows[0]

@@ -1,5 +1,6 @@
 """
-The checkpoint in vLLM, against this package's own model. `make test-vllm` runs it, in an environment that has vLLM.
+One depth of a checkpoint in vLLM, against this package's own model.
+`make test-vllm` runs it, in an environment that has vLLM.
 """
 
 import json
@@ -8,57 +9,18 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from sorted_llama import SortedLlamaForCausalLM
 from sorted_llama.hub_card.extract import extract
-from tests.tiny import run_as_stranger, tiny_sorted
+from tests.serving_vllm.engines import LINEARS, ask, cached_tokens, make, quantize
+from tests.tiny import run_as_stranger
 
 
-EXITS = [1, 2, 4]
 NEW_TOKENS = 12
 PROMPTS = [[5, 40, 7, 100], [200, 3, 9], [30] * 20 + [11, 12], [77]]
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # tests ask workers about their models
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def make(folder, **fields):
-    """A checkpoint with heads of a width that vLLM's kernels know, whose exits, where they own weights, differ."""
-    fields = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, **fields}
-    model = tiny_sorted(exit_layers=EXITS, **fields)
-    own = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "exit_norms" in name or "exit_lm_heads" in name:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=own)
-    model.save_pretrained(folder)
-    return model
-
-
-@pytest.fixture
-def start():
-    """Starts engines, one at a time: the next one, or the end of the test, stops the one before."""
-    running = []
-
-    def stop():
-        for llm in running:
-            llm.llm_engine.engine_core.shutdown()
-        running.clear()
-
-    def start(path, **options) -> LLM:
-        stop()
-        options = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True, **options}
-        running.append(LLM(str(path), skip_tokenizer_init=True, **options))
-        return running[0]
-
-    yield start
-    stop()
 
 
 def generated(llm, lora=None):
@@ -85,11 +47,6 @@ def assert_is_exit(found, model, exit_layer):
         torch.testing.assert_close(torch.tensor(logprobs), chosen, rtol=0, atol=1e-4)
 
 
-def cached_tokens(llm) -> int:
-    cache = llm.llm_engine.vllm_config.cache_config
-    return cache.num_gpu_blocks * cache.block_size
-
-
 @pytest.mark.parametrize(
     "exit_layer, fields",
     [
@@ -111,11 +68,30 @@ def test_the_exit_of_the_config_and_its_cache(start, tmp_path):
     model = make(tmp_path / "model")
     full = start(tmp_path / "model")
     assert_is_exit(generated(full), model, 4)
+    of_full = cached_tokens(full)
     model.config.exit_layer = 1
     model.save_pretrained(tmp_path / "one")
     one = start(tmp_path / "one")
     assert_is_exit(generated(one), model, 1)
-    assert cached_tokens(one) == 4 * cached_tokens(full)
+    assert cached_tokens(one) == 4 * of_full
+
+
+@pytest.mark.parametrize("asked", [1, 4, 0, "2", True])
+def test_a_request_of_another_depth_is_refused(start, checkpoint, asked):
+    path, model = checkpoint()
+    llm = start(path, hf_overrides={"exit_layer": 2})
+    message = "`exit_layer` must be 2, the only depth of this server: one that is started with "
+    with pytest.raises(VLLMValidationError) as refused:
+        ask(llm, [([5], asked)])
+    assert str(refused.value).startswith(message) and str(refused.value).endswith(f", got {asked!r}.")
+    found = [list(output.outputs[0].token_ids) for output in ask(llm, [([5, 6], 2), ([5, 6], None)])]
+    assert (
+        found[0]
+        == found[1]
+        == model.generate(torch.tensor([[5, 6]]), exit_layer=2, max_new_tokens=12, do_sample=False, eos_token_id=None)[
+            0, 2:
+        ].tolist()
+    )
 
 
 WITHOUT_THE_PLUGIN = """
@@ -150,49 +126,6 @@ def test_without_the_plugin(tmp_path, monkeypatch, overrides):
     assert found["modules"]["SortedLlamaModel"].startswith("transformers_modules.")
 
 
-@pytest.mark.parametrize("exit_heads", ["shared", "lens"])
-def test_drafts_for_itself_through_its_own_weights(start, tmp_path, exit_heads):
-    model = make(tmp_path / "model", exit_heads=exit_heads, initializer_range=0.1)
-    llm = start(
-        tmp_path / "model",
-        hf_overrides={"assistant_early_exit": 2},
-        speculative_config={
-            "method": "draft_model",
-            "model": f"{tmp_path / 'model'}/",  # the same folder, written otherwise
-            "num_speculative_tokens": 2,
-        },
-        disable_log_stats=False,
-    )
-    assert_is_exit(generated(llm), model, 4)
-    counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    assert counts["vllm:spec_decode_num_draft_tokens"] > 0
-    assert counts["vllm:spec_decode_num_accepted_tokens"] > 0
-    (own,) = llm.collective_rpc(own_parameters)
-    # A lens's norm and folded head are its own, everything else is the target's
-    assert own == (["lm_head.weight", "model.norm.weight"] if exit_heads == "lens" else [])
-
-
-@pytest.mark.parametrize("overrides, message", [({}, "needs a depth"), ({"assistant_early_exit": 4}, "from 1 to 3")])
-def test_a_draft_of_its_own_checkpoint_needs_a_depth(start, tmp_path, capfd, overrides, message):
-    make(tmp_path / "model")
-    draft = {"method": "draft_model", "model": str(tmp_path / "model"), "num_speculative_tokens": 2}
-    with pytest.raises(RuntimeError):
-        start(tmp_path / "model", hf_overrides=overrides, speculative_config=draft)
-    printed = capfd.readouterr()
-    assert message in printed.out + printed.err
-
-
-def own_parameters(worker) -> list[str]:
-    return sorted(name for name, _ in worker.model_runner.drafter.model.named_parameters())
-
-
-@pytest.mark.parametrize("override", [9, 0, "two"])
-def test_a_bad_depth_is_refused_at_start(start, tmp_path, override):
-    make(tmp_path / "model")
-    with pytest.raises(ValueError, match=f"`exit_layer` must be an integer from 1 to 4, got {override!r}"):
-        start(tmp_path / "model", hf_overrides={"exit_layer": override})
-
-
 def test_adapters(start, tmp_path):
     """Of an adapter for all layers, those that run are used."""
     base = make(tmp_path / "model")
@@ -221,32 +154,6 @@ def test_prefixes_and_chunks(start, tmp_path):
     llm = start(tmp_path / "model", hf_overrides={"exit_layer": 2}, **options)
     for _ in range(2):
         assert_is_exit(generated(llm), model, 2)
-
-
-def quantize(folder):
-    """Weights in 8 bits, a scale a row, as compressed-tensors has them."""
-    from safetensors.torch import load_file, save_file
-
-    state, quantized = load_file(folder / "model.safetensors"), {}
-    for name, tensor in state.items():
-        if name.split(".")[-2] in LINEARS:
-            scale = tensor.abs().amax(1, keepdim=True) / 127
-            quantized[name] = (tensor / scale).round().to(torch.int8)
-            quantized[f"{name}_scale"] = scale
-        else:
-            quantized[name] = tensor
-    save_file(quantized, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_a_quantized_checkpoint(start, tmp_path):
