@@ -91,7 +91,7 @@ def choose_modes(config: SortedLlamaConfig, args: argparse.Namespace) -> list[di
     depths = read_exit_layers(args.exit_layers or exits)
     if isinstance(depths, str):
         depths = check_exit_layers(depths, full)
-    depths = [check_exit_layer(k, full, "exit_layers") for k in depths]
+    depths = list(dict.fromkeys(check_exit_layer(k, full, "exit_layers") for k in depths))
     modes: list[dict] = [{}, *({"exit_layer": k} for k in depths if k != full)]
     if len(exits) > 1 or args.exit_threshold:
         thresholds = args.exit_threshold or [0.9]

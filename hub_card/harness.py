@@ -113,14 +113,17 @@ class SortedLlamaLM(HFLM):
 def find_tasks(names: Sequence[str]) -> TaskManager:
     """Make the tasks, by their names or paths of YAML files, before any is run; `ValueError` if one cannot be made."""
     manager = TaskManager()
+    unknown = [name for name in names if not Path(name).is_file() and not manager.match_tasks([name])]
+    if unknown:
+        advice = "`lm_eval ls tasks` lists them; or pass a YAML file"
+        raise ValueError(f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}: {advice}.")
     for name in names:
-        if not Path(name).is_file() and not manager.match_tasks([name]):
-            advice = "`lm_eval ls tasks` lists them; or pass a YAML file"
-            raise ValueError(f"lm-evaluation-harness has no task {name!r}: {advice}.")
         try:
             manager.load([name])
         except Exception as error:  # the harness, the file and the data have each their own
-            raise ValueError(f"The task {name!r} could not be made: {one_line(repr(error))}") from error
+            raise ValueError(
+                f"The task {name!r} could not be made: {type(error).__name__}: {one_line(error)}"
+            ) from error
     return manager
 
 

@@ -6,12 +6,13 @@ import json
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.contrib.concurrent import thread_map
+from tqdm.auto import tqdm
 
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_int
 from sorted_llama.trainer.escaping import one_line
@@ -166,18 +167,15 @@ def judge_pairs(
         client = connect(base_url, api_key, max_retries, timeout)
         replies.make_file()
 
-        def ask(key: str) -> None:
-            replies.add(key, _ask(client, requests[key]))
-
         try:
-            with client:  # after a failure, those under way are waited for, and kept
-                thread_map(ask, missing, max_workers=concurrency, desc="Judging")
+            with client:
+                _ask_all(client, {key: requests[key] for key in missing}, replies, concurrency)
         except Exception as error:
             advice = "They are lost: pass `cache` to keep them."
             if cache is not None:
                 advice = f"They are in cache={os.fspath(cache)!r}: run again to go on from there."
             done = f"{sum(key in replies for key in requests)} of {len(requests)} replies had arrived"
-            failed = f"A request to {model=} failed with {max_retries=}: {one_line(repr(error))}"
+            failed = f"A request to {model=} failed with {max_retries=}: {type(error).__name__}: {one_line(error)}"
             raise JudgeError(f"{failed}; {done}. {advice}") from error
 
     read = [parse_verdict(replies[key], nonce) for key, nonce in asked]
@@ -207,7 +205,7 @@ def check_judge(model: str, base_url: str | None = None, **options: Any) -> None
             _ask(client, request)
     except Exception as error:
         address = f"The judge {model!r} at {client.base_url}"
-        raise JudgeError(f"{address} does not answer: {one_line(repr(error))}") from error
+        raise JudgeError(f"{address} does not answer: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _ask(client: Any, request: dict[str, Any]) -> str:
@@ -216,6 +214,17 @@ def _ask(client: Any, request: dict[str, Any]) -> str:
     if not getattr(completion, "choices", None):
         raise ValueError(f"the endpoint's reply is no chat completion: {one_line(completion)[:200]!r}.")
     return completion.choices[0].message.content or ""
+
+
+def _ask_all(client: Any, requests: dict[str, dict], replies: Replies, concurrency: int) -> None:
+    """Add the reply to each of `requests` to `replies`; the first failure ends it, whichever request it is of."""
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        asked = [pool.submit(lambda key: replies.add(key, _ask(client, requests[key])), key) for key in requests]
+        for answered in tqdm(as_completed(asked), "Judging", len(asked)):
+            answered.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # those under way are waited for, and kept
 
 
 def parse_verdict(reply: str, nonce: str) -> str | None:

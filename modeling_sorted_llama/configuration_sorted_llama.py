@@ -111,12 +111,12 @@ def check_exit_layers(exit_layers: Any, num_hidden_layers: int | None, name: str
     are_ascending = bool(exits) and all(a < b for a, b in pairwise([0, *exits]))
     if not are_ascending or num_hidden_layers not in (None, exits[-1]):
         limit = "the full depth" if num_hidden_layers is None else num_hidden_layers
-        hint = ""
+        hint = "" if spacing is None else ", which needs a model's depth, not known here: pass a list"
         if are_ascending and num_hidden_layers is not None and exits[-1] < num_hidden_layers:
             hint = f": pass {[*exits, num_hidden_layers]}"
         raise ValueError(
             f"`{name}` must be a list of integers from 1 to {limit}, ascending and ending in the full depth, or "
-            f"'every:N' where a model's depth is known, got {exit_layers!r}{hint}."
+            f"'every:N', got {exit_layers!r}{hint}."
         )
     return exits
 

@@ -98,7 +98,8 @@ class AtomicSaves(Trainer):
             if renames and written.is_dir():
                 if self.args.should_save:
                     self.state.save_to_json(str(written / STATE))
-                _discard(checkpoint)  # of a former run
+                if checkpoint.is_dir():  # of a former run, which is there until this one is
+                    checkpoint.rename(unfinished / "former")
                 written.rename(checkpoint)
                 _discard(unfinished)
                 self._discard_oldest(checkpoint.parent, newest=checkpoint)
@@ -172,12 +173,19 @@ def _one_at_a_time(folder: Path, locks: bool) -> Iterator[None]:
 
 def _discard(folder: Path) -> None:
     """Delete a folder, and what was left of others: renamed first, so that it is no checkpoint, and out of the way."""
+
+    def leftovers():
+        return folder.parent.glob(f"{UNFINISHED}.old-*")
+
+    for left in leftovers():
+        shutil.rmtree(left, ignore_errors=True)
     if folder.is_dir():
-        trash = tempfile.mkdtemp(prefix=f"{UNFINISHED}.old-", dir=folder.parent)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a disk is full, or files of it are in use
+            trash = tempfile.mkdtemp(prefix=f"{UNFINISHED}.old-", dir=folder.parent)
             folder.rename(Path(trash, folder.name))
-    for left in (*folder.parent.glob(f"{UNFINISHED}.old-*"), folder):
-        if left is not folder:
-            shutil.rmtree(left, ignore_errors=True)
-        if left.is_dir():  # files of it are in use
+            shutil.rmtree(trash, ignore_errors=True)
+        if folder.name == UNFINISHED:  # no checkpoint: it may go piece by piece
+            shutil.rmtree(folder, ignore_errors=True)
+    for left in (*leftovers(), folder):
+        if left.is_dir():
             logger.warning_once(f"{left} cannot be deleted now: it stays until the next save.")

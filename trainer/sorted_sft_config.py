@@ -108,7 +108,9 @@ class SortedSFTConfig(SFTConfig):
         if self.exit_learning_rate is not None:
             check_number(self.exit_learning_rate, "exit_learning_rate", 0, exclusive=True)
         if self.exits_per_step != 1 and self.exit_schedule != "random":
-            raise ValueError(f"`exits_per_step={self.exits_per_step}` has no effect with `exit_schedule='all'`.")
+            raise ValueError(
+                f"`exits_per_step={self.exits_per_step}` has no effect with `exit_schedule='all'`: choose 'random'."
+            )
 
     def _read_exit_layers(self) -> Any:
         exits: Any = self.exit_layers

@@ -104,8 +104,8 @@ def test_wrong_exit_layers_are_told_beside_what_is_allowed(value):
     with pytest.raises(ValueError) as error:
         sorted_config(exit_layers=value)
     assert str(error.value) == (
-        "`exit_layers` must be a list of integers from 1 to 4, ascending and ending in the full depth, or 'every:N' "
-        f"where a model's depth is known, got {value!r}."
+        "`exit_layers` must be a list of integers from 1 to 4, ascending and ending in the full depth, or 'every:N', "
+        f"got {value!r}."
     )
 
 

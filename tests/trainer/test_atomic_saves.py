@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager
 from transformers.trainer_utils import get_last_checkpoint
@@ -42,6 +44,7 @@ def train(folder: Path, options: dict, kill_at: int | None = None, count=None, b
 
     sys.addaudithook(before_change)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared by all processes, and stays locked where one is killed
     trainer = make_trainer(folder, tiny_llama(), **options)
     trainer.train(resume_from_checkpoint=True if get_last_checkpoint(folder) else None)
     trainer.save_model()
@@ -51,10 +54,10 @@ def run(folder, options, kill_at=None, seconds=None, by=signal.SIGKILL):
     """In a process of its own: whether it came to its end, and how many files it changed."""
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("fork")  # torch is loaded already
-    count = context.Value("i", 0)
+    count = context.Value("i", 0, lock=False)
     process = context.Process(target=train, args=(folder, options, kill_at, count, by))
     process.start()
-    process.join(seconds)
+    process.join(120 if seconds is None else seconds)
     if process.is_alive():
         os.kill(process.pid, signal.SIGKILL)
         process.join()
