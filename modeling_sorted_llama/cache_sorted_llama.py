@@ -97,9 +97,13 @@ class SortedCache(Cache):
 
     >>> model = SortedLlamaForCausalLM.from_pretrained("user/sorted-llama")
     >>> tokenizer = AutoTokenizer.from_pretrained("user/sorted-llama")
-    >>> inputs = tokenizer("The capital of Peru is", return_tensors="pt")
+    >>> messages = [{"role": "user", "content": "What is the capital of Peru?"}]
+    >>> inputs = tokenizer.apply_chat_template(
+    ...     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    ... )
     >>> turn = model.generate(**inputs, assistant_early_exit=10, max_new_tokens=8, return_dict_in_generate=True)
     >>> next_turn = model.generate(turn.sequences, cache=turn.cache, exit_threshold=0.9, max_new_tokens=8)
+    >>> print(tokenizer.decode(next_turn[0], skip_special_tokens=True))
     ```
     """
 
