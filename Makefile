@@ -31,6 +31,8 @@ test-oldest: .venv-oldest/.installed
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/serving_vllm
 	.venv-vllm/bin/python benchmarks/serving.py --small
+	.venv-vllm/bin/python benchmarks/serving.py --small --mixed 2 6
+	.venv-vllm/bin/python benchmarks/serving.py --small --drafts 2
 
 notebook: .venv/.installed
 	.venv/bin/python -m pip install --quiet -e ".[notebook]"

@@ -16,7 +16,10 @@ from typing import NamedTuple
 from openai import AsyncOpenAI
 
 
-PER_REQUEST = ["--additional-config", json.dumps({"exit_layer": "request"})]
+def per_request(exit_layers: list[int]) -> list[str]:
+    """Flags of a server that takes one of these depths from each request; the last one is full depth."""
+    served = json.dumps({"exit_layers": exit_layers})
+    return ["--additional-config", json.dumps({"exit_layer": "request"}), "--hf-overrides", served]
 
 
 def at_depth(exit_layer: int) -> list[str]:

@@ -34,7 +34,7 @@ import time
 from contextlib import ExitStack
 
 from _common import SMALL, print_head, print_row
-from _vllm import PER_REQUEST, Load, Server, Throughput, ask, at_depth, client_of, run_loads
+from _vllm import Load, Server, Throughput, ask, at_depth, client_of, per_request, run_loads
 from facts import build_facts
 
 from sorted_llama.hub_card.extract import extract
@@ -134,7 +134,7 @@ def compare_exits(bench: Bench) -> None:
 def compare_mixed(bench: Bench) -> None:
     """One server of all depths against a server a depth, which share the cores or have half of them each."""
     args, depths = bench.args, bench.args.mixed
-    one = bench.start(args.model, *PER_REQUEST)
+    one = bench.start(args.model, *per_request(depths))
     alone = {k: bench.start(args.model, *at_depth(k)) for k in depths}
     half, cores = {}, os.cpu_count() or 1
     if cores >= len(depths):
@@ -178,7 +178,7 @@ def soak(bench: Bench, requests: int) -> None:
     """Many requests of all depths, a third of them hung up on: errors, wrong depths, what is left, memory."""
     args, draw = bench.args, random.Random(0)
     # A cache that is soon used whole: memory that is touched for the first time is no leak
-    server = bench.start(args.model, *PER_REQUEST, "--num-gpu-blocks-override", "1024")
+    server = bench.start(args.model, *per_request(args.mixed), "--num-gpu-blocks-override", "1024")
     depths, length, rounds = args.mixed, 16, 10
 
     async def answers(jobs: list[tuple[int, int, int]], clients: int) -> list:
@@ -275,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="out/demo/final")
     parser.add_argument("--exits", type=int, nargs="+", default=[10, 20, 30])
-    parser.add_argument("--mixed", type=int, nargs=2, help="two depths of one server")
+    parser.add_argument("--mixed", type=int, nargs=2, help="two depths of one server, the second full depth")
     parser.add_argument("--drafts", type=int, help="exit that drafts")
     parser.add_argument("--num_drafts", type=int, default=3)
     parser.add_argument(

@@ -1,6 +1,7 @@
 """vLLM's Llama in segments, the layers from one exit to the next: the requests of a step end behind different ones."""
 
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -31,10 +32,13 @@ class Segment(nn.Module):
         return hidden_states, residual
 
 
-def _compiled_segment(number: int) -> type[Segment]:
-    """A class a segment: what vLLM has compiled it keeps under the name of a class."""
-    own = type(f"Segment{number}", (Segment,), {"forward": Segment.forward, "__module__": __name__})
-    inputs = ["positions", "hidden_states", *(["residual"] if number else [])]  # the first one has no residual yet
+def _compiled_segment(first: int, last: int) -> type[Segment]:
+    """A class, and a function, a segment: what is compiled is kept, in memory and on disk, by the name of these."""
+    name, of_all = f"Segment{first}To{last}", Segment.forward
+    forward = FunctionType(of_all.__code__.replace(co_name=name), of_all.__globals__, name)
+    forward.__annotations__, forward.__qualname__ = of_all.__annotations__, f"{name}.forward"
+    own = type(name, (Segment,), {"forward": forward, "__module__": __name__})
+    inputs = ["positions", "hidden_states", *(["residual"] if first else [])]  # the first one has no residual yet
     return support_torch_compile(own, dynamic_arg_dims=dict.fromkeys(inputs, 0))
 
 
@@ -61,7 +65,7 @@ class SegmentedLlamaModel(LlamaModel):
         self.do_not_compile = True  # as a whole: its segments are compiled
         self.segment_ends = ends
         self.segments = nn.ModuleList(
-            _compiled_segment(i)(
+            _compiled_segment(first, last)(
                 vllm_config=vllm_config, prefix=f"{prefix}.segments.{i}", layers=self.layers[first:last]
             )
             for i, (first, last) in enumerate(zip([0, *ends], ends))

@@ -104,7 +104,7 @@ class DepthModelRunner(ModelRunner):
             kwargs["segment_tokens"] = tokens = [share.tokens for share in self.shares]
             slots = get_forward_context().slot_mapping
             for name, segment in self.segments.items():
-                if tokens[segment] < tokens[0]:
+                if 0 < tokens[segment] < tokens[0]:
                     slots[name] = slots[name][: tokens[segment]]
         return super()._model_forward(*args, **kwargs)
 

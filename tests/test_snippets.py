@@ -38,6 +38,7 @@ SCRIPTS = ["hub_card/*.py", "examples/**/*.py", "benchmarks/*.py"]  # their test
 # What stands on a page and is not run, by how it begins
 NOT_RUN = {
     "pip install": "downloads into the environment",
+    "trl vllm-serve ": "the same",
     "vllm serve ": "vLLM has an environment of its own: tests/serving_vllm",
     "accelerate launch ": "several processes: tests/examples/test_train.py",
     "torchrun ": "several processes: tests/examples/test_train.py",

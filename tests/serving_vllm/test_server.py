@@ -16,7 +16,7 @@ from openai import APIError, BadRequestError, OpenAI
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from _vllm import PER_REQUEST, at_depth, start_server, wait_until_up  # noqa: E402
+from _vllm import at_depth, per_request, start_server, wait_until_up  # noqa: E402
 
 from sorted_llama import SortedLlamaForCausalLM  # noqa: E402
 from tests.serving_vllm.engines import expected_tokens, make, random_prompts  # noqa: E402
@@ -133,7 +133,7 @@ def test_a_bad_depth_ends_the_start_with_the_allowed_ones(path):
 
 
 def test_a_server_of_all_depths_and_its_requests(path, serve):
-    _, client = serve(*PER_REQUEST)
+    _, client = serve(*per_request([1, 2, 4]))
     depths = [1, 2, 4, None] * 4
     prompts = random_prompts(len(depths), longest=20)
 
