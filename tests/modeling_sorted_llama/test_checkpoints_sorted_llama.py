@@ -28,7 +28,7 @@ from tests.tiny import reference_llama, run_as_stranger, save_gguf, save_tiny, t
 
 
 PACKAGE = Path(sorted_llama.modeling_sorted_llama.__file__).parent
-STAYS_HERE = ["vllm_plugin.py", "vllm_sorted_llama.py"]  # for the installed package only
+STAYS_HERE = sorted(path.name for path in PACKAGE.glob("vllm_*.py"))  # for the installed package only
 REMOTE_CODE = sorted(path.name for path in PACKAGE.glob("[!_]*.py") if path.name not in STAYS_HERE)
 AUTO_MAP = {
     "AutoConfig": "configuration_sorted_llama.SortedLlamaConfig",
