@@ -236,8 +236,14 @@ def compare_drafts(bench: Bench) -> None:
     prompts = bench.prompts[:50]
 
     async def all_answers(server: Server) -> list[list[int]]:
+        limit = asyncio.Semaphore(8)
         async with client_of(server) as client:
-            return [(await ask(client, prompt, args.max_tokens)).tokens for prompt in prompts]
+
+            async def one(prompt: str | list[int]) -> list[int]:
+                async with limit:
+                    return (await ask(client, prompt, args.max_tokens)).tokens
+
+            return await asyncio.gather(*map(one, prompts))
 
     async def first_tokens(server: Server) -> float:
         long = [[(7 * i + j) % 400 + 3 for i in range(1000)] for j in range(6)]
