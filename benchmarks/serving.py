@@ -135,43 +135,47 @@ def compare_mixed(bench: Bench) -> None:
     """One server of all depths against a server a depth, which share the cores or have half of them each."""
     args, depths = bench.args, bench.args.mixed
     one = bench.start(args.model, *per_request(depths))
-    alone = {k: bench.start(args.model, *at_depth(k)) for k in depths}
-    half, cores = {}, os.cpu_count() or 1
-    if cores >= len(depths):
-        share = cores // len(depths)
-        for i, k in enumerate(depths):
-            half[k] = bench.start(args.model, *at_depth(k), cores=f"{i * share}-{(i + 1) * share - 1}")
+    alone = [bench.start(args.model, *at_depth(k)) for k in depths]
+    rivals = {"two": alone, "two, half of the cores each": start_on_halves(bench)}
     print(f"{args.runs} runs of {args.seconds:.0f} s in turns; medians; {args.dtype}, answers of {args.max_tokens}")
     times = [f"exit {k}: {what} ms" for k in depths for what in ("median", "95 %")]
     print_head("clients", "servers", *(f"exit {k}: tokens/s" for k in depths), "together", "ratio", *times, "errors")
     for clients in args.clients:
-        sides = {"one": [Load(one, clients, k) for k in depths], "two": [Load(s, clients) for s in alone.values()]}
-        if half:
-            sides["two, half of the cores each"] = [Load(s, clients) for s in half.values()]
-        found = bench.in_turns(sides)
+        sides = {name: [Load(server, clients) for server in servers] for name, servers in rivals.items() if servers}
+        found = bench.in_turns({"one": [Load(one, clients, k) for k in depths], **sides})
         for name, runs in found.items():
-            speeds = [f"{statistics.median(run[i].tokens_per_second for run in runs):.0f}" for i in range(len(depths))]
-            ratio = statistics.median(
-                sum(a.tokens_per_second for a in ours) / sum(b.tokens_per_second for b in theirs)
-                for ours, theirs in zip(found["one"], runs)
-            )
-            gaps = [text for i in range(len(depths)) for text in milliseconds(runs, i)]
-            together = f"{median_speed(runs):.0f}"
-            print_row(f"{clients} + {clients}", name, *speeds, together, f"{ratio:.2f}", *gaps, errors({name: runs}))
+            print_mixed(f"{clients} + {clients}", name, found["one"], runs)
 
     print("\nA single depth, the server of all depths / the server of that depth:")
     print_head("exit", "clients", "tokens/s", "server of one depth", "ratio")
-    for k in depths:
+    for k, server in zip(depths, alone, strict=True):
         for clients in args.clients:
-            found = bench.in_turns({"all": [Load(one, clients, k)], "one": [Load(alone[k], clients)]})
+            found = bench.in_turns({"all": [Load(one, clients, k)], "one": [Load(server, clients)]})
             ratio = median_speed(found["all"]) / median_speed(found["one"])
             print_row(k, clients, *(f"{median_speed(runs):.0f}" for runs in found.values()), f"{ratio:.2f}")
 
-    memory = {"one server": one.memory_mb(), "two servers": sum(server.memory_mb() for server in alone.values())}
-    print(
-        "\nResident memory, MB, with the keys and values that were used: "
-        + str({k: round(v) for k, v in memory.items()})
-    )
+    memory = f"{one.memory_mb():.0f}, of two servers {sum(server.memory_mb() for server in alone):.0f}"
+    print(f"\nResident memory, MB, with the keys and values that were used: of one server {memory}")
+
+
+def start_on_halves(bench: Bench) -> list[Server]:
+    """A server a depth, each bound to cores of its own; none where there are too few."""
+    depths, cores = bench.args.mixed, os.cpu_count() or 1
+    share = cores // len(depths)
+    bounds = [f"{i * share}-{(i + 1) * share - 1}" for i in range(len(depths))] if share else []
+    return [bench.start(bench.args.model, *at_depth(k), cores=bound) for k, bound in zip(depths, bounds)]
+
+
+def print_mixed(clients: str, name: str, ours: list[list[Throughput]], runs: list[list[Throughput]]) -> None:
+    """A row: speed by depth and together, what `ours` gives for it, times of a token by depth, errors."""
+    loads = range(len(runs[0]))
+    speeds = [statistics.median(run[i].tokens_per_second for run in runs) for i in loads]
+    ratios = [
+        sum(a.tokens_per_second for a in us) / sum(b.tokens_per_second for b in them) for us, them in zip(ours, runs)
+    ]
+    gaps = [text for i in loads for text in milliseconds(runs, i)]
+    shown = [f"{speed:.0f}" for speed in (*speeds, median_speed(runs))]
+    print_row(clients, name, *shown, f"{statistics.median(ratios):.2f}", *gaps, errors({name: runs}))
 
 
 def soak(bench: Bench, requests: int) -> None:
