@@ -15,8 +15,12 @@ PER_REQUEST = "request"  # the setting with which a server takes a depth from ea
 
 def exit_layers_of(config: Any) -> list[int]:
     """Depths that a server of all depths has: those that were trained, the config's default, and full depth."""
-    full = config.num_hidden_layers
-    return sorted({*(config.exit_layers or ()), config.exit_layer or full, full})
+    return sorted({*(config.exit_layers or ()), default_exit_layer(config), config.num_hidden_layers})
+
+
+def default_exit_layer(config: Any) -> int:
+    """The depth of a server of one, and of a request that names none."""
+    return config.exit_layer or config.num_hidden_layers
 
 
 def exit_layer_of(sampling_params: SamplingParams | None, default: int) -> int:

@@ -7,7 +7,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from .vllm_cache import SegmentManager
-from .vllm_requests import exit_layer_of
+from .vllm_requests import default_exit_layer, exit_layer_of
 
 
 class DepthScheduler(Scheduler):
@@ -20,7 +20,7 @@ class DepthScheduler(Scheduler):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
         super().__init__(vllm_config, *args, **kwargs)
         config = vllm_config.model_config.hf_config
-        self.default = config.exit_layer or config.num_hidden_layers
+        self.default = default_exit_layer(config)
         self.head_cost = _head_in_layers(config)
         self.spent: dict[int, float] = {}  # layers read, by the greatest depth of the steps
         self.depth = config.num_hidden_layers  # of this step

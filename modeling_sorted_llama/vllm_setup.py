@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_model_path
 
 from .configuration_sorted_llama import check_exit_layer
-from .vllm_requests import PER_REQUEST, check_of, exit_layers_of
+from .vllm_requests import PER_REQUEST, check_of, default_exit_layer, exit_layers_of
 
 
 # Segments and drafts reach into vLLM's scheduler, cache and runner, which no promise holds still
@@ -33,7 +33,7 @@ class ServerSetup(VerifyAndUpdateConfig):
         if model_config.runner_type != "generate":  # a draft, whose target has been set up, or a pooling model
             return
         config = model_config.hf_config
-        exit_layers = [config.exit_layer or config.num_hidden_layers]
+        exit_layers = [default_exit_layer(config)]
         if depth_is_requests(vllm_config):
             _refuse_beside_depths(vllm_config)
             exit_layers = exit_layers_of(config)
@@ -63,7 +63,7 @@ def segment_ends(vllm_config: VllmConfig) -> list[int]:
     config = vllm_config.model_config.hf_config
     if depth_is_requests(vllm_config):
         return exit_layers_of(config)
-    depth = config.exit_layer or config.num_hidden_layers
+    depth = default_exit_layer(config)
     return [check_exit_layer(config.assistant_early_exit, depth - 1, "assistant_early_exit"), depth]
 
 

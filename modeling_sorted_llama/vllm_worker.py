@@ -11,7 +11,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from .vllm_cache import SegmentSpec
 from .vllm_drafts import FirstLayersProposer, mend_sampling_on_cpu
-from .vllm_requests import exit_layer_of, exit_layers_of
+from .vllm_requests import default_exit_layer, exit_layer_of, exit_layers_of
 from .vllm_setup import drafts_for_itself
 
 
@@ -118,7 +118,7 @@ class DepthWorker(Worker):
         # The worker makes its runner itself, and lets no one choose the class
         runner.__class__ = DepthModelRunner
         runner.exit_layers = exit_layers_of(config)
-        runner.default = config.exit_layer or config.num_hidden_layers
+        runner.default = default_exit_layer(config)
 
 
 class DraftWorker(Worker):
