@@ -77,6 +77,7 @@ def drafts_for_itself(vllm_config: VllmConfig) -> bool:
 
 def _set_up_drafts(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
+    _refuse("Drafts", {"`--worker-cls`": parallel.worker_cls != "auto"})
     if drafts_for_itself(vllm_config):
         config = vllm_config.model_config.hf_config
         if getattr(config, "assistant_early_exit", None) is None:

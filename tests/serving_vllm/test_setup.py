@@ -65,6 +65,14 @@ def test_what_knows_no_depths_is_refused_beside_them(path, options, message):
         configured(path, additional_config=PER_REQUEST, **options)
 
 
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_a_worker_of_the_users_is_refused_beside_drafts(path, method):
+    draft = {"method": method, "num_speculative_tokens": 2}
+    draft |= {"model": str(path)} if method == "draft_model" else {"prompt_lookup_max": 2}
+    with pytest.raises(ValueError, match="Drafts cannot be served with `--worker-cls`"):
+        configured(path, speculative_config=draft, worker_cls="vllm.v1.worker.cpu_worker.CPUWorker")
+
+
 def test_a_checkpoint_without_exits_is_refused(checkpoint):
     path, _ = checkpoint(exit_layers=[4])
     with pytest.raises(ValueError, match="with a checkpoint without `exit_layers`"):
