@@ -10,7 +10,11 @@ python examples/study.py --report                 # only the tables and the plot
 
 Arms: `SFT`; `SFT+ICT` (on SFT's weights, separate norms and heads of the exits are trained, the backbone is frozen);
 `SoFT` (the paper's sum); `lenses` (exits train only what they own); `alone 10`, the sub-model of ten layers extracted
-and fine-tuned by itself. Another arm is an entry in `ARMS`. A run is an arm on a task with a seed, in a process of its
+and fine-tuned by itself. `layers` give each exit a decoder layer: `frozen` on SFT's weights, or `detached` beside SFT;
+`distilled` from full depth, too; or begun as `the last layer`, as in Balcony (arXiv 2503.05005), not as the next one.
+Their learning rate is searched with `--exit_learning_rate`, into `--results` and an `--output_dir` of its own.
+
+Another arm is an entry in `ARMS`. A run is an arm on a task with a seed, in a process of its
 own; data, steps, learning rate and seed are the same for all arms. Its result is a line of the results file, and what
 is there is not run again, so that the whole may take several sittings; an interrupted run goes on from its last
 checkpoint.
@@ -56,15 +60,25 @@ class Arm:
     starts_from: str | None = None  # the arm on whose weights it goes on
     full_depth_only: bool = False
     sub_model: int | None = None  # layers of the model that is extracted first
+    begun_as: int | None = None  # the layer that the exits' own are copies of, where it is not the next
 
 
 LENSES = {"exit_heads": "lens", "detach_exits": True, "exit_loss_weights": "budget:0.03", "exit_learning_rate": 2e-3}
+LAYERS = {"exit_heads": "layer", "exit_learning_rate": 5e-4}
+FROZEN = {**LAYERS, "trainable": "exits"}
+DETACHED = {**LAYERS, "detach_exits": True, "exit_loss_weights": "budget:0.03"}
+DISTILLED = {"self_distillation_weight": 1.0}
 # Beside them there are the sub-models, `alone K`
 ARMS = {
     "SFT": Arm(full_depth_only=True),
     "SFT+ICT": Arm({"trainable": "exits", "exit_heads": "separate"}, starts_from="SFT"),
     "SoFT": Arm(),
     "lenses": Arm(LENSES),
+    "layers, frozen": Arm(FROZEN, starts_from="SFT"),
+    "layers, frozen, distilled": Arm({**FROZEN, **DISTILLED}, starts_from="SFT"),
+    "layers, frozen, distilled, the last layer": Arm({**FROZEN, **DISTILLED}, starts_from="SFT", begun_as=-1),
+    "layers, detached": Arm(DETACHED),
+    "layers, detached, distilled": Arm({**DETACHED, **DISTILLED}),
 }
 # How a generated text is scored, from 0 to 1, by the right answer
 SCORES: dict[str, Callable[[str, str], float]] = {
@@ -166,7 +180,12 @@ def run(args: argparse.Namespace, task_name: str, arm_name: str, seed: int) -> d
         exits = [arm.sub_model]
         model = SortedLlamaForCausalLM.from_llama(model.extract_submodel(arm.sub_model))
     options = {"exit_layers": exits[-1:] if arm.full_depth_only else exits, **arm.options}
+    if args.exit_learning_rate and "exit_learning_rate" in options:
+        options["exit_learning_rate"] = args.exit_learning_rate
     trainer = make_trainer(args, task, model, tokenizer, folder, seed, options)
+    if arm.begun_as is not None:
+        for own in trainer.model.model.exit_decoders.values():
+            own.load_state_dict(trainer.model.model.layers[arm.begun_as].state_dict())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
     began, cpu_began = time.monotonic(), time.process_time()
@@ -293,7 +312,8 @@ def plot(results: list[dict], path: Path) -> None:
         for result in results:
             if result["task"] == task:
                 for k, values in result["exits"].items():
-                    losses[result["arm"].split()[0]][int(k)].append(values["loss"])
+                    arm = "alone" if result["arm"].startswith("alone ") else result["arm"]
+                    losses[arm][int(k)].append(values["loss"])
         for arm, by_exit in losses.items():
             exits = sorted(by_exit)
             panel.plot(exits, [statistics.mean(by_exit[k]) for k in exits], marker="o", label=arm)
@@ -352,6 +372,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--exit_layers", nargs="+", help="or every:N; default: a third, a half, two thirds and all")
     parser.add_argument("--num_held_out", type=int, default=200)
+    parser.add_argument("--exit_learning_rate", type=float, help="in place of the arms' own, to search it")
     parser.add_argument("--max_steps", type=int, default=10**9, help="at most; the tasks have their own")
     parser.add_argument("--output_dir", type=Path, default=Path("out/study"), help="of the checkpoints")
     parser.add_argument("--results", type=Path, default=Path("docs/study.jsonl"))

@@ -138,7 +138,7 @@ def extract_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
 
     def run(path: str, output: str, exit: int, revision: str | None, name: str | None, private: bool) -> None:
         extract.extract(path, exit, output, revision=revision, name=name)
-        print(f"The plain Llama of {exit} layers is in {one_line(output)}.")
+        print(f"The plain Llama of exit {exit} is in {one_line(output)}.")
         if name is not None:
             print(push.upload(output, name, f"The first {exit} layers of {one_line(path)}", private))
 

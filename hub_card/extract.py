@@ -27,6 +27,7 @@ from .record import FILE_NAME, exit_scores, load_evaluation
 
 
 Find = Callable[[str], Path | None]  # of a name, where that file of the checkpoint is; `None` if it has none
+_HEAD = f"{heads.HEAD}.weight"
 
 
 def extract(
@@ -120,27 +121,25 @@ def _read_weights(
 ) -> dict[str, torch.Tensor]:
     """The tensors of the plain Llama. They map their files: it is the writing that reads them."""
     names = _names_of_submodel(weight_map, config, exit_layer)
-    matrix = heads.folded_matrix(config, exit_layer)
-    if matrix is not None:
-        names[matrix] = matrix
     weights: dict[str, torch.Tensor] = {}
     for file in {weight_map[name] for name in names.values()}:
         with safe_open(find(file), "pt") as opened:
             of_file = {target: name for target, name in names.items() if weight_map[name] == file}
             weights |= {target: opened.get_tensor(name) for target, name in of_file.items()}
+    matrix = weights.pop(heads.MATRIX, None)
     if matrix is not None:
-        weights[heads.HEAD] = heads.fold_lens(weights[heads.HEAD], weights.pop(matrix))
-    return {target: weights[target] for target in names if target != matrix}
+        weights[_HEAD] = heads.fold_lens(weights[_HEAD], matrix)
+    return {target: weights[target] for target in names if target in weights}
 
 
 def _names_of_submodel(tensors: Iterable[str], config: SortedLlamaConfig, exit_layer: int) -> dict[str, str]:
-    """Of each tensor of the plain Llama, the tensor of the checkpoint that it is."""
+    """Of each tensor of the plain Llama, and of a lens, the tensor of the checkpoint that it is."""
     targets = {name: heads.submodel_name(name, config, exit_layer) for name in tensors}
     names = {target: name for name, target in targets.items() if target is not None}
-    if heads.folded_matrix(config, exit_layer) is not None:
-        names.setdefault(heads.HEAD, heads.EMBEDDINGS)
-    elif config.tie_word_embeddings and exit_layer not in config.own_exits:
-        names.pop(heads.HEAD, None)
+    if heads.MATRIX in names:
+        names.setdefault(_HEAD, f"{heads.EMBEDDINGS}.weight")
+    elif config.to_llama(exit_layer).tie_word_embeddings:
+        names.pop(_HEAD, None)
     return names
 
 
@@ -162,13 +161,14 @@ def _page(path: str, find: Find, config: SortedLlamaConfig, exit_layer: int, nam
         language=theirs.language,
     )
     made_from = markdown(Path(path).resolve().name) if is_local else hub_links(path)
+    own = " and one of the exit's own" if heads.num_layers_of(config, exit_layer) > exit_layer else ""
     asked, answer = (START, "") if not chat else ([{"role": "user", "content": QUESTION}], '[-1]["content"]')
     call = f'print(pipe({json.dumps(asked)})[0]["generated_text"]{answer})'
     blocks = [
         f"---\n{data.to_yaml()}\n---",
         f"# {markdown(Path(name).name)}",
-        f"The first {exit_layer} of {config.num_hidden_layers} layers of {made_from} as a plain Llama, which runs "
-        "wherever Llamas run. The whole checkpoint holds this model too, beside the deeper ones.",
+        f"The first {exit_layer} of {config.num_hidden_layers} layers of {made_from}{own} as a plain Llama, which "
+        "runs wherever Llamas run. The whole checkpoint holds this model too, beside the deeper ones.",
         "```python\nfrom transformers import pipeline\n\n"
         f'pipe = pipeline("text-generation", {python_literal(name)})\n{call}\n```',
     ]

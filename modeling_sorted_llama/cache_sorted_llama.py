@@ -1,6 +1,6 @@
 """SortedCache: a key-value cache that knows how deep each token has been run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,16 +30,26 @@ def _in_use(name: str) -> Any:
 
 
 class SortedCacheLayer(DynamicLayer):
-    """Keys and values of one decoder layer, `(batch_size, num_heads, max(lengths), head_dim)`, in growing storage."""
+    """
+    Keys and values of one decoder layer, `(batch_size, num_heads, max(lengths), head_dim)`, in growing storage, and
+    the states of tokens that wait for it, *pending*, behind those that passed it.
+    """
 
     _keys: torch.Tensor | None
     _values: torch.Tensor | None
     keys, values = _in_use("_keys"), _in_use("_values")
 
-    def __init__(self, batch_size: int, max_cache_len: int = 0):
+    def __init__(self, number: int, batch_size: int, max_cache_len: int = 0):
         super().__init__()
+        self.number = number  # of the decoder layers before it
         self.max_cache_len = max_cache_len
-        self.lengths = (0,) * batch_size
+        self.lengths = self._arrived = (0,) * batch_size
+        self.pending: torch.Tensor | None = None  # (batch_size, slots, hidden_size)
+
+    @property
+    def arrived(self) -> tuple[int, ...]:
+        """Number of tokens of each row that passed this layer or are pending before it."""
+        return self.lengths if self.pending is None else self._arrived
 
     def write(self, block: Block, key_states: torch.Tensor, value_states: torch.Tensor):
         """Store the keys and values of a block, and return those that its rows attend to."""
@@ -52,11 +62,56 @@ class SortedCacheLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return max(self.lengths, default=0)
 
+    def suspend(self, hidden_states: torch.Tensor, block: Block) -> None:
+        """Keep states that this layer has not run: pending, until a pass runs it."""
+        arrived = self.arrived
+        if block.width == 0 or any(arrived[row] < n for row, n in zip(block.row_numbers, block.starts, strict=True)):
+            return  # without those before them they are of no use: a hole, which a pass that needs them tells of
+        offsets = [start - self.lengths[row] for start, row in zip(block.starts, block.row_numbers, strict=True)]
+        cells = Block(block.rows, offsets, block.counts)
+        self.pending = cells.store(self.pending, hidden_states, len(arrived), PENDING_STEP)
+        self._arrived = block.count_in(arrived)
+
+    def take_along(self, hidden_states: torch.Tensor, block: Block) -> tuple[torch.Tensor, Block]:
+        """What is pending, and the states that arrive behind it."""
+        starts = [self.lengths[row] for row in block.row_numbers]
+        if starts == block.starts:
+            return hidden_states, block
+        self.suspend(hidden_states, block)
+        counts = [start + count - new for start, count, new in zip(block.starts, block.counts, starts, strict=True)]
+        return Block(block.rows, [0] * len(starts), counts).read(self.pending), Block(block.rows, starts, counts)
+
+    def count(self, block: Block) -> None:
+        """Note that the tokens of a block have passed."""
+        self._arrived, self.lengths = block.count_in(self.arrived), block.count_in(self.lengths)
+        self._free_pending()
+
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """Keep the first `lengths[r]` tokens of row `r`, if it holds more."""
+        if self.pending is not None:
+            self._arrived = tuple(map(min, self._arrived, lengths))
+        self.lengths = tuple(map(min, self.lengths, lengths))
+        self._free_pending()
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Keep these rows, in their order."""
+        self.keys, self.values, self.pending = (_select(of, rows) for of in (self.keys, self.values, self.pending))
+        self._arrived, self.lengths = (tuple(n[row] for row in rows) for n in (self._arrived, self.lengths))
+        self._free_pending()
+
+    def _free_pending(self) -> None:
+        if self._arrived == self.lengths:
+            self.pending = None
+
+
+def _select(tensor: torch.Tensor | None, rows: list[int]) -> Any:
+    return None if tensor is None else tensor.index_select(0, index_tensor(rows, tensor.device))
+
 
 class BlockCache(Cache):
-    """The cache that the layers of a segment are given: it puts the keys and values of a block in their cells."""
+    """The cache that layers are given, by their number: it puts the keys and values of a block in their cells."""
 
-    def __init__(self, layers: list[Any], block: Block):
+    def __init__(self, layers: Any, block: Block):
         super().__init__(layers=layers)
         self.block = block
 
@@ -86,7 +141,9 @@ class SortedCache(Cache):
     Attributes:
         lengths (`tuple[int, ...]`): Number of tokens of each row.
         pending (`dict[int, torch.Tensor]`): By exit layer, states of shape `(batch_size, slots, hidden_size)`; row
-            `r`'s tokens from the first that its next layer has not seen.
+            `r`'s tokens from the first that the model's next layer has not seen.
+        exit_layers (`dict[int, SortedCacheLayer]`): By exit, keys and values of the decoder layer that it owns
+            (`exit_heads="layer"`), and `pending` states of the tokens that went by.
         layer_token_passes (`int`): Number of times that any layer was run for any token.
 
     Example:
@@ -114,7 +171,7 @@ class SortedCache(Cache):
         super().__init__(layers=[])
         self.max_cache_len = max_cache_len
         self.lengths: tuple[int, ...] = ()
-        self.pending: dict[int, torch.Tensor] = {}
+        self.exit_layers: dict[int, SortedCacheLayer] = {}
         self.layer_token_passes = 0
         self._positions: Any = None  # (batch_size, slots, 1)
         self._mask: torch.Tensor | None = None  # (batch_size, slots, 1); `None` where every token is attended to
@@ -147,7 +204,7 @@ class SortedCache(Cache):
         self.rollback([max(length + tokens_to_remove, 0) for length in self.lengths])
 
     def reset(self) -> None:
-        self.layers, self.lengths, self.pending = [], (), {}
+        self.layers, self.lengths, self.exit_layers = [], (), {}
         self._positions = self._mask = self._angles = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -165,18 +222,38 @@ class SortedCache(Cache):
         self._select_rows([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
     def _select_rows(self, rows: list[int]) -> None:
-        def select(tensor: torch.Tensor | None) -> Any:
-            return None if tensor is None else tensor.index_select(0, index_tensor(rows, tensor.device))
-
-        for layer in self.layers:
-            layer.keys, layer.values = select(layer.keys), select(layer.values)
-            layer.lengths = tuple(layer.lengths[row] for row in rows)
+        for layer in self._all_layers():
+            layer.select_rows(rows)
         self.lengths = tuple(self.lengths[row] for row in rows)
-        self.pending = {depth: select(states) for depth, states in self.pending.items()}
-        self._positions, self._mask, self._angles = map(select, (self._positions, self._mask, self._angles))
-        self._free_pending()
+        self._positions, self._mask, self._angles = (
+            _select(storage, rows) for storage in (self._positions, self._mask, self._angles)
+        )
 
     # What the sorted model asks of it
+
+    @property
+    def pending(self) -> dict[int, torch.Tensor]:
+        return {layer.number: layer.pending for layer in self.layers if layer.pending is not None}
+
+    def is_pending(self, depth: int) -> bool:
+        """Whether tokens are pending before a layer that a pass to `depth` runs, the exit's own among them."""
+        layers = [*self.layers[:depth], *(layer for k, layer in self.exit_layers.items() if k == depth)]
+        return any(layer.pending is not None for layer in layers)
+
+    def _all_layers(self) -> list[SortedCacheLayer]:
+        return [*self.layers, *self.exit_layers.values()]
+
+    def trunk(self, first: int, last: int) -> list[SortedCacheLayer]:
+        """The model's layers from `first` to `last`, made where no token has come to them yet."""
+        while len(self.layers) < last:
+            self.layers.append(SortedCacheLayer(len(self.layers), len(self.lengths), self.max_cache_len))
+        return self.layers[first:last]
+
+    def of_exit(self, exit_layer: int) -> SortedCacheLayer:
+        """The layer that an exit owns, made where no token has come to it yet."""
+        if exit_layer not in self.exit_layers:
+            self.exit_layers[exit_layer] = SortedCacheLayer(exit_layer, len(self.lengths), self.max_cache_len)
+        return self.exit_layers[exit_layer]
 
     def lengths_in(self, layer_idx: int) -> tuple[int, ...]:
         """Number of tokens of each row that passed layer `layer_idx` (from 0)."""
@@ -193,9 +270,8 @@ class SortedCache(Cache):
                 f"`lengths` must hold {len(self.lengths)} integers of at least 0, one a row, got {list(lengths)}."
             )
         self.lengths = tuple(map(min, self.lengths, lengths))
-        for layer in self.layers:
-            layer.lengths = tuple(map(min, layer.lengths, lengths))
-        self._free_pending()
+        for layer in self._all_layers():
+            layer.rollback(lengths)
 
     def append(
         self,
@@ -285,64 +361,58 @@ class SortedCache(Cache):
                 angles[rows, call] = torch.cat(rotary_emb(states, position_ids=positions), dim=-1)[:, :-1]
         self._angles = block.store(self._angles, angles, len(self.lengths), STORAGE_STEP)
 
-    def segments(self, depth: int, rows: list[int] | None = None) -> list[tuple[int, int]]:
-        """The stretches of layers, `(first, last)`, that a pass to `depth` runs: cut where states are pending."""
+    def segments(
+        self, depth: int, rows: list[int] | None = None, exits: Collection[int] = ()
+    ) -> list[tuple[int, int]]:
+        """Stretches of layers, `(first, last)`, that a pass to `depth` runs: cut at `exits`, and where states wait."""
         cuts = [0]
         for cut in range(1, depth):
-            below, above = self.lengths_in(cut - 1), self.lengths_in(cut)
-            if below == above:
+            if self.lengths_in(cut - 1) != self.lengths_in(cut):
+                layer = self.layers[cut] if cut < len(self.layers) else None
+                filled = f"layer {cut + 1}: it was filled by a model of {cut} layers"
+                self._check_arrived(layer, cut, rows, depth, filled)
+            elif cut not in exits:
                 continue
             cuts.append(cut)  # also where only other rows differ: the layers of a segment hold the same tokens
-            short = [row for row in (range(len(below)) if rows is None else rows) if above[row] < below[row]]
-            if short and cut not in self.pending:
-                raise ValueError(
-                    f"The cache holds {below[short[0]]} tokens in layer {cut} but {above[short[0]]} in layer "
-                    f"{cut + 1}: it was filled by a model of {cut} layers and cannot be continued at `exit_layer="
-                    f"{depth}`. Go on at `exit_layer={cut}`, or start from an empty cache."
-                )
         return list(zip(cuts, [*cuts[1:], depth], strict=True))
+
+    def check_exit(self, exit_layer: int, rows: list[int] | None = None) -> None:
+        """Refuse to read an exit that owns a layer which tokens have gone by."""
+        own = f"the one that exit {exit_layer} owns: it was filled by a model that has none there"
+        self._check_arrived(self.exit_layers.get(exit_layer), exit_layer, rows, exit_layer, own)
+
+    def _check_arrived(
+        self, layer: SortedCacheLayer | None, number: int, rows: list[int] | None, depth: int, filled: str
+    ) -> None:
+        """Refuse a cache where tokens of `rows` passed layer `number`, and have not come to `layer`, the next."""
+        below = self.lengths_in(number - 1)
+        arrived, lengths = (layer.arrived, layer.lengths) if layer is not None else ((0,) * len(below),) * 2
+        for row in range(len(below)) if rows is None else rows:
+            if arrived[row] < below[row]:
+                raise ValueError(
+                    f"The cache holds {below[row]} tokens in layer {number} but {lengths[row]} in {filled} and cannot "
+                    f"be continued at `exit_layer={depth}`. Go on where it was filled, or start from an empty cache."
+                )
 
     @contextmanager
     def segment(
-        self, first: int, last: int, hidden_states: torch.Tensor, block: Block
+        self, layers: list[SortedCacheLayer], hidden_states: torch.Tensor, block: Block
     ) -> Iterator[tuple[torch.Tensor, Block]]:
         """
-        The states and the block to run through layers `first` to `last`, with what is pending. At the end of the
-        `with` statement these layers hold their tokens; where it raises, the cache forgets them.
+        The states and the block to run through `layers`, with what is pending before them. At the end of the `with`
+        statement these layers hold their tokens; where it raises, the cache forgets them.
         """
+        first, *others = layers
         try:
-            hidden_states, block = self._take_along(first, hidden_states, block)
-            while len(self.layers) < last:
-                self.layers.append(SortedCacheLayer(len(self.lengths), self.max_cache_len))
+            hidden_states, block = first.take_along(hidden_states, block)
             yield hidden_states, block
         except BaseException:
             self.rollback([min(block.starts)] * len(self.lengths))
             raise
-        lengths = block.count_in(self.lengths_in(first))
-        for layer in self.layers[first:last]:
-            layer.lengths = lengths
-        self.layer_token_passes += sum(block.counts) * (last - first)
-        self._free_pending()
-
-    def _take_along(self, first: int, hidden_states: torch.Tensor, block: Block) -> tuple[torch.Tensor, Block]:
-        """What is pending before layer `first`, and the states that arrive there behind it."""
-        passed = self.lengths_in(first)
-        starts = [passed[row] for row in block.row_numbers]
-        if starts == block.starts:
-            return hidden_states, block
-        self.suspend(first, hidden_states, block)
-        counts = [start + count - new for start, count, new in zip(block.starts, block.counts, starts, strict=True)]
-        pending = Block(block.rows, [0] * len(starts), counts)
-        return pending.read(self.pending[first]), Block(block.rows, starts, counts)
-
-    def suspend(self, depth: int, hidden_states: torch.Tensor, block: Block) -> None:
-        """Keep states that layer `depth` (from 0) has not run: pending, until a pass goes deeper."""
-        if block.width == 0:
-            return
-        passed = self.lengths_in(depth)
-        offsets = [start - passed[row] for start, row in zip(block.starts, block.row_numbers, strict=True)]
-        cells = Block(block.rows, offsets, block.counts)
-        self.pending[depth] = cells.store(self.pending.get(depth), hidden_states, len(passed), PENDING_STEP)
+        first.count(block)
+        for layer in others:
+            layer.lengths = first.lengths
+        self.layer_token_passes += sum(block.counts) * len(layers)
 
     def layer_inputs(
         self, block: Block, config: PreTrainedConfig, rotary_emb: nn.Module, hidden_states: torch.Tensor
@@ -404,12 +474,6 @@ class SortedCache(Cache):
             device=device,
         )
 
-    def _free_pending(self) -> None:
-        for depth in list(self.pending):
-            below = self.lengths if depth == 0 else self.lengths_in(depth - 1)
-            if below == self.lengths_in(depth):
-                del self.pending[depth]
-
 
 def is_sorted_cache(cache: Any) -> bool:
     # By name: remote code and an installed package have a class each
@@ -426,20 +490,27 @@ def as_sorted_cache(cache: Any) -> Any:
     return cache
 
 
-def check_cache_depth(cache: Cache, depth: int, synchronize: bool = False) -> None:
+def check_cache_depth(cache: Any, depth: int, num_layers: int, synchronize: bool = False) -> None:
     """
-    Refuse a cache whose upper layers have seen fewer tokens than its first. Lengths that live on a device (static
-    caches) are read, which waits for it, only with `synchronize`.
+    Refuse a cache whose upper layers have seen fewer tokens than its first, or were filled by other ones: an exit of
+    `depth` layers with `num_layers`, its own among them, notes so on the cache that it begins. Lengths that live on a
+    device (static caches) are read, which waits for it, only with `synchronize`.
     """
     if is_sorted_cache(cache):
         cache.segments(depth)
+        if num_layers > depth:
+            cache.check_exit(depth)
         return
-    first, last = cache.get_seq_length(0), cache.get_seq_length(depth - 1)
+    first, last = cache.get_seq_length(0), cache.get_seq_length(num_layers - 1)
     if isinstance(last, torch.Tensor) and not synchronize:
         return
-    first, last = int(first), int(last)
+    first, last, owner = int(first), int(last), depth if num_layers > depth else None
+    if first == 0:
+        cache.last_layer_of = owner
+    elif getattr(cache, "last_layer_of", None) != owner:
+        last = 0
     if last < first:
         raise ValueError(
-            f"The cache holds {first} tokens in its first layer but {last} in layer {depth}: it was filled at a "
-            f"smaller `exit_layer`, and `exit_layer={depth}` cannot go on with it: go on at that one, or start anew."
+            f"The cache holds {first} tokens in its first layer but {last} in layer {num_layers}: it was filled at "
+            f"another `exit_layer`, and `exit_layer={depth}` cannot go on with it: go on at that one, or start anew."
         )

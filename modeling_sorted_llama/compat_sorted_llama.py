@@ -98,7 +98,10 @@ def gathered(modules: Sequence[nn.Module]):
 def whole_copy(module: nn.Module) -> nn.Module:
     # What ZeRO-3 notes on a parameter, where its shard is for one, is not the copy's
     sharded = [param for param in module.parameters() if hasattr(param, "ds_id")]
-    return copy.deepcopy(module, {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in sharded})
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in sharded}
+    # The config is: the copy attends as the model does, also where that is changed
+    memo |= {id(one.config): one.config for one in module.modules() if hasattr(one, "config")}
+    return copy.deepcopy(module, memo)
 
 
 # torch has no public way to ask for the hooks of a module or a tensor

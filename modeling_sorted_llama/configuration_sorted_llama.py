@@ -14,7 +14,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from .compat_sorted_llama import share_llamas_adapters
-from .heads_sorted_llama import EXIT_HEADS
+from .heads_sorted_llama import EXIT_HEADS, heads_of, num_layers_of
 
 
 # Where the Auto classes find the code that `save_pretrained` puts beside the weights
@@ -181,7 +181,9 @@ class SortedLlamaConfig(LlamaConfig):
             below full depth has a norm and a head of its own, at first copies of the shared ones, as the paper's
             early-exit baseline (SFT+ICT) has: `hidden_size * vocab_size` weights an exit. `"lens"`: each of them has a
             norm and a square matrix of its own before the shared head, at first the final norm and the identity (a
-            tuned lens, arXiv 2303.08112): `hidden_size ** 2` weights an exit.
+            tuned lens, arXiv 2303.08112): `hidden_size ** 2` weights an exit. `"layer"`: each of them has a decoder
+            layer and a norm of its own before the shared head, at first the model's next layer and the final norm
+            (Balcony, arXiv 2503.05005): a layer's weights an exit, whose sub-model is a Llama of `k + 1` layers.
     """
 
     model_type = "sorted_llama"
@@ -298,8 +300,9 @@ class SortedLlamaConfig(LlamaConfig):
         for name in ("model_type", "auto_map", "architectures", *SORTED_FIELDS):
             fields.pop(name, None)
         if num_hidden_layers is not None:
-            fields["num_hidden_layers"] = check_int(num_hidden_layers, "num_hidden_layers", 1, self.num_hidden_layers)
-            if num_hidden_layers in self.own_exits:
+            exit_layer = check_int(num_hidden_layers, "num_hidden_layers", 1, self.num_hidden_layers)
+            fields["num_hidden_layers"] = num_layers_of(self, exit_layer)
+            if heads_of(self, exit_layer).has_own_head:
                 fields["tie_word_embeddings"] = False
         return LlamaConfig(**fields, attn_implementation=self._attn_implementation)
 

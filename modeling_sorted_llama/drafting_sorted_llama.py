@@ -171,7 +171,8 @@ def draft_policy(sequences: Sequences, decoding: SelfSpeculation) -> "FixedDraft
     model = sequences.model
     layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
     head = model.config.hidden_size * model.config.vocab_size
-    costs = {k: (k * layer + head) / (decoding.depth * layer + head) for k in decoding.exits}
+    plain = model.model.num_layers(decoding.depth) * layer + head
+    costs = {k: (model.model.num_layers(k) * layer + head) / plain for k in decoding.exits}
     return LearnedDrafts(costs, sequences.max_length - sequences.prompt_length)
 
 

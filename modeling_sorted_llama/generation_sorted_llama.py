@@ -83,11 +83,12 @@ class SortedGenerationMixin(GenerationMixin):
         if decoding is not None:
             return
         depth, cache = depth or len(self.model.layers), model_kwargs.get(CACHE_NAME)
-        if given is not None:
-            check_cache_depth(given, depth, synchronize=True)
-        elif isinstance(cache, Cache):
-            del cache.layers[depth:]  # keys and values of the layers that run, and no more
-            cache.offloading = cache.offloading and depth > 1  # a lone layer would be fetched while it is in use
+        num_layers = self.model.num_layers(depth)
+        if given is None and isinstance(cache, Cache):
+            del cache.layers[num_layers:]  # keys and values of the layers that run, and no more
+            cache.offloading = cache.offloading and num_layers > 1  # a lone layer would be fetched while it is in use
+        if isinstance(cache, Cache):
+            check_cache_depth(cache, depth, num_layers, synchronize=True)
 
     def _sample(
         self,

@@ -1,17 +1,20 @@
 """What an exit owns: one class a kind of `exit_heads`, and which heads are known to be a plain matrix product."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import LlamaConfig
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from .compat_sorted_llama import is_hooked, is_sharded, whole_copy
 
 
-EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+# Modules of a Llama; `{}` is the number of an exit, and so, counted from 0, of the layer that comes next
+EMBEDDINGS, LAYER, NORM, HEAD = "model.embed_tokens", "model.layers.{}", "model.norm", "lm_head"
+MATRIX = f"{NORM}.matrix"  # what a lens has beside the norm's weight, until it is folded into the head
 
 _FOLD_ERROR = (
     "An exit with `exit_heads='lens'` is a plain Llama once its matrix is folded into the LM head, which takes a "
@@ -57,22 +60,35 @@ class ExitLens(LlamaRMSNorm):
 class SharedHeads:
     """`exit_heads="shared"`: an exit owns nothing, and reads through the final norm and the LM head."""
 
-    # A plain Llama's tensors, and the exit's own that stand in their place; `{}` is the number of the exit
+    # A plain Llama's modules, and the exit's own that stand in their place
     owned: ClassVar[dict[str, str]] = {}
-    # The exit's tensor that is folded into the LM head of the sub-model
-    folded: ClassVar[str | None] = None
+    # Whether the sub-model's LM head is another than the model's
+    has_own_head: ClassVar[bool] = False
 
-    def make_norm(self, config: LlamaConfig) -> nn.Module | None:
+    def make_layer(self, config: LlamaConfig, exit_layer: int) -> nn.Module | None:
+        """The decoder layer that an exit owns, its weights not yet set."""
+        return LlamaDecoderLayer(config, exit_layer) if LAYER in self.owned else None
+
+    def make_norm(self, config: LlamaConfig, exit_layer: int) -> nn.Module | None:
         """The norm that an exit owns, its weights not yet set."""
-        return None
+        return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if NORM in self.owned else None
 
-    def make_head(self, config: LlamaConfig) -> nn.Module | None:
+    def make_head(self, config: LlamaConfig, exit_layer: int) -> nn.Module | None:
         """The LM head that an exit owns, its weights not yet set."""
-        return None
+        if HEAD not in self.owned:
+            return None
+        return ExitHead(nn.Parameter(torch.empty(config.vocab_size, config.hidden_size)))
 
-    def init_norm(self, norm: Any, shared: Any) -> None:
-        """Have a norm of an exit, where it was not loaded, do what the final norm does."""
-        init.copy_(norm.weight, shared.weight)
+    def init_as(self, own: nn.Module, shared: nn.Module) -> None:
+        """Have a module of an exit, where it was not loaded, do what the model's does."""
+        check_copied(shared)
+        for name, weight in shared.named_parameters(recurse=False):
+            init.copy_(own.get_parameter(name), weight)
+
+    def copy_layer(self, shared: nn.Module) -> nn.Module:
+        """A decoder layer for an exit that does what this one does."""
+        check_copied(shared)
+        return whole_copy(shared)
 
     def copy_norm(self, shared: nn.Module) -> nn.Module:
         """A norm for an exit that does what the final norm does."""
@@ -91,31 +107,26 @@ class SharedHeads:
 class SeparateHeads(SharedHeads):
     """`exit_heads="separate"`: an exit owns a norm and an LM head, copies of the shared ones to begin with."""
 
-    owned: ClassVar[dict[str, str]] = {NORM: "model.exit_norms.{}.weight", HEAD: "exit_lm_heads.{}.weight"}
-
-    def make_norm(self, config: LlamaConfig) -> nn.Module:
-        return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def make_head(self, config: LlamaConfig) -> nn.Module:
-        return ExitHead(nn.Parameter(torch.empty(config.vocab_size, config.hidden_size)))
+    owned: ClassVar[dict[str, str]] = {NORM: "model.exit_norms.{}", HEAD: "exit_lm_heads.{}"}
+    has_own_head: ClassVar[bool] = True
 
 
 class LensHeads(SharedHeads):
     """`exit_heads="lens"`: an exit owns a norm and a matrix before the shared LM head, the identity to begin with."""
 
-    owned: ClassVar[dict[str, str]] = {NORM: "model.exit_norms.{}.weight"}
-    folded: ClassVar[str | None] = "model.exit_norms.{}.matrix"
+    owned: ClassVar[dict[str, str]] = {NORM: "model.exit_norms.{}"}
+    has_own_head: ClassVar[bool] = True  # the matrix is folded into it
 
-    def make_norm(self, config: LlamaConfig) -> nn.Module:
+    def make_norm(self, config: LlamaConfig, exit_layer: int) -> nn.Module:
         return ExitLens(config.hidden_size, eps=config.rms_norm_eps)
 
-    def init_norm(self, norm: Any, shared: Any) -> None:
-        super().init_norm(norm, shared)
-        init.zeros_(norm.matrix)
+    def init_as(self, own: Any, shared: nn.Module) -> None:
+        super().init_as(own, shared)
+        init.zeros_(own.matrix)
 
     def copy_norm(self, shared: Any) -> nn.Module:
         lens = ExitLens(len(shared.weight), shared.variance_epsilon).to(shared.weight)
-        self.init_norm(lens, shared)
+        self.init_as(lens, shared)
         return lens.train(shared.training)
 
     def to_plain(self, norm: Any, head: Any) -> tuple[nn.Module, nn.Module]:
@@ -126,8 +137,17 @@ class LensHeads(SharedHeads):
         return plain, _linear(nn.Parameter(fold_lens(head.weight, norm.matrix)))
 
 
+class LayerHeads(SharedHeads):
+    """
+    `exit_heads="layer"`: an exit owns a decoder layer, to begin with a copy of the model's next one, and a norm before
+    the shared LM head (Balcony, arXiv 2503.05005). So the sub-model has a layer more than the exit counts.
+    """
+
+    owned: ClassVar[dict[str, str]] = {LAYER: "model.exit_decoders.{}", NORM: "model.exit_norms.{}"}
+
+
 # All kinds: the config, the models, the loss, the trainer and whatever reads a checkpoint ask here
-EXIT_HEADS = {"shared": SharedHeads(), "separate": SeparateHeads(), "lens": LensHeads()}
+EXIT_HEADS = {"shared": SharedHeads(), "separate": SeparateHeads(), "lens": LensHeads(), "layer": LayerHeads()}
 OWNING_HEADS = " or ".join(repr(name) for name, kind in EXIT_HEADS.items() if kind.owned)  # for errors
 
 
@@ -136,9 +156,30 @@ def heads_of(config: Any, exit_layer: int) -> SharedHeads:
     return EXIT_HEADS[config.exit_heads if exit_layer in config.own_exits else "shared"]
 
 
+def num_layers_of(config: Any, exit_layer: int) -> int:
+    """Number of decoder layers of an exit's sub-model: those up to the exit, and the exit's own."""
+    return exit_layer + (LAYER in heads_of(config, exit_layer).owned)
+
+
 def owned_modules(config: Any, exit_layer: int) -> list[str]:
     """Names of the modules that an exit owns, in a model of this config: `model.exit_norms.12`."""
-    return [name.format(exit_layer).rpartition(".")[0] for name in heads_of(config, exit_layer).owned.values()]
+    return [name.format(exit_layer) for name in heads_of(config, exit_layer).owned.values()]
+
+
+def modules_of_exits(config: Any, make: Callable[[LlamaConfig, int], nn.Module | None]) -> nn.ModuleDict:
+    """By the number of the exit, what `make` (`make_norm`, ...) makes for those that own something."""
+    made = {str(k): make(config, k) for k in config.own_exits}
+    return nn.ModuleDict({k: module for k, module in made.items() if module is not None})
+
+
+def check_copied(shared: nn.Module) -> None:
+    """Refuse to copy quantized weights, which cannot be trained, for an exit."""
+    for weight in (*shared.parameters(), *shared.buffers()):
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"`exit_heads='layer'` makes copies of decoder layers to train them, and these are quantized, got "
+                f"weights of type {weight.dtype}: make and train the exits of the model as it was, then quantize."
+            )
 
 
 def _linear(weight: nn.Parameter) -> nn.Linear:
@@ -157,21 +198,19 @@ def fold_lens(head_weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def submodel_name(name: str, config: Any, exit_layer: int) -> str | None:
-    """What the sub-model of an exit calls a tensor of the checkpoint; `None` if it has no such tensor."""
+    """
+    What the sub-model of an exit calls a tensor of the checkpoint; `None` if it has no such tensor. A lens keeps its
+    `MATRIX`, which [`fold_lens`] folds into the head.
+    """
     owned = heads_of(config, exit_layer).owned
     for plain, of_exit in owned.items():
-        if name == of_exit.format(exit_layer):
-            return plain
+        module = f"{of_exit.format(exit_layer)}."
+        if name.startswith(module):
+            return f"{plain.format(exit_layer)}.{name.removeprefix(module)}"
     if name.startswith("model.layers."):
         return name if int(name.split(".")[2]) < exit_layer else None
-    shared = tuple(plain.removesuffix("weight") for plain in (EMBEDDINGS, NORM, HEAD) if plain not in owned)
+    shared = tuple(f"{plain}." for plain in (EMBEDDINGS, NORM, HEAD) if plain not in owned)
     return name if name.startswith(shared) else None
-
-
-def folded_matrix(config: Any, exit_layer: int) -> str | None:
-    """Name of the matrix that [`fold_lens`] folds into the sub-model's head; `None` if the exit has none."""
-    folded = heads_of(config, exit_layer).folded
-    return None if folded is None else folded.format(exit_layer)
 
 
 _FORWARDS = {nn.Linear: nn.Linear.forward, ExitHead: ExitHead.forward}

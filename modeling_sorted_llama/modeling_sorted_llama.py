@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_sorted_llama import check_cache_depth, is_sorted_cache
+from .cache_sorted_llama import BlockCache, check_cache_depth, is_sorted_cache
 from .compat_sorted_llama import (
     CACHE_NAME,
     SavedAsItsModel,
@@ -33,7 +33,7 @@ from .compat_sorted_llama import (
 )
 from .configuration_sorted_llama import SORTED_FIELDS, SortedLlamaConfig, check_exit_layer, check_exit_layers
 from .generation_sorted_llama import SortedGenerationMixin
-from .heads_sorted_llama import EXIT_HEADS, ExitHead, heads_of
+from .heads_sorted_llama import EXIT_HEADS, ExitHead, modules_of_exits
 from .loss_sorted_llama import ExitLossOptions, labelled_rows, multi_exit_loss
 from .submodels_sorted_llama import plain_submodel, sorted_model
 
@@ -45,7 +45,7 @@ class SortedModelOutputWithPast(BaseModelOutputWithPast):
 
     Args:
         exit_hidden_states (`tuple[torch.Tensor]`, *optional*, returned when `exit_layers` is passed):
-            Output of each exit's last layer, before its norm, of shape `(batch_size, sequence_length, hidden_size)`.
+            What the norm of each exit reads, of shape `(batch_size, sequence_length, hidden_size)`.
     """
 
     exit_hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -69,8 +69,9 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
 
     def __init__(self, config: LlamaConfig):
         super().__init__(_as_sorted_config(config))
-        norms = {str(k): heads_of(self.config, k).make_norm(self.config) for k in self.config.own_exits}
-        self.exit_norms = nn.ModuleDict({k: norm for k, norm in norms.items() if norm is not None})
+        kind = EXIT_HEADS[self.config.exit_heads]
+        self.exit_decoders = modules_of_exits(self.config, kind.make_layer)
+        self.exit_norms = modules_of_exits(self.config, kind.make_norm)
         # Of a checkpoint that is loaded with fewer layers than it has, the others are left out on purpose
         there = "|".join(map(str, range(self.config.num_hidden_layers)))
         self._keys_to_ignore_on_load_unexpected = {rf"(^|\.)layers\.(?!({there})\.)"}
@@ -78,15 +79,39 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
             self.post_init()
 
     def _init_weights(self, module):
-        of_exits = getattr(self, "exit_norms", nn.ModuleDict())  # Llama's constructor comes here before it is made
-        if module in of_exits.values():  # where a Llama's checkpoint knows none
-            EXIT_HEADS[self.config.exit_heads].init_norm(module, self.norm)
-        else:
+        original = self._original(module)
+        if original is None:
             super()._init_weights(module)
+        else:  # where a Llama's checkpoint knows none
+            EXIT_HEADS[self.config.exit_heads].init_as(module, original)
+
+    def _original(self, module: nn.Module) -> nn.Module | None:
+        """The module that one of an exit begins as; `None` for all others."""
+        norms, decoders = (getattr(self, name, nn.ModuleDict()) for name in ("exit_norms", "exit_decoders"))
+        if module in norms.values():  # Llama's constructor comes here before they are made
+            return self.norm
+        for k, decoder in decoders.items():
+            for name, own in decoder.named_modules():
+                if own is module:
+                    return self.layers[int(k)].get_submodule(name)
+        return None
 
     def exit_norm(self, exit_layer: int) -> nn.Module:
         """The norm between an exit and its head: the exit's own, or the final one."""
         return next((norm for k, norm in self.exit_norms.items() if int(k) == exit_layer), self.norm)
+
+    def exit_decoder(self, exit_layer: int) -> nn.Module | None:
+        """The decoder layer that an exit owns, with `exit_heads="layer"`."""
+        return next((layer for k, layer in self.exit_decoders.items() if int(k) == exit_layer), None)
+
+    def num_layers(self, exit_layer: int) -> int:
+        """Number of decoder layers of a sub-model: those up to the exit, and the exit's own."""
+        return exit_layer + (self.exit_decoder(exit_layer) is not None)
+
+    def layers_of(self, exit_layer: int) -> list[nn.Module]:
+        """The decoder layers of a sub-model, as [`num_layers`] counts them."""
+        own = self.exit_decoder(exit_layer)
+        return [*self.layers[:exit_layer], *([] if own is None else [own])]
 
     def depth(self, exit_layer: int | None = None) -> int:
         """Number of layers that a call with `exit_layer` runs: as many, or `config.exit_layer`, or all."""
@@ -115,6 +140,7 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
         use_cache: bool | None = None,
         exit_layer: int | None = None,
         exit_layers: Sequence[int] | None = None,
+        detach_exits: bool = False,
         cache_rows: list[int] | None = None,
         one_by_one: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -124,9 +150,11 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
 
         Args:
             exit_layer (`int`, *optional*):
-                Number of layers to run. Defaults to `config.exit_layer`, then to all.
+                Number of layers to run, before the exit's own. Defaults to `config.exit_layer`, then to all.
             exit_layers (`list[int]`, *optional*):
-                Layers after which to keep the hidden states, ascending, within the depth that runs.
+                Exits whose hidden states to return, ascending, within the depth that runs.
+            detach_exits (`bool`, *optional*, defaults to `False`):
+                Whether no gradient goes from the exits below that depth into the layers that all share.
             cache_rows (`list[int]`, *optional*):
                 With a [`SortedCache`], the rows of the cache that this input's rows are, ascending. Default to all.
             one_by_one (`bool`, *optional*, defaults to `False`):
@@ -141,33 +169,50 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         depth = self.depth(exit_layer)
-        kept = () if exit_layers is None else tuple(check_exit_layer(k, depth, "exit_layers") for k in exit_layers)
+        exits = () if exit_layers is None else tuple(check_exit_layer(k, depth, "exit_layers") for k in exit_layers)
+        below = [k for k in exits if k < depth]
+        self._check_returned(depth, below, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        inputs = inputs_embeds, attention_mask, position_ids
+        inputs = inputs_embeds, position_ids, attention_mask
         if is_sorted_cache(cache):
-            states = self._run_segments(*inputs, cache, depth, kept, cache_rows, one_by_one, **kwargs)
+            states = self._run_segments(inputs, cache, depth, below, detach_exits, cache_rows, one_by_one, **kwargs)
         elif cache_rows is not None:
             raise ValueError("`cache_rows` chooses rows of a `SortedCache`: pass one as `cache`.")
         else:
             if use_cache and cache is None:
                 cache = DynamicCache(config=self.config)
-                del cache.layers[depth:]
-            states = self._run_at_once(*inputs, cache, depth, kept, use_cache=use_cache, **kwargs)
+                del cache.layers[self.num_layers(depth) :]
+            states = self._run_at_once(inputs, cache, depth, below, detach_exits, use_cache=use_cache, **kwargs)
         return SortedModelOutputWithPast(
-            last_hidden_state=self.exit_norm(depth)(states[-1]),
-            exit_hidden_states=tuple(states[:-1]) or None,
+            last_hidden_state=self.exit_norm(depth)(states[depth]),
+            exit_hidden_states=tuple(states[k] for k in exits) or None,
             **{CACHE_NAME: cache},
         )
 
-    def _run_at_once(
-        self, inputs_embeds, attention_mask, position_ids, cache, depth, kept, **kwargs: Any
-    ) -> list[torch.Tensor]:
-        """Run the layers up to `depth` as Llama does; the states after the layers `kept` and the last."""
+    def _check_returned(self, depth: int, below: list[int], cache: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse a plain cache, and states of all layers, where they would mix what belongs to several exits."""
+        own = [k for k in below if self.exit_decoder(k) is not None]
+        asked = [n for n in ("output_hidden_states", "output_attentions") if kwargs.get(n, getattr(self.config, n))]
+        if own and (asked or not (cache is None or is_sorted_cache(cache))):
+            what = f"`{asked[0]}=True`" if asked else f"a {type(cache).__name__}"
+            raise ValueError(
+                f"Exits {own} own decoder layers, for which {what} has no place beside those of the model: leave it "
+                f"out, or run one of them, `exit_layer={own[0]}` without `exit_layers`."
+            )
+        if asked and is_sorted_cache(cache) and cache.is_pending(depth):
+            raise ValueError(
+                f"`{asked[0]}=True` would return tokens that are pending in the cache among those of the input: take "
+                f"them along first, with an input of no tokens (`input_ids[:, :0]`) at `exit_layer={depth}`."
+            )
+
+    def _run_at_once(self, inputs, cache, depth, below, detach_exits, **kwargs: Any) -> dict[int, torch.Tensor]:
+        """Run the layers up to `depth` as Llama does; by exit, what the norms at `below` and `depth` read."""
+        inputs_embeds, position_ids, attention_mask = inputs
         if isinstance(cache, Cache) and not torch.compiler.is_compiling():  # continuous batching has its own kind
             # Not at every decoding step on an accelerator: `generate` has looked before the first
-            prefill = inputs_embeds.shape[1] > 1
-            check_cache_depth(cache, depth, synchronize=prefill or inputs_embeds.device.type == "cpu")
+            synchronize = inputs_embeds.shape[1] > 1 or inputs_embeds.device.type == "cpu"
+            check_cache_depth(cache, depth, self.num_layers(depth), synchronize)
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
@@ -177,48 +222,73 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **layer_inputs
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        layer_inputs |= {"attention_mask": causal_mask, "position_embeddings": position_embeddings}
-        return self._run_layers(0, depth, inputs_embeds, kept, **layer_inputs, **kwargs)
+        layer_inputs |= {"attention_mask": causal_mask, "position_embeddings": position_embeddings, **kwargs}
+        hidden_states, states = self._run_layers(0, depth, inputs_embeds, below, detach_exits, **layer_inputs)
+        # What an exit on the way owns is for no token to come: the cache is the model's
+        states = {k: self._behind_exit(k, kept, **layer_inputs | {CACHE_NAME: None}) for k, kept in states.items()}
+        return {**states, depth: self._behind_exit(depth, hidden_states, **layer_inputs)}
 
     def _run_layers(
-        self, first: int, last: int, hidden_states: torch.Tensor, kept: Sequence[int], **kwargs: Any
-    ) -> list[torch.Tensor]:
-        """Run layers `first` to `last`; the states after those of them that are in `kept`, and their output."""
-        kept_states = []
+        self, first: int, last: int, hidden_states: torch.Tensor, kept: Sequence[int], detach: bool, **kwargs: Any
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Run layers `first` to `last`; their output, and the states behind those of them that are in `kept`."""
+        kept_states = {}
         for layers_run, decoder_layer in enumerate(self.layers[first:last], start=first + 1):
             hidden_states = decoder_layer(hidden_states, **kwargs)
             if layers_run in kept:
-                kept_states.append(hidden_states)
-        return [*kept_states, hidden_states]
+                states = hidden_states.detach() if detach else hidden_states
+                if detach and self.gradient_checkpointing and self.training:
+                    states.requires_grad_()  # where it is reentrant, a layer is not trained on states that need none
+                kept_states[layers_run] = states
+        return hidden_states, kept_states
+
+    def _behind_exit(self, exit_layer: int, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """What the norm of an exit reads: the states there, or what the exit's own layer makes of them."""
+        own = self.exit_decoder(exit_layer)
+        return hidden_states if own is None else own(hidden_states, **kwargs)
 
     def _run_segments(
-        self, inputs_embeds, attention_mask, position_ids, cache, depth, kept, cache_rows, one_by_one, **kwargs: Any
-    ) -> list[torch.Tensor]:
-        """Walk up to `depth`, taking along what is pending; the states after the layers `kept` and the last."""
+        self, inputs, cache, depth, below, detach_exits, cache_rows, one_by_one, **kwargs: Any
+    ) -> dict[int, torch.Tensor]:
+        """As [`_run_at_once`], taking along what is pending on the way."""
         if cache_rows is not None and cache_rows == list(range(len(cache.lengths))):
             cache_rows = None
-        segments = cache.segments(depth, cache_rows)
-        block = cache.append(
-            inputs_embeds, position_ids, attention_mask, cache_rows, rotary_emb=self.rotary_emb, one_by_one=one_by_one
-        )
-        hidden_states, prepared = inputs_embeds, None
-        exit_hidden_states: list[torch.Tensor] = []
+        own = [int(k) for k in self.exit_decoders]
+        segments = cache.segments(depth, cache_rows, own)
+        for k in {*below, depth}.intersection(own):
+            cache.check_exit(k, cache_rows)
+        block = cache.append(*inputs, cache_rows, rotary_emb=self.rotary_emb, one_by_one=one_by_one)
+        hidden_states, prepared = inputs[0], None
+        states: dict[int, torch.Tensor] = {}
         for first, last in segments:
-            with cache.segment(first, last, hidden_states, block) as (hidden_states, block):
-                if block.width == 0:
-                    continue
-                if block is not prepared:  # where nothing is pending, a segment runs the same block as the one below
-                    prepared = block
-                    layer_inputs = cache.layer_inputs(block, self.config, self.rotary_emb, hidden_states)
-                *kept_states, hidden_states = self._run_layers(
-                    first, last, hidden_states, kept, use_cache=True, **layer_inputs, **kwargs
-                )
-                exit_hidden_states += map(block.align_right, kept_states)
+            with cache.segment(cache.trunk(first, last), hidden_states, block) as (hidden_states, block):
+                kept = {k: hidden_states for k in below if first < k <= last}
+                if block.width > 0:
+                    if block is not prepared:  # where nothing is pending, a segment runs the block of the one below
+                        prepared = block
+                        layer_inputs = cache.layer_inputs(block, self.config, self.rotary_emb, hidden_states)
+                    hidden_states, kept = self._run_layers(
+                        first, last, hidden_states, below, detach_exits, use_cache=True, **layer_inputs, **kwargs
+                    )
                 if last == depth < len(self.layers):
-                    cache.suspend(depth, hidden_states, block)
-                elif last == len(self.layers):  # a deeper model may own the cache: it has a hole now, and says so
-                    cache.pending.pop(last, None)
-        return [*exit_hidden_states, block.align_right(hidden_states)]
+                    cache.trunk(last, last + 1)[0].suspend(hidden_states, block)
+            if last == depth:
+                kept[depth] = hidden_states
+            states |= {k: self._behind_exit_in(cache, k, at_exit, block, **kwargs) for k, at_exit in kept.items()}
+            if last in own and last not in states:
+                cache.of_exit(last).suspend(hidden_states, block)
+        return states
+
+    def _behind_exit_in(self, cache, exit_layer: int, hidden_states: torch.Tensor, block, **kwargs: Any):
+        """As [`_behind_exit`], of a block and what is pending before the exit's own layer."""
+        if self.exit_decoder(exit_layer) is not None:
+            layer = cache.of_exit(exit_layer)
+            with cache.segment([layer], hidden_states, block) as (hidden_states, block):
+                if block.width > 0:
+                    inputs = cache.layer_inputs(block, self.config, self.rotary_emb, hidden_states)
+                    inputs |= {CACHE_NAME: BlockCache({exit_layer: layer}, block)}
+                    hidden_states = self._behind_exit(exit_layer, hidden_states, use_cache=True, **inputs, **kwargs)
+        return block.align_right(hidden_states)
 
 
 class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCausalLM):
@@ -251,8 +321,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
         self.model = SortedLlamaModel(self.config)
         self.vocab_size = self.config.vocab_size
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
-        heads = {str(k): heads_of(self.config, k).make_head(self.config) for k in self.config.own_exits}
-        self.exit_lm_heads = nn.ModuleDict({k: head for k, head in heads.items() if head is not None})
+        self.exit_lm_heads = modules_of_exits(self.config, EXIT_HEADS[self.config.exit_heads].make_head)
         self.post_init()
 
     def _init_weights(self, module):
@@ -335,7 +404,6 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
         tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None and tokens is not None:
             _check_labels(tokens.shape[:2], labels=labels, shift_labels=loss_arguments.get("shift_labels"))
-        self._check_pending(cache, depth, kwargs)
 
         outputs: SortedModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -346,6 +414,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
             use_cache=use_cache,
             exit_layer=depth,
             exit_layers=exits,
+            detach_exits=exits is not None and loss_arguments["options"].detach_exits,
             **kwargs,
         )
         logits, losses = None, {}
@@ -367,15 +436,6 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
             **losses,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
-
-    def _check_pending(self, cache: Any, depth: int, kwargs: dict[str, Any]) -> None:
-        """Refuse states of all layers where some would hold tokens that are pending, among those of the input."""
-        asked = [n for n in ("output_hidden_states", "output_attentions") if kwargs.get(n, getattr(self.config, n))]
-        if asked and is_sorted_cache(cache) and len(cache.segments(depth)) > 1:
-            raise ValueError(
-                f"`{asked[0]}=True` would return tokens that are pending in the cache among those of the input: take "
-                f"them along first, with an input of no tokens (`input_ids[:, :0]`) at `exit_layer={depth}`."
-            )
 
     def _loss_exits(self, exit_layer, exit_layers, labels) -> list[int] | None:
         """The exits of a SoFT loss; `None` where the call has no loss or a single exit's."""
@@ -410,8 +470,8 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
         normed = []
         for k, states in zip(exits, hidden_states, strict=True):
             states = _newest(states, labels.shape[1]).flatten(0, -2).index_select(0, rows.to(states.device))
-            is_detached = options.detach_exits and k != exits[-1]
-            normed.append(self.model.exit_norm(k)(states.detach() if is_detached else states))
+
+            normed.append(self.model.exit_norm(k)(states))
         heads = [self.exit_head(k) for k in exits]
         gather_in_backward(self, heads)
         return multi_exit_loss(normed, heads, targets, options, num_items_in_batch)

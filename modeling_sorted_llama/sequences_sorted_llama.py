@@ -400,7 +400,7 @@ class Sequences:
         embeds = self.model.model.embed_tokens(sequences.gather(1, columns))
         rotary_emb = self.model.model.rotary_emb
         block = self.cache.append(embeds, counts=counts, rotary_emb=rotary_emb, one_by_one=True)
-        self.cache.suspend(0, embeds, block)
+        self.cache.trunk(0, 1)[0].suspend(embeds, block)
 
 
 def draw(probabilities: torch.Tensor) -> torch.Tensor:

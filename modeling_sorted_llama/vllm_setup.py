@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_model_path
 
 from .configuration_sorted_llama import check_exit_layer
+from .heads_sorted_llama import EXIT_HEADS, LAYER
 from .vllm_requests import PER_REQUEST, check_of, default_exit_layer, exit_layers_of
 
 
@@ -85,7 +86,7 @@ def _set_up_drafts(vllm_config: VllmConfig) -> None:
                 "A checkpoint that drafts for itself needs a depth: pass `--hf-overrides "
                 "'{\"assistant_early_exit\": k}'` beside `--speculative-config`."
             )
-        _refuse("Drafts from the first layers of the same checkpoint", _unknown_machinery(vllm_config))
+        _refuse("Drafts from the first layers of the same checkpoint", _unknown_to_segments(vllm_config))
         segment_ends(vllm_config)  # checks the depth
         config.architectures = ["SegmentedLlamaForCausalLM"]
     # This worker also takes the check of requests away from the runner, which has none beside drafts
@@ -96,7 +97,7 @@ def _refuse_beside_depths(vllm_config: VllmConfig) -> None:
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     config, graphs = vllm_config.model_config.hf_config, vllm_config.compilation_config.cudagraph_mode
     excluded = {
-        **_unknown_machinery(vllm_config),
+        **_unknown_to_segments(vllm_config),
         "a checkpoint without `exit_layers`": len(exit_layers_of(config)) < 2,
         "`--speculative-config` (drafts)": vllm_config.speculative_config is not None,
         "`--pipeline-parallel-size`": parallel.pipeline_parallel_size > 1,
@@ -116,13 +117,16 @@ def _refuse_beside_depths(vllm_config: VllmConfig) -> None:
     _refuse(f"A depth a request (`exit_layer={PER_REQUEST!r}`)", excluded)
 
 
-def _unknown_machinery(vllm_config: VllmConfig) -> dict[str, bool]:
+def _unknown_to_segments(vllm_config: VllmConfig) -> dict[str, bool]:
+    exit_heads = vllm_config.model_config.hf_config.exit_heads
     return {
         f"vLLM {vllm.__version__} (it has run with {', '.join(VERSIONS)})": not f"{vllm.__version__}.".startswith(
             tuple(f"{version}." for version in VERSIONS)
         ),
         "model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
         "`--worker-cls`": vllm_config.parallel_config.worker_cls != "auto",
+        f"`exit_heads={exit_heads!r}`, whose exits own decoder layers (a server of one depth runs them)": LAYER
+        in EXIT_HEADS[exit_heads].owned,
         f"the platform {current_platform.device_name}": not (
             current_platform.is_cpu() or current_platform.is_cuda_alike()
         ),

@@ -49,7 +49,8 @@ class SortedSFTConfig(SFTConfig):
             what the exits below full depth own, which leaves full depth as it is.
         exit_heads (`str`, *optional*):
             What each exit below full depth owns: nothing with `"shared"`; with `"separate"` copies of the norm and the
-            head; with `"lens"` a norm and a square matrix, first the identity, before the shared head. Defaults to the
+            head; with `"lens"` a norm and a square matrix, first the identity, before the shared head; with `"layer"`
+            a decoder layer, first the model's next one, and a norm (Balcony, arXiv 2503.05005). Defaults to the
             model config's.
         detach_exits (`bool`, *optional*, defaults to `False`):
             Whether the exits below full depth train only what they own, so that full depth is trained as without
@@ -84,7 +85,7 @@ class SortedSFTConfig(SFTConfig):
     exit_heads: str | None = HfArg(
         default=None,
         help="What each exit below full depth owns: nothing (`shared`), a norm and a head (`separate`), a norm and a "
-        "square matrix before the shared head (`lens`). Defaults to the model's.",
+        "square matrix before the shared head (`lens`), a decoder layer and a norm (`layer`). Default: the model's.",
         metadata={"choices": list(EXIT_HEADS)},
     )
     detach_exits: bool = HfArg(default=False, help="Whether the exits below full depth train only what they own.")

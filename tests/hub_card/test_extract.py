@@ -24,7 +24,7 @@ def make(folder, shards=False, **fields):
     model = tiny_sorted(exit_layers=EXITS, **fields)
     own = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "exit_norms" in name or "exit_lm_heads" in name:  # trained: no longer what full depth has
+        if "exit_" in name:  # trained: no longer what full depth has
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=own)
     model.generation_config.exit_threshold = 0.5
     model.generation_config.max_new_tokens = 7
@@ -35,7 +35,7 @@ def make(folder, shards=False, **fields):
 
 
 @pytest.mark.parametrize("exit_layer, shards", [(1, False), (2, False), (4, False), (2, True)])
-@pytest.mark.parametrize("exit_heads", ["shared", "separate", "lens"])
+@pytest.mark.parametrize("exit_heads", ["shared", "separate", "lens", "layer"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_extracted_model_is_the_exit_bit_by_bit(tmp_path, exit_layer, exit_heads, tied, shards):
     fields = {"exit_heads": exit_heads, "tie_word_embeddings": tied, "dtype": torch.float32}
@@ -138,20 +138,21 @@ def test_wrong_arguments_of_an_extraction_leave_nothing_behind(tmp_path):
 def test_the_command_extracts(tmp_path, capsys):
     make(tmp_path / "model")
     main(["extract", str(tmp_path / "model"), "--exit", "2", str(tmp_path / "out")])
-    assert f"The plain Llama of 2 layers is in {tmp_path / 'out'}." in capsys.readouterr().out
+    assert f"The plain Llama of exit 2 is in {tmp_path / 'out'}." in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
     with pytest.raises(SystemExit, match="`exit_layer` must be an integer from 1 to 4, got 9"):
         main(["extract", str(tmp_path / "model"), "--exit", "9", str(tmp_path / "nine")])
 
 
-@pytest.mark.parametrize("exit_heads", ["shared", "lens"])
+@pytest.mark.parametrize("exit_heads", ["shared", "lens", "layer"])
 def test_an_extracted_model_survives_gguf(tmp_path, exit_heads):
     model = make(tmp_path / "model", exit_heads=exit_heads)
     llama = LlamaForCausalLM.from_pretrained(extract(tmp_path / "model", 2, tmp_path / "out"))
     save_gguf(llama, tmp_path / "two.gguf")
     back = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="two.gguf", dtype=torch.float32)
-    assert back.config.num_hidden_layers == 2
+    layers = 3 if exit_heads == "layer" else 2  # the exit's own
+    assert back.config.num_hidden_layers == layers
     with torch.no_grad():
         torch.testing.assert_close(back(**prompts()).logits, model(**prompts(), exit_layer=2).logits)
-    sorted_back = SortedLlamaForCausalLM.from_pretrained(tmp_path, gguf_file="two.gguf", exit_layers=[1, 2])
-    assert sorted_back.config.exit_layers == [1, 2]
+    sorted_back = SortedLlamaForCausalLM.from_pretrained(tmp_path, gguf_file="two.gguf", exit_layers=[1, layers])
+    assert sorted_back.config.exit_layers == [1, layers]

@@ -47,21 +47,22 @@ class Row:
     def crop(self, length):
         return Row(self.tokens[:length], self.positions[:length], self.attended[:length])
 
-    def straight_pass(self, depth):
+    def straight_pass(self, depth, exit_heads="shared"):
         """Slots of the attended tokens, their states and their keys and values, from the plain Llama."""
         slots = [i for i, is_attended in enumerate(self.attended) if is_attended]
         if not slots:
             return slots, None, None
         tokens, positions = (torch.tensor([[values[i] for i in slots]]) for values in (self.tokens, self.positions))
-        states, cache = run_plain(tokens, depth, position_ids=positions)
+        states, cache = run_plain(tokens, depth, exit_heads=exit_heads, position_ids=positions)
         return slots, states[0], cache
 
 
 class History:
     """A `SortedCache`, what it should hold, and random things that happen to both."""
 
-    def __init__(self, draw, attention, rows, left_padded):
-        self.draw, self.model, self.cache = draw, sorted_model(attention), SortedCache()
+    def __init__(self, draw, attention, exit_heads, rows, left_padded):
+        self.draw, self.exit_heads = draw, exit_heads
+        self.model, self.cache = sorted_model(attention, exit_heads), SortedCache()
         self.seed = 0
         width = draw(st.integers(1, 5), "prompt")
         pads = [draw(st.integers(0, width - 1), "pads") if left_padded else 0 for _ in range(rows)]
@@ -91,7 +92,9 @@ class History:
         if number and self.draw(st.booleans(), "masked"):
             mask[:, 0] = torch.tensor(self.draw(st.lists(st.integers(0, 1), min_size=len(rows), max_size=len(rows))))
             arguments["attention_mask"] = mask
-        passed = [self.cache.lengths_in(depth - 1)[row] for row in rows]
+        last = self.cache.exit_layers.get(depth)
+        lengths = self.cache.lengths_in(depth - 1) if last is None else last.lengths
+        passed = [lengths[row] for row in rows]
         for row, ids, attended in zip(rows, tokens.tolist(), mask.tolist(), strict=True):
             self.rows[row].append(ids, attended)
         everywhere = len(rows) == len(self.rows) and len({len(row) for row in self.rows}) == 1
@@ -108,7 +111,7 @@ class History:
         counts = [max(n, 0) for n in counts]
         assert states.shape[:2] == (len(rows), max(counts))
         for row, before, count, found in zip(rows, passed, counts, states, strict=True):
-            slots, expected, _ = row.straight_pass(depth)
+            slots, expected, _ = row.straight_pass(depth, self.exit_heads)
             new = [i for i, slot in enumerate(slots) if slot >= before]
             if new and count:
                 found = found[[states.shape[1] - len(row) + slots[i] for i in new]]
@@ -123,7 +126,7 @@ class History:
         tokens = self.new_tokens(len(self.rows), max(counts))
         embeds = self.model.model.embed_tokens(tokens).detach()
         block = self.cache.append(embeds, counts=counts)
-        self.cache.suspend(0, embeds, block)
+        self.cache.trunk(0, 1)[0].suspend(embeds, block)
         for row, ids, count in zip(self.rows, tokens.tolist(), counts, strict=True):
             row.append(ids[:count], [1] * count)
 
@@ -163,25 +166,35 @@ class History:
         for layer, lengths in zip(self.cache.layers, levels[1:], strict=False):
             if layer.is_initialized:
                 assert layer.keys.shape == layer.values.shape == (len(self.rows), 2, max(lengths), 8)
+        for k, layer in self.cache.exit_layers.items():
+            assert layer.arrived == levels[k] and (layer.pending is None) == (layer.lengths == levels[k])
 
     def check_keys_and_values(self):
-        catch_up(self.cache, model=self.model)
-        self.check_lengths()
+        for depth in range(1, LAYERS + 1):
+            catch_up(self.cache, depth, model=self.model)
+            self.check_lengths()
+            assert self.cache.lengths_in(depth - 1) == self.cache.lengths
+            own = [self.cache.exit_layers[depth]] if self.exit_heads == "layer" and depth < LAYERS else []
+            self.check_layers([*self.cache.layers[:depth], *own], depth)
         assert self.cache.pending == {}
-        assert all(self.cache.lengths_in(i) == self.cache.lengths for i in range(LAYERS))
+        assert all(layer.pending is None for layer in self.cache.exit_layers.values())
+
+    def check_layers(self, layers, depth):
         for number, row in enumerate(self.rows):
-            slots, _, expected = row.straight_pass(LAYERS)
-            for layer, expected_layer in zip(self.cache.layers, expected.layers if slots else (), strict=False):
+            slots, _, expected = row.straight_pass(depth, self.exit_heads)
+            for layer, expected_layer in zip(layers, expected.layers, strict=True) if slots else ():
                 torch.testing.assert_close(layer.keys[number][:, slots], expected_layer.keys[0], **CLOSE)
                 torch.testing.assert_close(layer.values[number][:, slots], expected_layer.values[0], **CLOSE)
 
 
+@pytest.mark.parametrize("exit_heads", ["shared", "layer"])
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_any_history_leaves_the_keys_and_values_of_one_straight_pass(data):
+def test_any_history_leaves_the_keys_and_values_of_one_straight_pass(exit_heads, data):
     history = History(
         data.draw,
         data.draw(st.sampled_from(["sdpa", "eager"]), "attention"),
+        exit_heads,
         data.draw(st.integers(1, 3), "batch size"),
         data.draw(st.booleans(), "left padded"),
     )

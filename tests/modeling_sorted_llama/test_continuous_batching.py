@@ -1,6 +1,7 @@
 """transformers' continuous batching: right tokens at the config's depth, and no other depth in silence."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ PLAIN = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
 SMALL = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
 
 
-@pytest.mark.parametrize("exit_heads", ["shared", "lens"])
+@pytest.mark.parametrize("exit_heads", ["shared", "lens", "layer"])
 @pytest.mark.parametrize("exit_layer", [None, 2])
 def test_runs_at_the_depth_of_the_config(exit_layer, exit_heads):
     model = tiny_sorted(exit_layer=exit_layer, exit_heads=exit_heads)
@@ -25,7 +26,8 @@ def test_runs_at_the_depth_of_the_config(exit_layer, exit_heads):
     found = model.generate_batch(PROMPTS, generation_config=config, continuous_batching_config=SMALL)
     for prompt, output in zip(PROMPTS, found.values(), strict=True):
         assert output.error is None
-        reference = reference_llama(model, exit_layer or 4)
+        make = model.extract_submodel if exit_heads == "layer" else partial(reference_llama, model)
+        reference = make(exit_layer or 4)
         expected = reference.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None)
         assert output.generated_tokens == expected[0, len(prompt) :].tolist()
 

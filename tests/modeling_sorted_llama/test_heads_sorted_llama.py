@@ -1,4 +1,4 @@
-"""Exits that own a norm and a head (`exit_heads="separate"`) or a matrix before it (`"lens"`), against plain ones."""
+"""Exits that own a head (`exit_heads="separate"`), a matrix (`"lens"`) or a decoder layer (`"layer"`), and a norm."""
 
 import copy
 
@@ -12,7 +12,7 @@ from tests.tiny import prompts, reference_llama, save_tiny, tiny_fields, tiny_ll
 
 
 EXITS = [1, 2, 4]
-BOTH = pytest.mark.parametrize("exit_heads", ["separate", "lens"])
+KINDS = pytest.mark.parametrize("exit_heads", ["separate", "lens", "layer"])
 TIED = pytest.mark.parametrize("tied", [True, False])
 
 
@@ -27,12 +27,20 @@ def sorted_llama(exit_heads, seed=0, **overrides):
     return model
 
 
+def num_layers(exit_heads, k):
+    """Of the sub-model of an exit."""
+    return k + (exit_heads == "layer" and k in EXITS[:-1])
+
+
 def reference(model, k):
-    """transformers' own Llama of `k` layers with the norm and the head of that exit."""
-    llama = reference_llama(model, k)
+    """transformers' own Llama of `k` layers with what that exit owns."""
+    llama = reference_llama(model, num_layers(model.config.exit_heads, k))
     if k != EXITS[-1] and k in EXITS:
         norm = model.model.exit_norms[str(k)]
         llama.model.norm.weight.data = norm.weight.data.clone()
+        if model.config.exit_heads == "layer":
+            llama.model.layers[k].load_state_dict(model.model.exit_decoders[str(k)].state_dict())
+            return llama
         if model.config.exit_heads == "separate":
             head = model.exit_lm_heads[str(k)].weight.data.clone()
         else:
@@ -42,14 +50,15 @@ def reference(model, k):
     return llama
 
 
-@BOTH
+@KINDS
 @TIED
 def test_exits_start_as_full_depth_reads(exit_heads, tied):
     fields = tiny_fields(exit_layers=EXITS, exit_heads=exit_heads, tie_word_embeddings=tied)
     model = SortedLlamaForCausalLM(SortedLlamaConfig(**fields))
     shared, inputs = SortedLlamaForCausalLM.from_llama(reference_llama(model, 4), exit_layers=EXITS), prompts()
     for k in EXITS:
-        assert torch.equal(model(**inputs, exit_layer=k).logits, shared(**inputs, exit_layer=k).logits)
+        expected = shared(**inputs, exit_layer=num_layers(exit_heads, k)).logits
+        assert torch.equal(model(**inputs, exit_layer=k).logits, expected)
 
 
 @TIED
@@ -70,7 +79,7 @@ def test_separate_exits_start_as_copies(tied):
         assert model.exit_head(k) is model.lm_head and model.model.exit_norm(k) is model.model.norm
 
 
-@BOTH
+@KINDS
 @TIED
 @pytest.mark.parametrize("auto", [True, False])
 def test_exits_of_a_loaded_plain_llama_start_as_copies(tmp_path, exit_heads, tied, auto):
@@ -91,15 +100,16 @@ def test_exits_of_a_loaded_plain_llama_start_as_copies(tmp_path, exit_heads, tie
     with torch.no_grad():
         shared = SortedLlamaForCausalLM.from_llama(llama, exit_layers=EXITS)
         for k in EXITS:
-            assert torch.equal(model(**inputs, exit_layer=k).logits, shared(**inputs, exit_layer=k).logits)
+            expected = shared(**inputs, exit_layer=num_layers(exit_heads, k)).logits
+            assert torch.equal(model(**inputs, exit_layer=k).logits, expected)
 
 
 def close(exit_heads):
     """A lens is folded into the head, which rounds otherwise; copies are equal to the bit."""
-    return {"rtol": 0, "atol": 0} if exit_heads == "separate" else {"rtol": 1e-4, "atol": 1e-5}
+    return {"rtol": 1e-4, "atol": 1e-5} if exit_heads == "lens" else {"rtol": 0, "atol": 0}
 
 
-@BOTH
+@KINDS
 @TIED
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_logits_of_exits_that_own_heads_are_the_sub_models(exit_heads, tied, k):
@@ -112,7 +122,7 @@ def test_logits_of_exits_that_own_heads_are_the_sub_models(exit_heads, tied, k):
         torch.testing.assert_close(extracted(**inputs).logits, expected, **close(exit_heads))
 
 
-@BOTH
+@KINDS
 @TIED
 def test_extracted_submodel_is_saved_as_a_plain_llama(tmp_path, exit_heads, tied):
     model, inputs = sorted_llama(exit_heads, tie_word_embeddings=tied), prompts()
@@ -138,23 +148,26 @@ def test_lens_does_not_fold_into_any_head():
     model.extract_submodel(4)
 
 
-@BOTH
+@KINDS
 def test_from_llama_shares_the_backbone(exit_heads):
     llama = tiny_llama()
     model = SortedLlamaForCausalLM.from_llama(llama, exit_layers=EXITS, exit_heads=exit_heads)
     shared = {param.data_ptr() for param in llama.parameters()}
     own = {name for name, param in model.named_parameters() if param.data_ptr() not in shared}
-    added = "exit_lm_heads.{}.weight" if exit_heads == "separate" else "model.exit_norms.{}.matrix"
-    assert own == {name.format(k) for name in ("model.exit_norms.{}.weight", added) for k in EXITS[:-1]}
+    in_layer = [f"model.exit_decoders.{{}}.{name}" for name, _ in llama.model.layers[0].named_parameters()]
+    added = {"separate": ["exit_lm_heads.{}.weight"], "lens": ["model.exit_norms.{}.matrix"], "layer": in_layer}
+    names = ["model.exit_norms.{}.weight", *added[exit_heads]]
+    assert own == {name.format(k) for name in names for k in EXITS[:-1]}
     modules = [model.get_submodule(name) for k in EXITS for name in owned_modules(model.config, k)]
     assert own == {n for n, p in model.named_parameters() if any(p is q for m in modules for q in m.parameters())}
     for k in EXITS:
         inputs = prompts()
-        assert torch.equal(model(**inputs, exit_layer=k).logits, reference_llama(llama, k)(**inputs).logits)
+        expected = reference_llama(llama, num_layers(exit_heads, k))(**inputs).logits
+        assert torch.equal(model(**inputs, exit_layer=k).logits, expected)
 
 
-@BOTH
-@pytest.mark.parametrize("other", ["shared", "separate", "lens"])
+@KINDS
+@pytest.mark.parametrize("other", ["shared", "separate", "lens", "layer"])
 def test_what_exits_own_is_kept(exit_heads, other):
     model = sorted_llama(exit_heads)
     if other == exit_heads:
@@ -165,7 +178,7 @@ def test_what_exits_own_is_kept(exit_heads, other):
         SortedLlamaForCausalLM.from_llama(model, exit_heads=other)
 
 
-@BOTH
+@KINDS
 @pytest.mark.parametrize("call", [{"exit_layer": 1}, {"exit_layer": 2}, {"exit_layer": 4}], ids=str)
 @pytest.mark.parametrize("strategy", [{}, {"num_beams": 2}, {"do_sample": True}], ids=str)
 def test_generation_at_an_exit_that_owns_its_head_is_the_sub_models(exit_heads, call, strategy):
@@ -178,7 +191,7 @@ def test_generation_at_an_exit_that_owns_its_head_is_the_sub_models(exit_heads, 
     assert torch.equal(*outputs)
 
 
-@BOTH
+@KINDS
 @pytest.mark.parametrize(
     "call",
     [
@@ -196,7 +209,7 @@ def test_lossless_modes_give_full_depths_tokens(exit_heads, call):
     assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=20, **call), expected)
 
 
-@BOTH
+@KINDS
 def test_confidence_and_row_depths_read_as_the_exits_do(exit_heads):
     model, inputs = sorted_llama(exit_heads), prompts()
     options = {"do_sample": False, "max_new_tokens": 12}
@@ -209,7 +222,7 @@ def test_confidence_and_row_depths_read_as_the_exits_do(exit_heads):
         assert torch.equal(rows[row, :width], of_exit[:width])
 
 
-@BOTH
+@KINDS
 @pytest.mark.parametrize("detached", [True, False])
 @pytest.mark.parametrize("weights", [None, [0.25, 0.5, 2.0]], ids=str)
 def test_loss_and_gradients_of_exits_that_own_heads_are_the_naive_sums(exit_heads, detached, weights):
@@ -305,7 +318,7 @@ def test_lens_is_not_folded_into_a_head_that_does_more_than_multiply(change):
     model.extract_submodel(4)
 
 
-@BOTH
+@KINDS
 def test_full_depth_and_the_inner_model_load_whatever_the_exits_own(tmp_path, exit_heads):
     model = sorted_llama(exit_heads)
     path, inputs = save_tiny(tmp_path / "model", model), torch.arange(3, 11)[None]
@@ -314,22 +327,25 @@ def test_full_depth_and_the_inner_model_load_whatever_the_exits_own(tmp_path, ex
         assert torch.equal(plain(inputs).logits, model(inputs).logits)
     base = SortedLlamaModel.from_pretrained(path)
     assert torch.equal(base.exit_norm(2).weight, model.model.exit_norm(2).weight)
+    own, expected = base.exit_decoders.state_dict(), model.model.exit_decoders.state_dict()
+    assert own.keys() == expected.keys() and all(torch.equal(own[name], expected[name]) for name in own)
 
 
-@BOTH
+@KINDS
 def test_the_kind_of_exit_heads_is_kept_by_the_config_and_left_out_of_llamas(exit_heads):
     config = SortedLlamaConfig(**tiny_fields(exit_layers=EXITS, exit_heads=exit_heads))
     assert SortedLlamaConfig(**config.to_dict()).exit_heads == exit_heads
     assert SortedLlamaConfig(**tiny_fields()).exit_heads == "shared"
     assert not hasattr(config.to_llama(2), "exit_heads")
-    assert config.to_llama(2).tie_word_embeddings is False
+    assert config.to_llama(2).tie_word_embeddings is (exit_heads == "layer")
+    assert all(config.to_llama(k).num_hidden_layers == num_layers(exit_heads, k) for k in range(1, 5))
     assert config.to_llama(3).tie_word_embeddings is config.to_llama(4).tie_word_embeddings is True
 
 
 @pytest.mark.parametrize(
     "fields",
     [{"exit_heads": "block"}, {"exit_heads": None}, {"exit_heads": "separate"}]
-    + [{"exit_heads": "lens"}, {"exit_heads": "separate", "exit_layers": [4]}],
+    + [{"exit_heads": "lens"}, {"exit_heads": "layer"}, {"exit_heads": "separate", "exit_layers": [4]}],
     ids=str,
 )
 def test_exit_heads_that_are_unknown_or_have_no_exits_are_refused(fields):
@@ -345,7 +361,7 @@ def test_detached_exits_that_own_nothing_are_refused(fields):
         model(input_ids=ids, labels=ids, detach_exits=True, exit_layers=fields.get("exit_layers"))
 
 
-@BOTH
+@KINDS
 def test_layers_below_exits_that_own_heads_cannot_be_left_out(tmp_path, exit_heads):
     """The checkpoint's norm and head are full depth's: a shallower model of them would be wrong."""
     path = save_tiny(tmp_path, sorted_llama(exit_heads))

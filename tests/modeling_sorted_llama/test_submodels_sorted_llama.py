@@ -17,7 +17,7 @@ def storages(model) -> dict[str, int]:
     return {name: tensor.untyped_storage().data_ptr() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("exit_heads", ["shared", "separate", "lens"])
+@pytest.mark.parametrize("exit_heads", ["shared", "separate", "lens", "layer"])
 def test_every_module_is_in_the_mode_of_its_source(exit_heads):
     for training in (False, True):
         model = SortedLlamaForCausalLM.from_llama(
@@ -27,7 +27,7 @@ def test_every_module_is_in_the_mode_of_its_source(exit_heads):
             assert {module.training for module in made.modules()} == {training}
 
 
-@pytest.mark.parametrize("exit_heads", ["separate", "lens"])
+@pytest.mark.parametrize("exit_heads", ["separate", "lens", "layer"])
 def test_a_submodel_is_plain_whatever_the_config_says_of_exits_since(exit_heads):
     model = SortedLlamaForCausalLM.from_llama(tiny_llama(), exit_layers=[2, 4], exit_heads=exit_heads)
     model.config.exit_layers = [4]

@@ -25,7 +25,7 @@ def make(folder: Path, exit_layers: Sequence[int] = (1, 2, 4), **fields: Any) ->
     model = tiny_sorted(exit_layers=list(exit_layers), **{**sizes, "num_hidden_layers": exit_layers[-1], **fields})
     own = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "exit_norms" in name or "exit_lm_heads" in name:
+        if "exit_" in name:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=own)
     save_tiny(folder, model)
     return model

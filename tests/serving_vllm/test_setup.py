@@ -154,3 +154,13 @@ def test_a_draft_is_the_target_however_its_folder_is_written(path, written):
 def test_drafts_and_a_depth_a_request_exclude_each_other(path):
     with pytest.raises(ValueError, match=r"cannot be served with `--speculative-config` \(drafts\)"):
         drafting(path, hf_overrides={"assistant_early_exit": 2}, additional_config=PER_REQUEST)
+
+
+def test_exits_that_own_layers_are_served_at_one_depth(checkpoint):
+    path, _ = checkpoint(exit_heads="layer")
+    configured(path, hf_overrides={"exit_layer": 2})
+    message = "`exit_heads='layer'`, whose exits own decoder layers"
+    with pytest.raises(ValueError, match=rf"A depth a request.*{message}"):
+        configured(path, additional_config=PER_REQUEST)
+    with pytest.raises(ValueError, match=rf"Drafts from the first layers.*{message}"):
+        drafting(path, hf_overrides={"assistant_early_exit": 2})

@@ -55,6 +55,8 @@ def assert_is_exit(found, model, exit_layer):
         (2, {"exit_heads": "separate"}),
         (2, {"exit_heads": "lens"}),
         (1, {"exit_heads": "lens", "tie_word_embeddings": False}),
+        (2, {"exit_heads": "layer"}),
+        (1, {"exit_heads": "layer", "tie_word_embeddings": False}),
     ],
     ids=str,
 )

@@ -155,8 +155,9 @@ def expected_draft_counts(policy):
     return [drafted, accepted]
 
 
-# Of one depth, the kind whose head is made of two tensors that come one after the other
-SERVERS = [*itertools.product(("drafts", "depths"), EXIT_HEADS), ("one depth", "lens")]
+# Of one depth, the kinds whose head is made of two tensors that come one after the other, and whose exits own layers
+SEGMENTED = [kind for kind in EXIT_HEADS if kind != "layer"]
+SERVERS = [*itertools.product(("drafts", "depths"), SEGMENTED), ("one depth", "lens"), ("one depth", "layer")]
 
 
 @pytest.fixture(scope="module", params=SERVERS, ids=str)

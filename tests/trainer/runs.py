@@ -125,12 +125,17 @@ def naive_step(llama, batch, exits, weights=None):
 
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.05, "max_grad_norm": 0}
 
-OWNED = {"lens": "model.exit_norms.{}.matrix", "separate": "exit_lm_heads.{}.weight"}
+IN_LAYER = [name for name, _ in tiny_llama().model.layers[0].named_parameters()]
+OWNED = {
+    "lens": ["model.exit_norms.{}.matrix"],
+    "separate": ["exit_lm_heads.{}.weight"],
+    "layer": [f"model.exit_decoders.{{}}.{name}" for name in IN_LAYER],
+}
 
 
 def owned(exit_heads):
     """Names of the weights that the exits below full depth own."""
-    return {name.format(k) for name in ("model.exit_norms.{}.weight", OWNED[exit_heads]) for k in EXITS[:-1]}
+    return {name.format(k) for name in ("model.exit_norms.{}.weight", *OWNED[exit_heads]) for k in EXITS[:-1]}
 
 
 # Evaluated and saved after each step, on data that it is the less like the longer it trains: the best is not the last

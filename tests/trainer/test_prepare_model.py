@@ -234,6 +234,8 @@ def test_exits_alone_train_the_shared_norm_and_head_as_the_naive_sum(tmp_path):
         (False, tiny_sorted, "separate"),
         (True, tiny_sorted, "lens"),
         (False, tiny_llama, "lens"),
+        (True, tiny_llama, "layer"),
+        (False, tiny_sorted, "layer"),
     ],
 )
 def test_exits_alone_train_what_they_own_and_leave_full_depth(tmp_path, tied, make, exit_heads):
@@ -264,6 +266,17 @@ def test_exits_alone_train_what_they_own_and_leave_full_depth(tmp_path, tied, ma
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     assert reloaded.config.exit_heads == exit_heads
     assert_equal_weights(reloaded, model, 0.0)
+
+
+@pytest.mark.parametrize("exit_heads", ["separate", "layer"])
+def test_a_frozen_backbone_runs_no_backward(tmp_path, exit_heads):
+    """Also where gradient checkpointing is asked for, TRL's default: there is nothing of it to keep."""
+    options = {"trainable": "exits", "exit_heads": exit_heads, "gradient_checkpointing": True, "max_steps": 1}
+    trainer, needed = make_trainer(tmp_path, **options), []
+    for layer in trainer.model.model.layers:
+        layer.register_forward_hook(lambda _, args, states: needed.append(states.requires_grad))
+    trainer.train()
+    assert needed == [False] * 4
 
 
 def test_separate_heads_follow_the_exits_of_the_trainer(tmp_path):

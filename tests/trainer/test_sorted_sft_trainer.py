@@ -347,7 +347,14 @@ def test_the_trained_share_is_printed(tmp_path, capsys, lora):
 
 @pytest.mark.parametrize(
     "tied, exit_heads, schedule",
-    [(True, "lens", "all"), (False, "lens", "random"), (True, "separate", "random"), (False, "separate", "all")],
+    [
+        (True, "lens", "all"),
+        (False, "lens", "random"),
+        (True, "separate", "random"),
+        (False, "separate", "all"),
+        (True, "layer", "all"),
+        (False, "layer", "random"),
+    ],
 )
 def test_detached_exits_leave_full_depth_to_sft(tmp_path, tied, exit_heads, schedule):
     """Full depth's weights are those of training without the exits; the exits learn all the same."""
@@ -372,6 +379,19 @@ def test_detached_exits_leave_full_depth_to_sft(tmp_path, tied, exit_heads, sche
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert reloaded.config.exit_heads == exit_heads
     assert_equal_weights(reloaded, model, 0.0)
+
+
+def test_full_depth_beside_detached_layers_is_sfts_to_the_bit(tmp_path):
+    """Where nothing is clipped: the norm of all gradients, by which they would be, counts those of the exits."""
+    options = {"max_steps": 6, "max_grad_norm": 0, "learning_rate": 3e-3}
+    alone = make_trainer(tmp_path, tiny_llama(), exit_layers=[4], **options)
+    alone.train()
+    detached = {"exit_heads": "layer", "detach_exits": True, "exit_learning_rate": 0.01}
+    trainer = make_trainer(tmp_path, tiny_llama(), self_distillation_weight=1.0, **detached, **options)
+    trainer.train()
+    for name, param in alone.model.named_parameters():
+        assert torch.equal(trainer.model.get_parameter(name), param), name
+    assert not torch.equal(trainer.model.model.exit_norms["2"].weight, tiny_llama().model.norm.weight)
 
 
 def test_what_exits_own_has_a_learning_rate_of_its_own(tmp_path):
