@@ -44,7 +44,7 @@ class SortedCacheLayer(DynamicLayer):
         self.number = number  # of the decoder layers before it
         self.max_cache_len = max_cache_len
         self.lengths = self._arrived = (0,) * batch_size
-        self.pending: torch.Tensor | None = None  # (batch_size, slots, hidden_size)
+        self.pending: Any = None  # `None`, or states of shape (batch_size, slots, hidden_size)
 
     @property
     def arrived(self) -> tuple[int, ...]:

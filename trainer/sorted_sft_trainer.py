@@ -111,7 +111,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             quantization_config = args.model_init_kwargs = None  # `SFTTrainer` need not warn that it does not use them
         model, self.exit_layers, self.exit_loss_weights = prepare_model(model, args, peft_config)
         if args.trainable == "exits":  # it would have the embeddings need a gradient, and the frozen layers a backward
-            args.gradient_checkpointing = False
+            args.gradient_checkpointing = args.activation_checkpointing = False  # a name of old, and the new one
         if model.config.own_exits and args.exit_schedule != "all" and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # what an exit owns has no gradient in a step without it
         # PEFT saves the model's class for an adapter without a task, and refuses to import this one when it loads it
