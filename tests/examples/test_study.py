@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_llama
 
 
 ROOT = Path(__file__).parents[2]
@@ -52,12 +52,14 @@ def test_what_is_there_is_not_run_again(study, tmp_path, monkeypatch):
     (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, GSM8K)))
     flags = ["--data", ".", "--tasks", "gsm8k"]
     first = run(study, tmp_path, monkeypatch, *flags, "--arms", "SFT", "alone 2")
-    second = run(study, tmp_path, monkeypatch, *flags, "--arms", "SFT", "SFT+ICT", "alone 2", "SoFT", "lenses")
+    layers = ["layers, frozen", "layers, frozen, distilled, the last layer"]
+    arms = ["SFT", "SFT+ICT", "alone 2", "SoFT", "lenses", *layers]
+    second = run(study, tmp_path, monkeypatch, *flags, "--arms", *arms)
     assert "gsm8k, SFT, seed 0 ..." in first and "gsm8k, SFT, seed 0 ..." not in second
 
     results = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
     by_arm = {r["arm"]: r for r in results}
-    assert list(by_arm) == ["SFT", "alone 2", "SFT+ICT", "SoFT", "lenses"] and len(results) == 5
+    assert list(by_arm) == ["SFT", "alone 2", "SFT+ICT", "SoFT", "lenses", *layers] and len(results) == 7
     for arm, result in by_arm.items():
         assert list(result["exits"]) == (["2"] if arm == "alone 2" else ["1", "2", "4"])
         assert result["steps"] == 2 and result["seconds"] > 0 and result["peak_memory_mb"] > 0
@@ -74,6 +76,12 @@ def test_what_is_there_is_not_run_again(study, tmp_path, monkeypatch):
     assert by_arm["lenses"]["stored_parameters"] == by_arm["SFT"]["stored_parameters"] + own
     # Full depth as after SFT, but for the clipping and for 2 steps' rounding
     assert by_arm["lenses"]["exits"]["4"]["loss"] == pytest.approx(by_arm["SFT"]["exits"]["4"]["loss"], rel=1e-3)
+    # Layers on SFT's weights leave them alone, and may begin as another one than the next
+    frozen, last = by_arm["layers, frozen"], by_arm["layers, frozen, distilled, the last layer"]
+    assert frozen["exits"]["4"] == last["exits"]["4"] == by_arm["SFT"]["exits"]["4"]
+    own = sum(p.numel() for p in tiny_llama().model.layers[0].parameters()) + hidden
+    assert frozen["trained_parameters"] == last["trained_parameters"] == 2 * own
+    assert frozen["exits"]["1"]["loss"] != last["exits"]["1"]["loss"]
     assert by_arm["alone 2"]["trained_parameters"] < by_arm["SFT"]["trained_parameters"]
 
     table = (tmp_path / "study.md").read_text()
