@@ -63,6 +63,7 @@ NEXT_STEPS = """\
 
 Next:
   .venv/bin/sorted-llama evaluate {final} --data completions={folder}/held_out.jsonl
+  .venv/bin/sorted-llama certify {final} --data completions={folder}/held_out.jsonl
   .venv/bin/sorted-llama card {final}
   .venv/bin/python examples/train.py --model_name_or_path {final} --dataset_name my.jsonl  # data of yours
   .venv/bin/python -c "from transformers import pipeline; \

@@ -13,6 +13,7 @@ from yaml import YAMLError
 from sorted_llama.trainer.escaping import code_span, markdown, one_line
 from sorted_llama.trainer.model_card import get_block, new_page, open_page, set_block, use_block
 
+from .certificate import certificates_block
 from .checkpoint import load_config
 from .plot import plot_quality_speed
 from .record import FILE_NAME, Measured, exit_scores, full_depth, harness_scores, load_evaluation, measured, write_json
@@ -77,7 +78,10 @@ def write_card(
             if peers or evaluation is not None:
                 write_json(Path(made, FILE_NAME), record)
             pictured = plot_quality_speed(record, Path(made, PLOT_NAME))
-            content = set_block(content, "exits", exits_block(record, exits, pictured))
+            blocks = [exits_block(record, exits, pictured)]
+            if record.get("certificates"):
+                blocks.append(certificates_block(record["certificates"], folder))
+            content = set_block(content, "exits", "\n\n".join(blocks))
         card = ModelCard(content)
         _set_metadata(card.data, record, model_name, base_model, license)
         card.save(Path(made, PAGE_NAME))

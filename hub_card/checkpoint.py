@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM
+from sorted_llama.modeling_sorted_llama.modes_sorted_llama import make_plain
 from sorted_llama.trainer.escaping import one_line
 
 
@@ -61,6 +62,7 @@ def load_model(path: str | Path, dtype: str, device: str | None = None, exit_lay
     missing = sorted(info["missing_keys"])
     if missing:  # would be random
         raise ValueError(f"The weights of {str(path)!r} lack {len(missing)} tensors, {missing[0]} for example.")
+    make_plain(model.generation_config)  # every call here names its depth, which no other may bound
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

@@ -1,6 +1,7 @@
 """
 ```shell
 sorted-llama evaluate PATH --data qa=questions.jsonl gsm8k=test.jsonl --tasks arc_easy   # every exit, one JSON
+sorted-llama certify PATH --data completions=FILE --risk 0.05  # a depth as good as full depth, with a guarantee
 sorted-llama card PATH                                                                  # README.md and plot
 sorted-llama push PATH user/name                                                        # to the Hub
 sorted-llama extract PATH --exit 10 FOLDER                                              # a plain Llama
@@ -19,7 +20,7 @@ from transformers.utils import logging
 from sorted_llama.trainer.escaping import one_line
 from sorted_llama.trainer.sorted_sft_config import read_exit_layers
 
-from . import card, evaluation, extract, judging, push
+from . import card, certificate, certify, evaluation, extract, judging, push
 from .judge import JudgeError
 from .tasks import KINDS
 
@@ -70,6 +71,28 @@ def evaluate_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
         sources = [_split("--data", _DATA, argument) for argument in data]
         record = evaluation.evaluate(path, sources, tasks, exits, **options)
         print(card.exits_block(record, record["request"]["exit_layers"], pictured=False))
+
+    return run
+
+
+def certify_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
+    parser.add_argument("path", help="model id or path")
+    parser.add_argument("--data", required=True, metavar="KIND=FILE", help="prompts, a sample of those to come")
+    parser.add_argument("--risk", type=float, default=0.05, help="share of answers that may fail, default 0.05")
+    parser.add_argument("--delta", type=float, default=0.05, help="probability of being wrong, default 0.05")
+    losses = f"{certificate.DIFFERS}, or a score of the kind (exact_match, f1, final_answer)"
+    parser.add_argument("--loss", default=certificate.DIFFERS, help=f"what fails: {losses} below full depth's")
+    parser.add_argument("--thresholds", nargs="+", metavar="T[,T...]", help="to try: for all exits, or one an exit")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn to choose, and what to test")
+    parser.add_argument("--num_timed", type=int, default=8, help="prompts to time")
+    _add_arguments_of_answers(parser, dtype=None)
+    parser.add_argument("--output", help="default: evaluation.json in the folder of the checkpoint")
+    parser.add_argument("--apply", action="store_true", help="write the setting into generation_config.json")
+
+    def run(path: str, data: str, thresholds: list[str] | None, **options: Any) -> None:
+        tried = None if thresholds is None else [_numbers("--thresholds", argument) for argument in thresholds]
+        found = certify.certify(path, _split("--data", _DATA, data), thresholds=tried, **options)
+        print(certificate.certificate_line(found))
 
     return run
 
@@ -147,6 +170,7 @@ def extract_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
 
 COMMANDS = {
     "evaluate": (evaluate_command, "evaluate every exit; a stopped run goes on"),
+    "certify": (certify_command, "find the cheapest depth that is as good as full depth, with a guarantee"),
     "card": (card_command, "write the page of a checkpoint"),
     "push": (push_command, "push a checkpoint with its page to the Hub, as one commit"),
     "judge": (judge_command, "let a chat model compare the answers of two exits, or of two models"),
@@ -154,9 +178,10 @@ COMMANDS = {
 }
 
 
-def _add_arguments_of_answers(parser: argparse.ArgumentParser) -> None:
+def _add_arguments_of_answers(parser: argparse.ArgumentParser, dtype: str | None = "bfloat16") -> None:
     parser.add_argument("--limit", type=int, help="rows of each task")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    own = "default: the checkpoint's own" if dtype is None else f"default: {dtype}"
+    parser.add_argument("--dtype", default=dtype, choices=["bfloat16", "float16", "float32"], help=own)
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--chat", action="store_true", help="ask questions through the chat template")
 
@@ -166,3 +191,12 @@ def _split(option: str, form: str, argument: str) -> tuple[str, str]:
     if not path:
         raise ValueError(f"`{option}` takes {form}, got {argument!r}.")
     return name, path
+
+
+def _numbers(option: str, argument: str) -> float | list[float]:
+    """One number, or several with commas between them."""
+    try:
+        numbers = [float(number) for number in argument.split(",")]
+    except ValueError:
+        raise ValueError(f"`{option}` takes numbers, or lists such as 2,0.9,2, got {argument!r}.") from None
+    return numbers if len(numbers) > 1 else numbers[0]

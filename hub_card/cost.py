@@ -32,3 +32,16 @@ def cost_of_exit(model: SortedLlamaForCausalLM, exit_layer: int, context: int = 
         flops=2 * multiplied + attention,
         kv_bytes=2 * len(layers) * config.num_key_value_heads * head_dim * kv_size,
     )
+
+
+def weights_read(model: SortedLlamaForCausalLM, exit_layers: list[int]) -> dict[int, int]:
+    """
+    Of each of `exit_layers`, ascending, the weights that a token reads which leaves there, when it is looked at on the
+    way at those before it: layers once, and a head at every stop. On most machines that is what a token's time is.
+    """
+    read, layer, found = 0, 0, {}
+    for k in exit_layers:
+        modules = (*model.model.layers_of(k)[layer:], model.model.exit_norm(k), model.exit_head(k))
+        read += sum(p.numel() for module in modules for p in module.parameters())
+        layer, found[k] = k, read
+    return found

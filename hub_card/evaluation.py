@@ -13,7 +13,7 @@ from .calibration import calibration_error, suggest_thresholds
 from .checkpoint import check_device, load_answering_tokenizer, load_config, load_model
 from .cost import cost_of_exit
 from .measure import answers, decoding_speeds, teacher_forced
-from .record import FILE_NAME, check_output, fingerprint, load_evaluation, machine_name, open_record, write_record
+from .record import fingerprint, load_evaluation, machine_name, open_record, output_of, write_record
 from .settings import Setting
 from .tasks import Task, load_task
 
@@ -72,7 +72,9 @@ def evaluate(
         check_number(threshold, "exit_thresholds", 0)
     check_device(device)
     exits, settings = _settings(load_config(path), exit_layers, exit_thresholds, drafts)
-    output = _output(path, output, overwrite)
+    output = output_of(path, output)
+    if output.exists() and not overwrite:  # what is broken is told before the weights are loaded
+        load_evaluation(output)
     tokenizer = load_answering_tokenizer(path)
     tasks = _load_tasks(data, tokenizer, limit, chat)
     task_manager = None
@@ -87,10 +89,7 @@ def evaluate(
         "weights": fingerprint(model),
         "exit_layers": exits,
         "settings": {str(setting): setting.arguments for setting in settings},
-        "tasks": {
-            task.name: {"kind": task.kind, "source": task.source, "rows": len(task.rows), "sha256": task.digest}
-            for task in tasks
-        },
+        "tasks": {task.name: _identity(task) for task in tasks},
         "harness_tasks": list(harness_tasks),
         "limit": limit,
         "timed": _timed(tasks, tokenizer, num_timed, max_new_tokens, runs),
@@ -124,7 +123,7 @@ class _Run:
 def _score_tasks(run: _Run, request: dict[str, Any], record: dict[str, Any]) -> Iterator[None]:
     """What the exits make of the right answers of each task, and how the answers of each setting score."""
     for task in run.tasks:
-        results = record["tasks"].setdefault(task.name, {"metric": task.metric, "settings": {}})
+        results = record["tasks"].setdefault(task.name, {"metric": task.metrics[0], "settings": {}})
         if "exits" not in results:
             results.update(_read_exits(run, task, request["exit_layers"]))
             yield
@@ -199,6 +198,10 @@ def _settings(
     return exits, [Setting(kind, value) for kind, of_kind in values.items() for value in of_kind]
 
 
+def _identity(task: Task) -> dict[str, Any]:
+    return {"kind": task.kind, "source": task.source, "rows": len(task.rows), "sha256": task.digest}
+
+
 def _timed(tasks: list[Task], tokenizer: Any, num_timed: int, max_new_tokens: int, runs: int) -> dict[str, int]:
     """The prompts to time, of the first task, and how."""
     prompts = [row["prompt"] for row in tasks[0].rows[:num_timed]] if tasks else []
@@ -209,16 +212,6 @@ def _timed(tasks: list[Task], tokenizer: Any, num_timed: int, max_new_tokens: in
         "runs": runs,
         "batch_size": 1,
     }
-
-
-def _output(path: str, output: str | Path | None, overwrite: bool) -> Path:
-    """The file to write; what is broken in one that is there is told before the weights are loaded."""
-    if output is None and not Path(path).is_dir():
-        raise ValueError(f"`path={path!r}` is no folder here that could take the results: pass `output`.")
-    output = check_output(Path(path) / FILE_NAME if output is None else output)
-    if output.exists() and not overwrite:
-        load_evaluation(output)
-    return output
 
 
 def _load_tasks(data: Sequence[tuple[str, str]], tokenizer: Any, limit: int | None, chat: bool) -> list[Task]:

@@ -1,24 +1,18 @@
 """Exit against exit, or model against model: their answers, kept as they are made, and what a judge makes of them."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_int
-from sorted_llama.trainer.escaping import one_line
 
+from .answering import kept_answers
 from .checkpoint import check_device, load_answering_tokenizer, load_config, load_model
-from .judge import PairwiseResult, Replies, check_judge, digest_of, judge_pairs
-from .measure import answers
-from .record import check_output, fingerprint, write_json
-from .tasks import Task, load_task
-
-
-_BATCH_SIZE = 64  # answers that are made, and kept, at once
+from .judge import PairwiseResult, Replies, check_judge, judge_pairs
+from .record import check_output, write_json
+from .tasks import load_task
 
 
 def judge_exits(
@@ -71,30 +65,10 @@ def judge_exits(
         if not texts or name != path:
             model = None  # before the next one comes
             model = load_model(name, dtype, device)
-        texts.append(_answers(model, tokenizer, task, exit_layer, max_new_tokens, kept, ask_judge))
+        asked, mode = [row["prompt"] for row in task.rows], {"exit_layer": exit_layer}
+        found = kept_answers(model, tokenizer, asked, max_new_tokens, kept, mode, ask_judge)
+        texts.append([answer.text for answer in found])
     prompts = [row["prompt"] for row in tasks[0].rows]
     result = judge_pairs(prompts, *texts, model=judge, base_url=base_url, cache=replies.path)
     write_json(output, {"exits": list(exits), "path": path, "against": against, **asdict(result)})
     return result
-
-
-def _answers(
-    model: Any, tokenizer: Any, task: Task, exit_layer: int, max_new_tokens: int, kept: Replies, before: Callable
-) -> list[str]:
-    """Greedy answers of an exit: those that are kept, and the others, which are kept as they are made."""
-    made_by = {"weights": fingerprint(model), "dtype": str(model.dtype), "max_new_tokens": max_new_tokens}
-    prompts = [row["prompt"] for row in task.rows]
-    keys = [digest_of({**made_by, "exit_layer": exit_layer, "prompt": prompt}) for prompt in prompts]
-    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in kept}
-    if missing:
-        before()
-        kept.make_file()
-        asked = sorted(missing, key=lambda key: len(missing[key]))  # alike lengths: little padding
-        bar = one_line(f"{model.name_or_path}, exit {exit_layer}")
-        for start in tqdm(range(0, len(asked), _BATCH_SIZE), desc=bar):
-            batch = asked[start : start + _BATCH_SIZE]
-            questions = [missing[key] for key in batch]
-            texts = answers(model, tokenizer, questions, max_new_tokens, _BATCH_SIZE, exit_layer=exit_layer)
-            for key, text in zip(batch, texts, strict=True):
-                kept.add(key, text)
-    return [kept[key] for key in keys]

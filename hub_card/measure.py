@@ -76,8 +76,21 @@ def read_exits(
     return [torch.cat(parts, dim=1) for parts in zip(*tiles, strict=True)]
 
 
+@dataclass
+class Answer:
+    """What a model answers to a prompt."""
+
+    text: str  # without special tokens
+    exits: list[int]  # that each token comes from; empty where all have the same depth
+
+
+def answers(*arguments: Any, **options: Any) -> list[str]:
+    """Greedy answers as text: see [`answers_with_exits`]."""
+    return [answer.text for answer in answers_with_exits(*arguments, **options)]
+
+
 @torch.inference_mode()
-def answers(
+def answers_with_exits(
     model: SortedLlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -85,17 +98,20 @@ def answers(
     batch_size: int = 64,
     progress: str | None = None,
     **decoding: Any,
-) -> list[str]:
-    """Greedy answers, without special tokens; `progress` names a bar, `decoding` is a mode such as `exit_layer=k`."""
-    found = [""] * len(prompts)
+) -> list[Answer]:
+    """Greedy answers; `progress` names a bar, `decoding` is a mode such as `exit_layer=k`."""
+    found = [Answer("", [])] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
     for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None):
         batch = order[start : start + batch_size]
         inputs = tokenizer([prompts[i] for i in batch], return_tensors="pt", padding=True, padding_side="left")
-        tokens = _generate(model, tokenizer, inputs.to(model.device), max_new_tokens, **decoding)
-        texts = tokenizer.batch_decode(tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        for i, text in zip(batch, texts, strict=True):
-            found[i] = text
+        asked = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True, **decoding}
+        output: Any = _generate(model, tokenizer, inputs.to(model.device), **asked)
+        texts = tokenizer.batch_decode(output.sequences[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        used = getattr(output, "exit_layers_used", None)
+        exits = [[]] * len(batch) if used is None else used.tolist()
+        for i, text, of_tokens in zip(batch, texts, exits, strict=True):
+            found[i] = Answer(text, [k for k in of_tokens if k > 0])  # 0 stands behind the end
     return found
 
 

@@ -46,6 +46,7 @@ COUNT = Value("an integer from 0 to 2^63", lambda value: type(value) is int and 
 NUMBER = Value("a finite number", is_number)
 SHARE = Value("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
 SPEED = Value("a number above 0", lambda value: is_number(value) and value > 0)
+DTYPE = Value("float32, float16 or bfloat16", lambda value: value in ("float32", "float16", "bfloat16"))
 EXIT = Value("the number of an exit", lambda value: _is_setting(f"exit {value}"))
 SETTING = Value(f"the name of a setting, one of {', '.join(MODES)} and a value", _is_setting)
 LIST = Value("a list", lambda value: isinstance(value, list))
@@ -60,6 +61,21 @@ TASK = {
     "exits": {EXIT: {"loss": NUMBER, "agreement": SHARE, "reliability?": {"expected_calibration_error": NUMBER}}},
     "suggested_thresholds?": [{"wanted_agreement": SHARE, "exit_threshold": NUMBER, "mean_layers": NUMBER}],
 }
+CERTIFICATE = {
+    "data": {"name": TEXT},
+    "loss": TEXT,
+    "risk": SHARE,
+    "delta": SHARE,
+    "tested_on": COUNT,
+    "tested": [{"setting": SETTING, "mean_loss": SHARE, "p_value": SHARE}],
+    "setting?": SETTING,  # where one was certified
+    "speed_up?": SPEED,
+    "weights": TEXT,
+    "chat_template": TEXT,
+    "dtype": DTYPE,
+    "device": TEXT,
+    "decoding": {"max_new_tokens": COUNT},
+}
 RECORD = {
     "request": {
         "exit_layers": [COUNT],
@@ -73,6 +89,7 @@ RECORD = {
     "tasks": {TEXT: TASK},
     "harness": {TEXT: {TEXT: {EXIT: {TEXT: NUMBER}}}},
     "speed?": {SETTING: {"median": SPEED, "best": SPEED}},
+    "certificates?": [CERTIFICATE],
     "peers?": {TEXT: OBJECT},  # records themselves
 }
 
@@ -227,30 +244,48 @@ def check_output(output: str | Path) -> Path:
     return output
 
 
+def output_of(path: str, output: str | Path | None) -> Path:
+    """The file to write; by default it is in the folder of the checkpoint."""
+    if output is None and not Path(path).is_dir():
+        raise ValueError(f"`path={path!r}` is no folder here that could take the results: pass `output`.")
+    return check_output(Path(path) / FILE_NAME if output is None else output)
+
+
 def open_record(output: Path, request: dict, overwrite: bool, device: torch.device) -> dict[str, Any]:
-    """The record to go on with, or a new one; `ValueError` if the file holds the results of another request."""
+    """
+    The record to go on with, or a new one, which takes over the certificates that are there; `ValueError` if the file
+    holds the results of another request.
+    """
     request = json.loads(json.dumps(request))
     if output.exists() and not overwrite:
         record = load_evaluation(output)
         if record["request"] == request:
             return record
-        different = [name for name, value in request.items() if record["request"].get(name) != value]
-        held = f"`output={str(output)!r}` holds results of another {', '.join(different)}"
-        raise ValueError(f"{held}: pass another file, or `overwrite` to replace them.")
+        if record["tasks"] or record["harness"]:  # else it was made for a certificate alone
+            different = [name for name, value in request.items() if record["request"].get(name) != value]
+            held = f"`output={str(output)!r}` holds results of another {', '.join(different)}"
+            raise ValueError(f"{held}: pass another file, or `overwrite` to replace them.")
+    record = {"schema_version": SCHEMA_VERSION, "request": request, "made_by": provenance(device)}
+    with suppress(ValueError):  # what is overwritten may be broken, or not there
+        record["certificates"] = load_evaluation(output).get("certificates", [])
+    return {**record, "tasks": {}, "harness": {}}
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What made a result: command, date, versions and machine."""
     program = Path(sys.argv[0]).name
     start = ["sorted-llama"] if program in ("sorted-llama", "__main__.py") else ["python", program]
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    made_by = {
+    return {
         "command": shlex.join([*start, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_revision": _git_revision(),
         "versions": versions,
         "machine": machine_name(device),
     }
-    return {"schema_version": SCHEMA_VERSION, "request": request, "made_by": made_by, "tasks": {}, "harness": {}}
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
@@ -269,12 +304,12 @@ def write_json(path: Path, content: dict) -> None:
 # Where it comes from
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A digest of some of every tensor's values: another training has another one."""
+def fingerprint(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
+    """A digest of some of every tensor's values, as `dtype`: another training has another one."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         some = tensor.flatten()[:: max(tensor.numel() // 64, 1)]
-        digest.update(f"{name} {tuple(tensor.shape)} {some.float().tolist()}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {some.to(dtype or some.dtype).float().tolist()}".encode())
     return digest.hexdigest()
 
 

@@ -1,11 +1,13 @@
 """
 The ways to decode that an evaluation compares, in one table: what each asks of `generate`, and how the page and its
-plot show it. `evaluation.json` names a setting by its kind and value: `"exit 10"`, `"threshold 0.9"`, `"draft 10"`.
+plot show it. `evaluation.json` names a setting by its kind and value: `"exit 10"`, `"threshold 0.9"`, `"draft 10"`;
+thresholds may be one an exit: `"threshold [2, 0.9]"`.
 """
 
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,11 @@ class Mode:
 
 
 _EXIT, _NUMBER = r"[1-9]\d{0,8}", r"(0|[1-9]\d*)(\.\d+)?(e[-+]?\d+)?"
+_NUMBERS = rf"{_NUMBER}|\[{_NUMBER}(, {_NUMBER})*\]"  # for all exits, or one an exit
 # Colors after Okabe and Ito, which colour-blind readers tell apart, the blue lighter: all read on white and on dark
 MODES = {
     "exit": Mode("exit_layer", _EXIT, "one exit for all tokens", Style("#1F83C6", "o", "--", 90)),
-    "threshold": Mode("exit_threshold", _NUMBER, "exit_threshold", Style("#D55E00", "s", "-", 180)),
+    "threshold": Mode("exit_threshold", _NUMBERS, "exit_threshold", Style("#D55E00", "s", "-", 180)),
     "draft": Mode(
         argument="assistant_early_exit",
         values=_EXIT,
@@ -49,7 +52,7 @@ class Setting:
     """A kind of [`MODES`] and the value of its argument."""
 
     kind: str
-    value: int | float
+    value: Any  # a number, or a list of them
 
     @classmethod
     def read(cls, name: str) -> "Setting":
@@ -67,7 +70,7 @@ class Setting:
         return MODES[self.kind]
 
     @property
-    def arguments(self) -> dict[str, int | float]:
+    def arguments(self) -> dict[str, Any]:
         """What `generate` is called with."""
         return {self.mode.argument: self.value}
 

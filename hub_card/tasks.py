@@ -33,13 +33,17 @@ class Task:
     digest: str  # of the rows
 
     @property
-    def metric(self) -> str:
-        """The first of the scores, which the page shows."""
-        return next(iter(KINDS[self.kind].score("", [""])))
+    def metrics(self) -> list[str]:
+        """Names of the scores; the page shows the first."""
+        return list(KINDS[self.kind].score("", [""]))
+
+    def scores(self, texts: Sequence[str]) -> list[dict[str, float]]:
+        """Each score, from 0 to 1, of generated answers, one for each row."""
+        return [KINDS[self.kind].score(text, row["answers"]) for text, row in zip(texts, self.rows, strict=True)]
 
     def score(self, texts: Sequence[str]) -> dict[str, float]:
-        """Mean of each score over the rows, from 0 to 1, of generated answers, one for each row."""
-        scores = [KINDS[self.kind].score(text, row["answers"]) for text, row in zip(texts, self.rows, strict=True)]
+        """Mean of each score over the rows."""
+        scores = self.scores(texts)
         return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
 
 

@@ -163,7 +163,7 @@ def run_beside_a_trainer(python: Path, script: str, folder: Path) -> list[str]:
 def test_a_wheel_gives_all_public_names_and_the_command_and_leaves_the_users_trainer_alone(installed, tmp_path):
     where, *help_text = run_beside_a_trainer(installed, USE_THE_MODEL + USE_ALL, tmp_path)
     assert Path(where).is_relative_to(installed.parent.parent)
-    for command in ("evaluate", "card", "push", "judge", "extract"):
+    for command in ("evaluate", "card", "push", "judge", "extract", "certify"):
         assert command in "\n".join(help_text)
     assert "from sorted_llama.__main__ import main" in installed.with_name("sorted-llama").read_text()
 

@@ -122,6 +122,7 @@ def reader(tmp_path_factory):
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     data = {
         "trl-lib/Capybara/train.jsonl": [{"messages": chat}] * 8,
+        "calibration.jsonl": [{"prompt": f"{i} - 1 = ", "completion": f"{i - 1}"} for i in range(117)],
         "out/demo/held_out.jsonl": [{"prompt": f"{i} + 1 = ", "completion": f"{i + 1}"} for i in range(2)],
         "openai/gsm8k/main/train.jsonl": [{"question": "1 + 1?", "answer": "#### 2"}] * 5,
         "openai/gsm8k/main/test.jsonl": [{"question": "1 + 1?", "answer": "#### 2"}],

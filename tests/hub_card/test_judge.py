@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sorted_llama.hub_card import judge, judging
+from sorted_llama.hub_card import answering, judge, judging
 from sorted_llama.hub_card.commands import main
 from sorted_llama.hub_card.judge import TEMPLATE, bootstrap_interval, judge_pairs, parse_verdict
 from sorted_llama.hub_card.measure import answers
@@ -532,7 +532,8 @@ def command(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     generated = []
-    monkeypatch.setattr(judging, "answers", lambda *a, **kw: generated.extend(a[2]) or answers(*a, **kw))
+    made = answering.answers_with_exits
+    monkeypatch.setattr(answering, "answers_with_exits", lambda *a, **kw: generated.extend(a[2]) or made(*a, **kw))
 
     def run(server, *options, exits=("1", "4")):
         arguments = ["--data", f"completions={tmp_path / 'rows.jsonl'}", "--judge", "m"]
@@ -601,8 +602,8 @@ def test_answers_are_kept_as_they_are_made(command, monkeypatch):
     """A run that is killed within an exit loses those of one batch."""
     rows = [{"prompt": "go on" + "!" * (n % 4) + str(n), "completion": " a"} for n in range(5)]
     (command.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(judging, "_BATCH_SIZE", 2)
-    counted = judging.answers
+    monkeypatch.setattr(answering, "BATCH_SIZE", 2)
+    counted = answering.answers_with_exits
 
     def killed(*arguments, **options):
         if len(command.generated) == 4:
@@ -611,7 +612,7 @@ def test_answers_are_kept_as_they_are_made(command, monkeypatch):
 
     with endpoint() as server:
         with monkeypatch.context() as patch:
-            patch.setattr(judging, "answers", killed)
+            patch.setattr(answering, "answers_with_exits", killed)
             with pytest.raises(KeyboardInterrupt):
                 command(server)
         assert len((command.folder / "judging.answers.jsonl").read_text().splitlines()) == 4

@@ -140,3 +140,36 @@ def test_the_revision_is_of_the_repository_that_holds_the_package(tmp_path, monk
     revision = record_module._git_revision()
     monkeypatch.delenv("GIT_DIR")
     assert revision == git("rev-parse", "HEAD")
+
+
+CERTIFICATE = {
+    "data": {"name": "rows"},
+    "loss": "differs",
+    "risk": 0.05,
+    "delta": 0.05,
+    "tested_on": 200,
+    "tested": [{"setting": "threshold [2, 0.9]", "mean_loss": 0.01, "p_value": 0.02}],
+    "setting": "threshold [2, 0.9]",
+    "speed_up": 1.2,
+    "weights": "0",
+    "chat_template": "0",
+    "dtype": "float32",
+    "device": "cpu",
+    "decoding": {"max_new_tokens": 5},
+}
+WRONG_CERTIFICATES = [
+    ({"setting": "threshold high"}, r"`certificates\[0\].setting` must be the name of a setting"),
+    ({"risk": 5}, r"`certificates\[0\].risk` must be a number from 0 to 1, got 5"),
+    ({"tested": [{"setting": "exit 1", "mean_loss": 0.0}]}, r"`certificates\[0\].tested\[0\].p_value` is missing"),
+    ({"speed_up": 0}, r"`certificates\[0\].speed_up` must be a number above 0"),
+    ({"decoding": {}}, r"`certificates\[0\].decoding.max_new_tokens` is missing"),
+    ({"weights": None}, r"`certificates\[0\].weights` must be text"),
+    ({"dtype": "nn"}, r"`certificates\[0\].dtype` must be float32, float16 or bfloat16, got 'nn'"),
+]
+
+
+@pytest.mark.parametrize("fields, message", WRONG_CERTIFICATES, ids=str)
+def test_a_wrong_field_of_a_certificate_is_named(fields, message):
+    check_record({**make_record(), "certificates": [CERTIFICATE]})
+    with pytest.raises(ValueError, match=message):
+        check_record({**make_record(), "certificates": [{**CERTIFICATE, **fields}]})

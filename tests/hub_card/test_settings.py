@@ -16,6 +16,12 @@ def test_the_name_of_a_threshold_can_be_read_again(value):
     assert Setting.read(str(Setting("threshold", value))) == Setting("threshold", value)
 
 
+@given(st.lists(st.one_of(st.integers(0, 10**6), st.floats(0, 1e300)), min_size=1))
+def test_thresholds_of_the_exits_can_be_read_again(values):
+    assert Setting.read(str(Setting("threshold", values))) == Setting("threshold", values)
+    assert Setting("threshold", values).call == f"exit_threshold={values}"
+
+
 @pytest.mark.parametrize("kind", MODES)
 def test_a_setting_is_a_call_of_generate(kind):
     setting = Setting(kind, VALUES[kind])
@@ -41,6 +47,11 @@ NO_NAMES = [
     "exit -1",
     "draft 1\n",
     "threshold inf",
+    "threshold []",
+    "threshold [0.5, inf]",
+    "threshold [[0.5]]",
+    "threshold 0.5, 0.5",
+    "exit [1]",
     "x 1",
 ]
 

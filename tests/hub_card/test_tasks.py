@@ -60,7 +60,7 @@ def write(path, rows):
 def test_questions_are_asked_and_any_alias_counts(tmp_path):
     rows = [{"question": "Capital?", "answers": ["Paris", "City of Paris"]}, {"question": "Two?", "answer": "2"}]
     task = load_task("qa", write(tmp_path / "trivia.jsonl", rows), tiny_tokenizer())
-    assert (task.name, task.metric) == ("trivia", "exact_match")
+    assert (task.name, task.metrics) == ("trivia", ["exact_match", "f1"])
     assert [row["prompt"] for row in task.rows] == ["Question: Capital?\nAnswer:", "Question: Two?\nAnswer:"]
     assert task.rows[0]["completion"] == " Paris</s>"
     assert task.score(["city of Paris.", "three"]) == pytest.approx({"exact_match": 0.5, "f1": 0.5})
