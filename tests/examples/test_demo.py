@@ -52,8 +52,11 @@ def test_a_run_leaves_a_checkpoint_and_an_interrupted_one_goes_on(demo, inputs, 
     # From here on in this process, which has imported all that is slow to import
     monkeypatch.chdir(inputs)
     told = re.findall(r"^  \.venv/bin/sorted-llama (.*)$", first.stdout, re.MULTILINE)
-    assert [line.split()[0] for line in told] == ["evaluate", "card"]
-    for line in told:
+    evaluate, certify, card = told
+    assert [line.split()[0] for line in told] == ["evaluate", "certify", "card"]
+    with pytest.raises(SystemExit, match="takes 59 prompts to test.*got 4"):
+        commands.main(certify.split())
+    for line in (evaluate, card):
         quick = ["--runs", "1", "--num_timed", "1", "--max_new_tokens", "4"] if "evaluate" in line else []
         commands.main([*line.split(), *quick])
     evaluation = json.loads((final / "evaluation.json").read_text())
