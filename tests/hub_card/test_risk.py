@@ -36,7 +36,13 @@ def test_the_tail_of_failures_is_that_of_exact_arithmetic(n, share, risk):
     terms = [math.comb(n, k) * risk**k * (1 - risk) ** (n - k) for k in range(failures + 1)]
     losses = np.array([1.0] * failures + [0.0] * (n - failures))
     assert p_value(losses, float(risk), zero_one=True) == pytest.approx(float(sum(terms)))
-    assert p_value(losses, float(risk), zero_one=False) >= float(sum(terms)) * (1 - 1e-9)  # it knows less
+    # Of losses in between it knows less: the bounds of Hoeffding and of Bentkus, the lower one
+    mean, r = min(failures / n, float(risk)), float(risk)
+    hoeffding = (r / mean) ** (n * mean) * ((1 - r) / (1 - mean)) ** (n - n * mean) if mean else (1 - r) ** n
+    bounded = p_value(losses, r, zero_one=False)
+    assert bounded == pytest.approx(min(hoeffding, math.e * float(sum(terms)), 1)) and bounded >= sum(terms) * (
+        1 - 1e-9
+    )
 
 
 LOSSES = {  # draws of shape (runs, prompts), the expected loss just RISK: the hardest of what is to be refused
