@@ -112,6 +112,7 @@ def answers_with_exits(
         exits = [[]] * len(batch) if used is None else used.tolist()
         for i, text, of_tokens in zip(batch, texts, exits, strict=True):
             found[i] = Answer(text, [k for k in of_tokens if k > 0])  # 0 stands behind the end
+        del output  # it holds the keys and values, which the next batch must not find in memory beside its own
     return found
 
 
