@@ -113,6 +113,18 @@ async def ask(
     return answer
 
 
+async def ask_all(server: Server, jobs: list[dict], clients: int, keep_errors: bool = False) -> list:
+    """The answers to `jobs`, each the arguments of [`ask`], so many at once; errors are raised, or in their places."""
+    limit = asyncio.Semaphore(clients)
+    async with client_of(server) as client:
+
+        async def one(job: dict) -> Answer:
+            async with limit:
+                return await ask(client, **job)
+
+        return await asyncio.gather(*map(one, jobs), return_exceptions=keep_errors)
+
+
 class Load(NamedTuple):
     """What clients ask of a server: how many at once, and for which depth."""
 

@@ -34,7 +34,7 @@ import time
 from contextlib import ExitStack
 
 from _common import SMALL, print_head, print_row
-from _vllm import Load, Server, Throughput, ask, at_depth, client_of, per_request, run_loads
+from _vllm import Load, Server, Throughput, ask, ask_all, at_depth, client_of, per_request, run_loads
 from facts import build_facts
 
 from sorted_llama.hub_card.extract import extract
@@ -185,26 +185,22 @@ def soak(bench: Bench, requests: int) -> None:
     server = bench.start(args.model, *per_request(args.mixed), "--num-gpu-blocks-override", "1024")
     depths, length, rounds = args.mixed, 16, 10
 
-    async def answers(jobs: list[tuple[int, int, int]], clients: int) -> list:
-        limit = asyncio.Semaphore(clients)
-        async with client_of(server) as client:
-
-            async def one(prompt: int, depth: int, stop_after: int):
-                async with limit:
-                    text = bench.prompts[prompt % len(bench.prompts)]
-                    return await ask(client, text, length, depth, stop_after)
-
-            return await asyncio.gather(*(one(*job) for job in jobs), return_exceptions=True)
+    def answers(jobs: list[tuple[int, int, int]], clients: int) -> list:
+        asked = [
+            {"prompt": bench.prompts[i], "max_tokens": length, "exit_layer": k, "stop_after": end}
+            for i, k, end in jobs
+        ]
+        return asyncio.run(ask_all(server, asked, clients, keep_errors=True))
 
     some = range(min(16, len(bench.prompts)))
     keys = [(prompt, depth) for prompt in some for depth in depths]
-    alone = asyncio.run(answers([(*key, 0) for key in keys], 1))
+    alone = answers([(*key, 0) for key in keys], 1)
     expected = {key: answer.tokens for key, answer in zip(keys, alone, strict=True)}
     failed = wrong = done = 0
     sizes = [server.memory_mb()]
     for _ in range(rounds):
         jobs = [(*draw.choice(keys), draw.choice([0, 0, draw.randrange(1, 12)])) for _ in range(requests // rounds)]
-        for (prompt, depth, _), answer in zip(jobs, asyncio.run(answers(jobs, 16)), strict=True):
+        for (prompt, depth, _), answer in zip(jobs, answers(jobs, 16), strict=True):
             failed += isinstance(answer, Exception)
             if not isinstance(answer, Exception):
                 done += 1
@@ -239,23 +235,15 @@ def compare_drafts(bench: Bench) -> None:
     }
     prompts = bench.prompts[:50]
 
-    async def all_answers(server: Server) -> list[list[int]]:
-        limit = asyncio.Semaphore(8)
-        async with client_of(server) as client:
-
-            async def one(prompt: str | list[int]) -> list[int]:
-                async with limit:
-                    return (await ask(client, prompt, args.max_tokens)).tokens
-
-            return await asyncio.gather(*map(one, prompts))
-
     async def first_tokens(server: Server) -> float:
         long = [[(7 * i + j) % 400 + 3 for i in range(1000)] for j in range(6)]
         async with client_of(server) as client:
             answers = [await ask(client, prompt, 1) for prompt in long]
         return statistics.median(answer.arrivals[0] - answer.asked_at for answer in answers[1:])
 
-    answers = {name: asyncio.run(all_answers(server)) for name, server in servers.items()}
+    jobs = [{"prompt": prompt, "max_tokens": args.max_tokens} for prompt in prompts]
+    answered = {name: asyncio.run(ask_all(server, jobs, 8)) for name, server in servers.items()}
+    answers = {name: [answer.tokens for answer in of_server] for name, of_server in answered.items()}
     accepted = {name: server.metrics() for name, server in servers.items()}
     speeds = bench.in_turns({name: [Load(server, 1)] for name, server in servers.items()})
     print(f"{args.num_drafts} drafts at exit {k}; {args.runs} runs of {args.seconds:.0f} s in turns; {args.dtype}")
