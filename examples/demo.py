@@ -34,6 +34,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from sorted_llama import SortedLlamaForCausalLM, SortedSFTConfig, SortedSFTTrainer
+from sorted_llama.hub_card.card import write_card
+from sorted_llama.hub_card.certificate import certificate_line
+from sorted_llama.hub_card.certify import certify
 from sorted_llama.hub_card.checkpoint import load_answering_tokenizer, load_config, load_model
 from sorted_llama.hub_card.measure import answers
 from sorted_llama.hub_card.record import write_json
@@ -147,6 +150,10 @@ def main() -> None:
 
     # 7. The checkpoint, and a process that has only transformers
     compare_with_reloaded(model, task, final)
+
+    # 8. A depth whose answers are as good as promised, on the page
+    print("\nCertifying a depth: the same questions, answered freely ...")
+    print(certify_depth(final, output_dir / "held_out.jsonl", exits))
     write_json(state_file, {**state, "after": [asdict(r) for r in after]})  # finished
     for trained in final.glob("checkpoint-*"):
         shutil.rmtree(trained)
@@ -272,6 +279,18 @@ def print_answers(model: SortedLlamaForCausalLM, task: Task) -> None:
         for k in task.exits:
             answer = answers(model, task.tokenizer, [row["prompt"]], exit_layer=k)[0]
             print(f"    exit {k:2d}: {first_line(answer)}")
+
+
+def certify_depth(path: Path, held_out: Path, exits: list[int]) -> str:
+    """The certificate that the page gets, of some settings of `exit_threshold`; or why there is none."""
+    closed = [2.0] * (len(exits) - 1)  # where no token leaves
+    thresholds = [[0.9, *closed[1:]], [0.7, *closed[1:]], [*closed[1:], 0.9]]  # the first exit, or the last below all
+    try:
+        certificate = certify(str(path), ("completions", str(held_out)), thresholds=thresholds, num_timed=4)
+    except ValueError as error:  # too few questions
+        return f"No certificate: {one_line(error)}"
+    write_card(path)
+    return certificate_line(certificate)
 
 
 def compare_with_reloaded(model: SortedLlamaForCausalLM, task: Task, path: Path) -> None:

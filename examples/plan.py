@@ -19,7 +19,8 @@ from sorted_llama.hub_card.tasks import as_text
 DTYPES = ("float32", "bfloat16")
 FIXED = 45  # seconds to load, to tokenize, to save and to reload
 ANSWERS = 0.3  # of the time, at most, for the questions; the rest is for training
-MIN_QUESTIONS = 100
+ROUNDS = 3.5  # of the questions: before, after, and what a certificate takes
+MIN_QUESTIONS = 120  # a certificate needs 117
 BATCH_SIZE = 16
 MAX_LENGTH = 256  # tokens of a row in training
 
@@ -32,14 +33,14 @@ class Plan:
     answer_dtype: str  # of the model that answers many questions at once
     decode_dtype: str  # of the model that decodes one row: the one whose speed is shown, and the checkpoint
     steps: int
-    num_questions: int  # held out, asked before and after
+    num_questions: int  # held out, asked before and after, and to certify
     step_seconds: float
     answer_seconds: float  # of all questions at all exits, once, and of measuring the speed
 
     @property
     def seconds(self) -> float:
-        """Of all that the plan names: training, and the questions before and after."""
-        return self.steps * self.step_seconds + 2 * self.answer_seconds
+        """Of all that the plan names: training, and the questions."""
+        return self.steps * self.step_seconds + ROUNDS * self.answer_seconds
 
 
 def fit(
@@ -51,10 +52,10 @@ def fit(
     seconds of a step, of a question at all exits, and of measuring the speed.
     """
     num_questions = max_questions
-    if max_steps * step + 2 * (speed + max_questions * question) > seconds:
-        affordable = int((ANSWERS * seconds / 2 - speed) / question)
+    if max_steps * step + ROUNDS * (speed + max_questions * question) > seconds:
+        affordable = int((ANSWERS * seconds / ROUNDS - speed) / question)
         num_questions = min(max_questions, max(MIN_QUESTIONS, affordable))
-    steps = int((seconds - 2 * (speed + num_questions * question)) / step)
+    steps = int((seconds - ROUNDS * (speed + num_questions * question)) / step)
     return min(max_steps, max(steps, max_steps // 10, 1)), num_questions
 
 

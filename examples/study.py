@@ -32,6 +32,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Arm:
     full_depth_only: bool = False
     sub_model: int | None = None  # layers of the model that is extracted first
     begun_as: int | None = None  # the layer that the exits' own are copies of, where it is not the next
+    layer_dropout: float = 0.0  # of the last layer
 
 
 LENSES = {"exit_heads": "lens", "detach_exits": True, "exit_loss_weights": "budget:0.03", "exit_learning_rate": 2e-3}
@@ -73,6 +75,7 @@ ARMS = {
     "SFT": Arm(full_depth_only=True),
     "SFT+ICT": Arm({"trainable": "exits", "exit_heads": "separate"}, starts_from="SFT"),
     "SoFT": Arm(),
+    "SoFT, layer dropout": Arm(layer_dropout=0.1),
     "lenses": Arm(LENSES),
     "layers, frozen": Arm(FROZEN, starts_from="SFT"),
     "layers, frozen, distilled": Arm({**FROZEN, **DISTILLED}, starts_from="SFT"),
@@ -186,6 +189,7 @@ def run(args: argparse.Namespace, task_name: str, arm_name: str, seed: int) -> d
     if arm.begun_as is not None:
         for own in trainer.model.model.exit_decoders.values():
             own.load_state_dict(trainer.model.model.layers[arm.begun_as].state_dict())
+    drop_layers(trainer.model.model.layers, arm.layer_dropout)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
     began, cpu_began = time.monotonic(), time.process_time()
@@ -236,6 +240,24 @@ def make_trainer(
         train_dataset=Dataset.from_list(rows).select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
     )
+
+
+def drop_layers(layers: torch.nn.ModuleList, rate: float) -> None:
+    """
+    LayerSkip's layer dropout (arXiv 2404.16710): while training, rows go past a layer, the deeper the more often, the
+    last one at this rate.
+    """
+    for place, layer in enumerate(layers):
+        of_layer = rate * (2 ** (place / (len(layers) - 1)) - 1)
+        if of_layer > 0:
+            layer.register_forward_hook(partial(pass_rows_by, of_layer))
+
+
+def pass_rows_by(rate: float, layer: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    if not layer.training:
+        return output
+    passed_by = torch.rand(len(output), 1, 1, device=output.device) < rate
+    return torch.where(passed_by, inputs[0], output)
 
 
 def evaluate_exits(task: Task, model, tokenizer, exits: list[int]) -> dict[int, dict[str, float]]:
