@@ -283,7 +283,7 @@ def print_answers(model: SortedLlamaForCausalLM, task: Task) -> None:
 
 def certify_depth(path: Path, held_out: Path, exits: list[int]) -> str:
     """The certificate that the page gets, of some settings of `exit_threshold`; or why there is none."""
-    closed = [2.0] * (len(exits) - 1)  # where no token leaves
+    closed: list[float] = [2] * (len(exits) - 1)  # where no token leaves
     thresholds = [[0.9, *closed[1:]], [0.7, *closed[1:]], [*closed[1:], 0.9]]  # the first exit, or the last below all
     try:
         certificate = certify(str(path), ("completions", str(held_out)), thresholds=thresholds, num_timed=4)
