@@ -66,7 +66,7 @@ class Arm:
 
 
 LENSES = {"exit_heads": "lens", "detach_exits": True, "exit_loss_weights": "budget:0.03", "exit_learning_rate": 2e-3}
-LAYERS = {"exit_heads": "layer", "exit_learning_rate": 5e-4}
+LAYERS = {"exit_heads": "layer", "exit_learning_rate": 8e-3}
 FROZEN = {**LAYERS, "trainable": "exits"}
 DETACHED = {**LAYERS, "detach_exits": True, "exit_loss_weights": "budget:0.03"}
 DISTILLED = {"self_distillation_weight": 1.0}
