@@ -181,7 +181,9 @@ def exits_block(record: dict[str, Any], exits: list[int], pictured: bool) -> str
             f"{timed['prompts']} prompts of {markdown(task)}, {timed['prompt_tokens'] / timed['prompts']:.0f} tokens "
             f"each on average; {timed['runs']} runs in turns, median (best)."
         )
-    blocks = [_table_of_calls(record, exits), notes]
+    blocks = [_table_of_calls(record, exits)]
+    if rows:  # a certificate alone has none
+        blocks.append(notes)
     if pictured:
         blocks.append(f"![Score of every exit and mode against its speed-up over full depth]({PLOT_NAME})")
     choices = [*_choices_of_depth(record, [k for k in exits if str(k) in record["exits"]]), *_choice_of_draft(record)]
