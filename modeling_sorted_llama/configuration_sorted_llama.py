@@ -9,11 +9,12 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
 from .compat_sorted_llama import share_llamas_adapters
+from .families_sorted_llama import FAMILIES, FusedTensorsError, llama_fields
 from .heads_sorted_llama import EXIT_HEADS, heads_of, num_layers_of
 
 
@@ -166,7 +167,8 @@ if "yaml" in sys.modules:
 class SortedLlamaConfig(LlamaConfig):
     r"""
     Configuration of a [`SortedLlamaForCausalLM`]. Every argument of [`~transformers.LlamaConfig`] keeps its meaning;
-    a Llama configuration loads as a sorted one, with no exits but the full depth.
+    a configuration of a Llama, or of a family that is one (Mistral, Qwen2, ...), loads as a sorted one, with no exits
+    but the full depth.
 
     Args:
         exit_layers (`list[int]` or `str`, *optional*):
@@ -195,6 +197,8 @@ class SortedLlamaConfig(LlamaConfig):
     exit_layer: Any = None
     exit_loss_weights: Any = None
     exit_heads: Any = "shared"
+    # Whether who reads the tensors of the checkpoint splits fused ones
+    splits_tensors: ClassVar[bool] = False
 
     def __post_init__(self, **kwargs):
         kwargs.pop("model_type", None)
@@ -236,11 +240,12 @@ class SortedLlamaConfig(LlamaConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type", cls.model_type) not in ("llama", cls.model_type):
-            raise ValueError(
-                f"`{pretrained_model_name_or_path}` holds a model of type {config_dict['model_type']!r}: "
-                "a sorted model is made from a checkpoint of type 'llama' or 'sorted_llama'."
-            )
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type not in ("llama", cls.model_type):
+            length = kwargs.get("max_position_embeddings")
+            config_dict = llama_fields(config_dict, pretrained_model_name_or_path, length)
+            if FAMILIES[model_type].fused and not cls.splits_tensors:
+                raise FusedTensorsError(model_type, pretrained_model_name_or_path)
         if config_dict:  # any Llama is a sorted model without trained exits
             config_dict["model_type"] = cls.model_type
         if hasattr(pretrained_model_name_or_path, "depth_fields"):  # the Auto classes hand it to `from_dict` so
@@ -316,3 +321,9 @@ class SortedLlamaConfig(LlamaConfig):
 
 
 SortedLlamaConfig.register_for_auto_class()
+
+
+class SplittingConfig(SortedLlamaConfig):
+    """A [`SortedLlamaConfig`] for who splits the tensors of a checkpoint while it is read."""
+
+    splits_tensors: ClassVar[bool] = True

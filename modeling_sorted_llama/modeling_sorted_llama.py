@@ -31,11 +31,12 @@ from .compat_sorted_llama import (
     slice_logits_to_keep,
     takes_either_cache_name,
 )
-from .configuration_sorted_llama import SORTED_FIELDS, SortedLlamaConfig, check_exit_layer, check_exit_layers
+from .configuration_sorted_llama import SortedLlamaConfig, check_exit_layer, check_exit_layers
+from .families_sorted_llama import absent_biases
 from .generation_sorted_llama import SortedGenerationMixin
 from .heads_sorted_llama import EXIT_HEADS, ExitHead, modules_of_exits
 from .loss_sorted_llama import ExitLossOptions, labelled_rows, multi_exit_loss
-from .submodels_sorted_llama import plain_submodel, sorted_model
+from .submodels_sorted_llama import layers_left_out, load, plain_submodel, sorted_model
 
 
 @dataclass
@@ -72,9 +73,8 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
         kind = EXIT_HEADS[self.config.exit_heads]
         self.exit_decoders = modules_of_exits(self.config, kind.make_layer)
         self.exit_norms = modules_of_exits(self.config, kind.make_norm)
-        # Of a checkpoint that is loaded with fewer layers than it has, the others are left out on purpose
-        there = "|".join(map(str, range(self.config.num_hidden_layers)))
-        self._keys_to_ignore_on_load_unexpected = {rf"(^|\.)layers\.(?!({there})\.)"}
+        self._keys_to_ignore_on_load_unexpected = layers_left_out(self.config)
+        self._keys_to_ignore_on_load_missing = absent_biases(self.config)
         if self.exit_norms:
             self.post_init()
 
@@ -343,18 +343,13 @@ class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCau
         return embeddings
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, gguf_file: str | None = None, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
         """
-        Load a sorted model, or any Llama as one: see [`~transformers.PreTrainedModel.from_pretrained`]. Fields of the
-        config are keyword arguments (`exit_layers=[...]`), and `num_hidden_layers=k` reads only the first `k` layers.
+        Load a sorted model, or any Llama or model of a family that is one (Mistral, Qwen2, Phi-3, ...) as one: see
+        [`~transformers.PreTrainedModel.from_pretrained`]. Fields of the config are keyword arguments
+        (`exit_layers=[...]`), and `num_hidden_layers=k` reads only the first `k` layers.
         """
-        if gguf_file is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        # transformers finds the tensors of a GGUF file by the model type, and knows Llama's
-        fields = {name: kwargs.pop(name) for name in SORTED_FIELDS if name in kwargs}
-        loaded = LlamaForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, gguf_file=gguf_file, **kwargs)
-        with_info = isinstance(loaded, tuple)  # `output_loading_info=True`
-        return (cls.from_llama(loaded[0], **fields), loaded[1]) if with_info else cls.from_llama(loaded, **fields)
+        return load(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     @takes_either_cache_name
     @can_return_tuple

@@ -1,4 +1,4 @@
-"""Llamas around the tensors of another one: sorted models as plain ones and the other way round, without a copy."""
+"""Sorted models of plain Llamas and the other way round: from checkpoints, or around the tensors of a model."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -6,11 +6,64 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from .compat_sorted_llama import gathered
+from .configuration_sorted_llama import SORTED_FIELDS, SplittingConfig
+from .families_sorted_llama import (
+    FusedTensorsError,
+    absent_biases,
+    freeze_absent_biases,
+    llama_fields,
+    splitting_class,
+)
 from .heads_sorted_llama import EXIT_HEADS
 from .modes_sorted_llama import make_plain
+
+
+def layers_left_out(config: LlamaConfig) -> set[str]:
+    """Patterns of tensors that are left out on purpose where a checkpoint is loaded with fewer layers than it has."""
+    there = "|".join(map(str, range(config.num_hidden_layers)))
+    return {rf"(^|\.)layers\.(?!({there})\.)"}
+
+
+class LlamaOfFamily(LlamaForCausalLM):
+    """A plain Llama, to become a sorted one, of a model whose tensors are a Llama's under other names, or fused."""
+
+    config_class = SplittingConfig
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self._keys_to_ignore_on_load_unexpected = layers_left_out(config)
+        self._keys_to_ignore_on_load_missing = absent_biases(config)
+
+    @classmethod
+    def of_model(cls, model: Any) -> LlamaForCausalLM:
+        """The tensors of another family's model, of transformers' own class, as a plain Llama."""
+        if isinstance(model, LlamaForCausalLM):
+            return model
+        config = cls.config_class(**llama_fields(model.config.to_dict(), model.name_or_path))
+        splitting = splitting_class(model.config.model_type, cls)
+        return splitting.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+
+
+def load(cls: Any, from_pretrained: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A sorted model, of class `cls`, of what its own `from_pretrained` reads, or that of another class."""
+    if kwargs.get("gguf_file") is None:
+        try:
+            return _of_loaded(from_pretrained(*args, **kwargs), freeze_absent_biases)
+        except FusedTensorsError as error:
+            splitting = splitting_class(error.model_type, LlamaOfFamily)
+        return _of_loaded(splitting.from_pretrained(*args, **kwargs), cls.from_llama)
+    # transformers finds the tensors of a GGUF file by the model type, which is never a sorted one's
+    fields = {name: kwargs.pop(name) for name in SORTED_FIELDS if name in kwargs}
+    loaded = AutoModelForCausalLM.from_pretrained(*args, **kwargs)
+    return _of_loaded(loaded, lambda model: cls.from_llama(LlamaOfFamily.of_model(model), **fields))
+
+
+def _of_loaded(loaded: Any, finish: Callable[[Any], Any]) -> Any:
+    """What `from_pretrained` returns, a model or with `output_loading_info=True` a pair, with the model finished."""
+    return (finish(loaded[0]), loaded[1]) if isinstance(loaded, tuple) else finish(loaded)
 
 
 # What transformers' loading and PEFT know a quantized model by
@@ -63,7 +116,7 @@ def sorted_model(source: LlamaForCausalLM, cls: Any, config: Any) -> Any:
             exit_norm.to(device)
     if hasattr(source, "hf_device_map"):  # tells `Trainer` that the layers are on several devices
         target.hf_device_map = source.hf_device_map
-    return target.train(source.training)
+    return freeze_absent_biases(target).train(source.training)
 
 
 def _share_layers(

@@ -92,12 +92,15 @@ def save_tiny(folder: Path | str, model: Any = None) -> str:
     return str(folder)
 
 
-def save_gguf(llama: LlamaForCausalLM, file: Path) -> None:
-    """Write a Llama as llama.cpp's converter does: its names, its order of the rotated pairs of queries and keys."""
+def save_gguf(model: Any, file: Path) -> None:
+    """
+    Write a Llama or a Qwen2 as llama.cpp's converter does: its names, and a Llama's order of the rotated pairs of
+    queries and keys.
+    """
     import gguf
 
-    config = llama.config
-    writer = gguf.GGUFWriter(file, "llama")
+    config, kind = model.config, model.config.model_type
+    writer = gguf.GGUFWriter(file, kind)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -107,14 +110,14 @@ def save_gguf(llama: LlamaForCausalLM, file: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in llama.state_dict().items():
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:
+        if heads and kind == "llama":
             tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -87,7 +87,10 @@ def _as_sorted(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMode
         return model
     if not isinstance(base, LlamaForCausalLM):
         got = type(base).__name__
-        raise TypeError(f"`model` must be a Llama's id or path, a LlamaForCausalLM or a PeftModel of one, got {got}.")
+        raise TypeError(
+            "`model` must be the id or path of a Llama, or of a family that is one (Mistral, Qwen2, ...), a "
+            f"LlamaForCausalLM or a PeftModel of one, got {got}."
+        )
     sorted_model = SortedLlamaForCausalLM.from_llama(base)
     if base is model:
         return sorted_model

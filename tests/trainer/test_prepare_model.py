@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from sorted_llama import SortedLlamaForCausalLM
+from tests.families import CASES, tiny_family
 from tests.tiny import save_tiny, tiny_fields, tiny_llama, tiny_sorted, tiny_tokenizer
 from tests.trainer.runs import (
     EXITS,
@@ -114,13 +115,29 @@ def test_a_model_that_is_no_llama_is_refused(tmp_path, make):
         make_trainer(tmp_path, make())
 
 
-@pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Gemma"])
+@pytest.mark.parametrize("name", ["GPTNeoX", "Qwen3", "Gemma"])
 def test_the_path_of_another_architecture_is_refused(tmp_path, name):
     """Another architecture's weights must not be read as a Llama's, with what is missing made up."""
     config = getattr(transformers, f"{name}Config")(**tiny_fields())
     folder = save_tiny(tmp_path / "model", getattr(transformers, f"{name}ForCausalLM")(config))
     with pytest.raises((TypeError, ValueError), match="(?i)llama"):
         make_trainer(tmp_path / "out", folder, processing_class=None)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "baichuan"])
+def test_the_path_of_a_family_that_is_a_llama_is_trained(tmp_path, case):
+    """All of it, but for the biases that the family has not."""
+    folder = save_tiny(tmp_path / "model", tiny_family(case))
+    trainer = make_trainer(tmp_path / "out", folder, max_steps=1, learning_rate=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    still = {name for name, parameter in trainer.model.named_parameters() if torch.equal(parameter, before[name])}
+    absent = {name for name in before if name.endswith("o_proj.bias")} if case.startswith(("qwen2", "seed")) else set()
+    assert still == absent and not any(before[name].any() for name in absent)
+    assert trainer.model.config.exit_layers == [1, 2, 4]
+    trainer.save_model()
+    saved = SortedLlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert not any(saved.get_parameter(name).any() for name in absent)
 
 
 # Exits and weights

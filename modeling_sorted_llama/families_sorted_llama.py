@@ -1,0 +1,251 @@
+"""Families of models that are Llamas under other names: their configuration and their tensors as a Llama's."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+
+
+class FusedTensorsError(ValueError):
+    """A checkpoint of family `model_type` is to be read by names that its tensors do not have until they are split."""
+
+    def __init__(self, model_type: str, path: Any):
+        super().__init__(
+            f"`{path}` holds a model of type {model_type!r}, whose tensors are a Llama's only once they are split: "
+            "`SortedLlamaForCausalLM.from_pretrained` does it, or `sorted-llama convert` first."
+        )
+        self.model_type = model_type
+
+
+@dataclass(frozen=True)
+class SplitHeads:
+    """
+    The rows of queries, keys and values out of one fused matrix (or bias), as an operation of transformers'
+    `WeightConverter`: all queries, then all keys, then all values, or so for each key-value head with `grouped`.
+    """
+
+    grouped: bool = False
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], config: Any, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        ((fused,),) = input_dict.values()
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        groups = kv_heads if self.grouped else 1
+        sizes = [heads // groups, kv_heads // groups, kv_heads // groups]
+        parts = fused.unflatten(0, (groups, sum(sizes), config.head_dim)).split(sizes, dim=1)
+        return {name: part.flatten(0, 2) for name, part in zip(target_patterns, parts, strict=True)}
+
+
+@dataclass(frozen=True)
+class SplitHalves:
+    """As [`SplitHeads`], for the gate and what it multiplies."""
+
+    def convert(self, input_dict: dict[str, Any], source_patterns, target_patterns: list[str], **_: Any):
+        ((fused,),) = input_dict.values()
+        return dict(zip(target_patterns, fused.chunk(2), strict=True))
+
+
+@dataclass(frozen=True)
+class NormalizeRows:
+    """As [`SplitHeads`], for a head whose rows have length 1 wherever they are used."""
+
+    def convert(self, input_dict: dict[str, Any], source_patterns, target_patterns: list[str], **_: Any):
+        ((weight,),) = input_dict.values()
+        return {target_patterns[0]: nn.functional.normalize(weight)}
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    How checkpoints of one `model_type` are Llamas.
+
+    Args:
+        fields (`Callable`, *optional*): From the family's configuration, the fields of Llama's that it has under
+            another name, or not at all. A `ValueError` says what of it no Llama can do.
+        renamed (`Mapping[str, str]`, *optional*): Names of tensors, as patterns, and their names in a Llama.
+        fused (`Mapping[str, tuple]`, *optional*): The same for tensors that become several, or others, and how.
+        lacks_output_bias (`bool`, *optional*, defaults to `False`): Whether queries, keys and values have biases and
+            the output of attention has none. In a Llama it has one too: zeros, which no training may change.
+    """
+
+    fields: Callable[[Any], dict[str, Any]] = lambda config: {}
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[tuple[str, ...], Any]] = field(default_factory=dict)
+    lacks_output_bias: bool = False
+
+
+def _qwen2(config: Any) -> dict[str, Any]:
+    return {"attention_bias": True}
+
+
+def _seed_oss(config: Any) -> dict[str, Any]:
+    if config.attention_out_bias:
+        raise ValueError("has `attention_out_bias=True`, which a Llama has only as one with the other biases")
+    return {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+
+
+def _phi3(config: Any) -> dict[str, Any]:
+    if config.rope_parameters["rope_type"] == "longrope":
+        raise ValueError("has positions of kind 'longrope', which it counts from another length than a Llama")
+    return {}
+
+
+def _internlm2(config: Any) -> dict[str, Any]:
+    return {"attention_bias": getattr(config, "bias", True)}
+
+
+def _baichuan(config: Any) -> dict[str, Any]:
+    if config.hidden_size > 4096:  # the file of the 13B does not say it
+        raise ValueError(f"has `hidden_size={config.hidden_size}`: the 13B has no rotary positions, but ALiBi")
+    if config.vocab_size != 125696:
+        raise ValueError(f"has `vocab_size={config.vocab_size}`: only Baichuan 2 (125696) has a normalised head")
+    return {}
+
+
+FAMILIES = {
+    "mistral": Family(),
+    "ministral": Family(),
+    "qwen2": Family(_qwen2, lacks_output_bias=True),
+    "seed_oss": Family(_seed_oss, lacks_output_bias=True),
+    "phi3": Family(
+        _phi3,
+        fused={
+            r"self_attn\.qkv_proj": (_QKV, SplitHeads()),
+            r"mlp\.gate_up_proj": (("mlp.gate_proj", "mlp.up_proj"), SplitHalves()),
+        },
+    ),
+    "internlm2": Family(
+        _internlm2,
+        renamed={
+            r"tok_embeddings\.": "embed_tokens.",
+            r"attention\.wo\.": "self_attn.o_proj.",
+            r"attention_norm\.": "input_layernorm.",
+            r"ffn_norm\.": "post_attention_layernorm.",
+            r"feed_forward\.w1\.": "mlp.gate_proj.",
+            r"feed_forward\.w2\.": "mlp.down_proj.",
+            r"feed_forward\.w3\.": "mlp.up_proj.",
+            r"^output\.": "lm_head.",
+        },
+        fused={r"attention\.wqkv": (_QKV, SplitHeads(grouped=True))},
+    ),
+    "baichuan": Family(
+        _baichuan,
+        fused={
+            r"self_attn\.W_pack": (_QKV, SplitHeads()),
+            r"lm_head\.weight": (("lm_head.weight",), NormalizeRows()),
+        },
+    ),
+}
+
+_EXPERTS = "its layers have experts, of which a router chooses"
+_QK_NORMS = "its queries and keys are normed"
+_POST_NORMS = "it has norms behind attention and MLP"
+# Why not, for those that are asked for most
+NO_LLAMAS = {
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "gpt_oss", "llama4"), _EXPERTS),
+    **dict.fromkeys(("qwen3", "gemma3", "gemma3_text", "olmo2", "olmo3"), _QK_NORMS),
+    **dict.fromkeys(("gemma2", "glm4"), _POST_NORMS),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "its keys and values are compressed, and its layers have experts"),
+    "smollm3": "some of its layers have no positions",
+    "glm": "it turns half of each head by position, in pairs of neighbours",
+    "cohere": "its attention and MLP run beside each other",
+}
+
+
+def llama_fields(fields: dict[str, Any], path: Any, max_position_embeddings: int | None = None) -> dict[str, Any]:
+    """
+    The fields of a Llama's configuration that is the same model as a configuration of another family.
+
+    Args:
+        fields (`dict`): What is in the family's `config.json`.
+        path (`str`): Where it is from, for errors.
+        max_position_embeddings (`int`, *optional*): Length of text to allow, where it is another than the file says.
+
+    Returns:
+        `dict`: The fields, and `base_model_type`, which tells the family on.
+
+    Raises:
+        ValueError: If the model is not a Llama.
+    """
+    model_type = fields["model_type"]
+    what = f"`{path}` holds a model of type {model_type!r}"
+    if model_type not in FAMILIES:
+        why = f", which is not a Llama ({NO_LLAMAS[model_type]})" if model_type in NO_LLAMAS else ""
+        known = ", ".join(["'llama'", "'sorted_llama'", *map(repr, FAMILIES)])
+        raise ValueError(f"{what}{why}: a sorted model is made from a checkpoint of type {known}.")
+    family = FAMILIES[model_type]
+    # Fields that are not in the file have the family's defaults, where transformers knows them
+    in_transformers = model_type in CONFIG_MAPPING
+    config_class = CONFIG_MAPPING[model_type] if in_transformers else LlamaConfig
+    config = config_class(**{name: value for name, value in fields.items() if name != "model_type"})
+    max_position_embeddings = max_position_embeddings or config.max_position_embeddings
+    try:
+        _check_positions(config, max_position_embeddings)
+        own = family.fields(config)
+    except ValueError as error:
+        raise ValueError(f"{what} that {error}.") from error
+    if family.fused and fields.get("quantization_config") is not None:
+        raise ValueError(f"{what} whose fused tensors are quantized: load one that is not, and quantize it then.")
+    names = {*LlamaConfig().to_dict(), "dtype", "quantization_config"} - {"architectures", "transformers_version"}
+    same = {name: value for name, value in config.to_dict().items() if name in names}
+    same["rope_parameters"] = {k: v for k, v in same["rope_parameters"].items() if k != "partial_rotary_factor"}
+    biases = {"attention_bias": False, "mlp_bias": False}
+    return {**same, **biases, **own, "base_model_type": model_type}
+
+
+def _check_positions(config: PreTrainedConfig, max_position_embeddings: int) -> None:
+    """Refuse attention that does not reach back over the whole text, and heads that are not turned as a whole."""
+    window, layer_types = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
+    slides = layer_types is None or "sliding_attention" in layer_types
+    if window is not None and slides and window < max_position_embeddings:
+        raise ValueError(
+            f"sees no further back than `sliding_window={window}` tokens, a Llama all {max_position_embeddings}: for "
+            f"texts of that length pass `max_position_embeddings={window}`"
+        )
+    turned = config.rope_parameters.get("partial_rotary_factor") or 1.0
+    if turned != 1.0:
+        raise ValueError(f"turns a part of each head by position, `partial_rotary_factor={turned}`, a Llama the whole")
+
+
+def conversions(model_type: str) -> list[Any]:
+    """What transformers does with the tensors of a family's checkpoint to make them a Llama's."""
+    # Here, not above: what only other families need may be missing from a later transformers
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    family = FAMILIES[model_type]
+    split = [WeightConverter(name, list(parts), [split]) for name, (parts, split) in family.fused.items()]
+    return [*(WeightRenaming(name, in_llama) for name, in_llama in family.renamed.items()), *split]
+
+
+def splitting_class(model_type: str, base: type[LlamaForCausalLM]) -> type[LlamaForCausalLM]:
+    """A subclass of a plain Llama's class whose `from_pretrained` splits the fused tensors of a family."""
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+    # transformers looks conversions up by the name of the class, and has them reversed when its models are saved:
+    # a class of its own, whose models only lend their tensors, leaves those of Llamas as they are
+    name = f"{base.__name__}_{model_type}"
+    register_checkpoint_conversion_mapping(name, conversions(model_type), overwrite=True)
+    return type(name, (base,), {})
+
+
+def absent_biases(config: Any) -> set[str]:
+    """Patterns of the biases that a Llama has and the family that it is from has not: they are zero."""
+    family = FAMILIES.get(getattr(config, "base_model_type", "llama"), Family())
+    return {r"o_proj\.bias$"} if family.lacks_output_bias else set()
+
+
+def freeze_absent_biases(model: Any) -> Any:
+    """The model, without training of those zeros: what is trained of it fits into the family again."""
+    for pattern in absent_biases(model.config):
+        for name, parameter in model.named_parameters():
+            if re.search(pattern, name):
+                parameter.requires_grad_(False)
+    return model

@@ -1,0 +1,325 @@
+"""Models of other families that are Llamas: as sorted models they compute what they did, or they are refused."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import SplittingConfig
+from sorted_llama.modeling_sorted_llama.families_sorted_llama import FAMILIES, NO_LLAMAS
+from tests.families import CASES, family_logits, first_layers, tiny_family
+from tests.tiny import prompts, save_gguf, tiny_fields, tiny_llama
+
+
+EXITS = [1, 2, 4]
+FUSED = ["phi3", "internlm2", "baichuan"]
+ROUNDED = {
+    "internlm2",
+    "internlm2_bias",
+    "internlm2_ungrouped",
+    "baichuan",
+}  # of references that add up in their order
+
+
+def assert_equal_logits(case, actual, expected):
+    if case in ROUNDED:
+        torch.testing.assert_close(actual, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    else:
+        assert torch.equal(actual, expected)
+
+
+def load(folder, case, **kwargs):
+    tiny_family(case).save_pretrained(folder, **kwargs)
+    return SortedLlamaForCausalLM.from_pretrained(folder, exit_layers=EXITS, output_loading_info=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_position_has_the_logits_of_the_family(tmp_path, case):
+    """At every depth those of the family's own model of as many layers; of left-padded rows, and of long ones."""
+    model, info = load(tmp_path, case)
+    assert not any(info.values()) and type(model) is SortedLlamaForCausalLM and type(model.config) is SortedLlamaConfig
+    for inputs in (prompts(), prompts((100, 70))):
+        attended = inputs["attention_mask"].bool()
+        for depth in EXITS:
+            expected = family_logits(first_layers(case, depth), inputs)
+            with torch.no_grad():
+                logits = model(**inputs, exit_layer=depth).logits
+            assert_equal_logits(case, logits[attended], expected[attended])
+
+
+@pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if not name.islower()])
+def test_greedy_decoding_gives_the_tokens_of_the_family(tmp_path, case):
+    model, _ = load(tmp_path, case)
+    greedy = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    for depth in EXITS:
+        expected = first_layers(case, depth).generate(**prompts(), **greedy)
+        assert torch.equal(model.generate(**prompts(), **greedy, exit_layer=depth), expected)
+    assert torch.equal(model.generate(**prompts(), **greedy, assistant_early_exit=2), expected)
+
+
+@pytest.mark.parametrize("case", ["internlm2", "internlm2_bias", "baichuan"])
+def test_greedy_decoding_gives_the_tokens_of_published_code(tmp_path, case):
+    """Token by token without a cache, as no class of transformers decodes them."""
+    model, _ = load(tmp_path, case)
+    reference, tokens = tiny_family(case), prompts((6, 6))["input_ids"]
+    for _ in range(8):
+        logits = family_logits(reference, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+    generated = model.generate(tokens[:, :6], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(generated, tokens)
+
+
+@pytest.mark.parametrize("case", ["mistral_nemo", "qwen2", "seed_oss", *FUSED])
+def test_tensors_of_many_files_are_read(tmp_path, case):
+    model, info = load(tmp_path / "many", case, max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 4 and not any(info.values())
+    one, _ = load(tmp_path / "one", case)
+    assert all(torch.equal(tensor, one.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2", *FUSED])
+def test_only_the_first_layers_are_read(tmp_path, case):
+    tiny_family(case).save_pretrained(tmp_path)
+    model, info = SortedLlamaForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2, output_loading_info=True)
+    assert len(model.model.layers) == 2 and not any(info.values())
+    assert_equal_logits(case, model(**prompts((6, 6))).logits, family_logits(first_layers(case, 2), prompts((6, 6))))
+
+
+def test_a_gguf_file_of_a_family_is_read(tmp_path):
+    reference = tiny_family("qwen2")
+    save_gguf(reference, tmp_path / "tiny.gguf")
+    model, info = SortedLlamaForCausalLM.from_pretrained(
+        tmp_path, gguf_file="tiny.gguf", dtype=torch.float32, exit_layers=EXITS, output_loading_info=True
+    )
+    assert not any(info.values()) and model.config.exit_layers == EXITS and model.config.base_model_type == "qwen2"
+    assert torch.equal(model(**prompts((9, 9))).logits, reference(**prompts((9, 9))).logits)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith("o_proj.bias"))
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2", *FUSED])
+def test_what_from_pretrained_takes_reaches_the_model(tmp_path, case):
+    reference = tiny_family(case)
+    reference.save_pretrained(tmp_path)
+    GenerationConfig(eos_token_id=[2, 5], temperature=0.7, do_sample=True).save_pretrained(tmp_path)
+    model = SortedLlamaForCausalLM.from_pretrained(
+        tmp_path, exit_layers="every:2", exit_heads="lens", dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    assert (
+        model.config.exit_layers == [2, 4]
+        and model.config.exit_heads == "lens"
+        and set(model.model.exit_norms) == {"2"}
+    )
+    assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
+    assert model.generation_config.eos_token_id == [2, 5] and model.generation_config.temperature == 0.7
+    assert model.config.name_or_path == str(tmp_path)
+    assert model.config.base_model_type == json.loads((tmp_path / "config.json").read_text())["model_type"]
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "seed_oss", *FUSED])
+def test_a_saved_model_is_a_llama(tmp_path, case):
+    """Under Llama's names, for transformers' own class; sorted again, it is the same model."""
+    model, _ = load(tmp_path / "family", case)
+    tied = model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "sorted")
+    names = load_file(tmp_path / "sorted" / "model.safetensors").keys()
+    assert names == {name for name in model.state_dict() if name != "lm_head.weight" or not tied}
+    again = SortedLlamaForCausalLM.from_pretrained(tmp_path / "sorted")
+    model.extract_submodel(4).save_pretrained(tmp_path / "plain")
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert type(plain) is LlamaForCausalLM and not any(info.values())
+    expected = model(**prompts()).logits
+    assert torch.equal(again(**prompts()).logits, expected) and torch.equal(plain(**prompts()).logits, expected)
+    assert again.config.base_model_type == model.config.base_model_type == plain.config.base_model_type
+
+
+# What the family has not
+
+
+@pytest.mark.parametrize("exit_heads", ["shared", "layer"])
+@pytest.mark.parametrize("case", ["qwen2", "seed_oss"])
+def test_a_bias_that_the_family_has_not_is_zero_for_good(tmp_path, case, exit_heads):
+    tiny_family(case).save_pretrained(tmp_path / "family")
+    model = SortedLlamaForCausalLM.from_pretrained(tmp_path / "family", exit_layers=EXITS, exit_heads=exit_heads)
+    for step in range(2):  # as loaded, and as saved and loaded again
+        biases = [p for name, p in model.named_parameters() if name.endswith("o_proj.bias")]
+        others = {name: p.detach().clone() for name, p in model.named_parameters() if "o_proj.bias" not in name}
+        assert len(biases) == 4 + 2 * (exit_heads == "layer")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        model.train()(**prompts(), labels=prompts()["input_ids"]).loss.backward()
+        optimizer.step()
+        assert not any(bias.any() or bias.requires_grad for bias in biases)
+        changed = [name for name, p in model.named_parameters() if name in others and not torch.equal(p, others[name])]
+        assert len(changed) > 0.9 * len(others)
+        model.save_pretrained(tmp_path / str(step))
+        model = SortedLlamaForCausalLM.from_pretrained(tmp_path / str(step))
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "0")
+    assert not SortedLlamaForCausalLM.from_llama(plain).model.layers[0].self_attn.o_proj.bias.requires_grad
+
+
+def test_the_biases_of_a_llama_are_trained():
+    model = SortedLlamaForCausalLM.from_llama(tiny_llama(attention_bias=True), exit_layers=EXITS)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# What is no Llama
+
+
+REFUSED = {
+    "window": ("Mistral", {"sliding_window": 32}, "`sliding_window=32`.*pass `max_position_embeddings=32`"),
+    "default window": ("Mistral", {"max_position_embeddings": 8192}, "`sliding_window=4096`"),
+    "alternating": ("Ministral", {"sliding_window": 32, "head_dim": 8}, "`sliding_window=32`"),
+    "qwen2 window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2},
+        "=32` tokens",
+    ),
+    "phi3 window": ("Phi3", {"sliding_window": 255}, "`sliding_window=255`"),
+    "phi3 part": ("Phi3", {"partial_rotary_factor": 0.5}, "`partial_rotary_factor=0.5`"),
+    "seed_oss": ("SeedOss", {"attention_out_bias": True}, "`attention_out_bias=True`"),
+    "longrope": (
+        "Phi3",
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+        "'longrope'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name, fields, message", REFUSED.values(), ids=REFUSED)
+def test_a_model_of_a_known_family_that_no_llama_can_be_is_refused(tmp_path, name, fields, message):
+    config = getattr(transformers, f"{name}Config")(**tiny_fields(**fields))
+    config.save_pretrained(tmp_path)  # told by the config: there are no weights
+    with pytest.raises(ValueError, match=f"{tmp_path}` holds a model of type '{config.model_type}' .*{message}"):
+        SortedLlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_window_that_the_text_does_not_reach_is_none(tmp_path):
+    reference = tiny_family("mistral", sliding_window=32)
+    reference.save_pretrained(tmp_path)
+    model = SortedLlamaForCausalLM.from_pretrained(tmp_path, max_position_embeddings=32)
+    assert model.config.max_position_embeddings == 32
+    assert torch.equal(model(**prompts((32, 32))).logits, reference(**prompts((32, 32))).logits)
+    longer = prompts((40, 40))
+    assert not torch.equal(model(**longer).logits, reference(**longer).logits)  # what is refused would be wrong
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"model_type": "baichuan", "hidden_size": 5120, "vocab_size": 125696}, "13B has no rotary positions"),
+        ({"model_type": "baichuan", "hidden_size": 4096, "vocab_size": 64000}, "`vocab_size=64000`.*only Baichuan 2"),
+        (
+            {"model_type": "phi3", "quantization_config": {"quant_method": "bitsandbytes"}},
+            "fused tensors are quantized",
+        ),
+        ({"model_type": "a_new_one"}, "holds a model of type 'a_new_one': a sorted model is made from .*'qwen2'"),
+    ],
+    ids=["baichuan 13B", "baichuan 1", "quantized", "unknown"],
+)
+def test_a_config_that_no_llama_has_is_refused(tmp_path, fields, message):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        SortedLlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", NO_LLAMAS)
+def test_a_family_that_is_no_llama_is_refused_with_the_reason(tmp_path, model_type):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError, match=rf"'{model_type}', which is not a Llama \(.{{9,}}\): a sorted model is made"):
+        SortedLlamaConfig.from_pretrained(tmp_path)
+    assert model_type in CONFIG_MAPPING and model_type not in FAMILIES
+
+
+@pytest.mark.parametrize("case", FUSED)
+@pytest.mark.parametrize("cls", [SortedLlamaConfig, SortedLlamaModel])
+def test_who_does_not_split_tensors_says_who_does(tmp_path, cls, case):
+    tiny_family(case).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="`SortedLlamaForCausalLM.from_pretrained` does it, or `sorted-llama convert`"
+    ):
+        cls.from_pretrained(tmp_path)
+
+
+def test_reading_a_family_changes_nothing_for_llamas(tmp_path):
+    """transformers reverses conversions where it saves: no Llama, plain or sorted, may get the family's names."""
+    load(tmp_path / "family", "phi3")
+    for model in (tiny_llama(), SortedLlamaForCausalLM.from_llama(tiny_llama())):
+        model.save_pretrained(tmp_path / "saved")
+        names = load_file(tmp_path / "saved" / "model.safetensors").keys()
+        assert names == tiny_llama().state_dict().keys() - {"lm_head.weight"}
+
+
+# Models that people use: what their `config.json` says, and how many parameters the Hub counts
+
+
+def facts(hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size, **others):
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    values = (hidden_size, intermediate_size, layers, heads, kv_heads)
+    return {**dict(zip(names, values, strict=True)), "vocab_size": vocab_size, **others}
+
+
+TIED = {"tie_word_embeddings": True}
+QWEN = {"model_type": "qwen2", "use_sliding_window": False, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+MISTRAL = {"model_type": "mistral", "rope_theta": 1e6, "max_position_embeddings": 32768, "sliding_window": None}
+PHI3 = {"model_type": "phi3", "sliding_window": None, "rms_norm_eps": 1e-5}
+LLAMA = {"model_type": "llama"}
+
+REAL = {
+    "Qwen2.5-0.5B": (494032768, facts(896, 4864, 24, 14, 2, 151936, **QWEN, **TIED, sliding_window=32768)),
+    "Qwen2.5-1.5B": (1543714304, facts(1536, 8960, 28, 12, 2, 151936, **QWEN, **TIED, sliding_window=131072)),
+    "Qwen2.5-3B": (3085938688, facts(2048, 11008, 36, 16, 2, 151936, **QWEN, **TIED)),
+    "Qwen2.5-7B": (7615616512, facts(3584, 18944, 28, 28, 4, 152064, **QWEN)),
+    "Qwen2.5-14B": (14770033664, facts(5120, 13824, 48, 40, 8, 152064, **QWEN)),
+    "Qwen2.5-32B": (32763876352, facts(5120, 27648, 64, 40, 8, 152064, **QWEN)),
+    "Qwen2.5-72B": (72706203648, facts(8192, 29568, 80, 64, 8, 152064, **QWEN)),
+    "Mistral-7B-v0.2": (7241732096, facts(4096, 14336, 32, 32, 8, 32000, **MISTRAL)),
+    "Mistral-7B-v0.3": (7248023552, facts(4096, 14336, 32, 32, 8, 32768, **MISTRAL)),
+    "Mistral-Nemo-2407": (12247782400, facts(5120, 14336, 40, 32, 8, 131072, **MISTRAL, head_dim=128)),
+    "Mistral-Small-24B-2501": (23572403200, facts(5120, 32768, 40, 32, 8, 131072, **MISTRAL, head_dim=128)),
+    "phi-4": (14659507200, facts(5120, 17920, 40, 40, 10, 100352, **PHI3, rope_theta=250000)),
+    "internlm2_5-7b": (7737708544, facts(4096, 14336, 32, 32, 8, 92544, model_type="internlm2", bias=False)),
+    "internlm2-1_8b": (1889110016, facts(2048, 8192, 24, 16, 8, 92544, model_type="internlm2", bias=False)),
+    "Baichuan2-7B": (7505973248, facts(4096, 11008, 32, 32, None, 125696, model_type="baichuan")),
+    "Seed-OSS-36B": (36151104512, facts(5120, 27648, 64, 80, 8, 155136, model_type="seed_oss", head_dim=128)),
+    "Yi-6B": (6061035520, facts(4096, 11008, 32, 32, 4, 64000, **LLAMA)),
+    "Yi-34B": (34388917248, facts(7168, 20480, 60, 56, 8, 64000, **LLAMA)),
+    "deepseek-llm-7b": (6910365696, facts(4096, 11008, 30, 32, 32, 102400, **LLAMA)),
+    "TinyLlama-1.1B": (1100048384, facts(2048, 5632, 22, 32, 4, 32000, **LLAMA)),
+    "SmolLM2-135M": (134515008, facts(576, 1536, 30, 9, 3, 49152, **LLAMA, **TIED)),
+    "SmolLM2-1.7B": (1711376384, facts(2048, 8192, 24, 32, 32, 49152, **LLAMA, **TIED)),
+    "vicuna-7b": (6738415616, facts(4096, 11008, 32, 32, 32, 32000, **LLAMA)),
+    "Falcon3-7B": (7455550464, facts(3072, 23040, 28, 12, 4, 131072, **LLAMA, head_dim=256)),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_model_has_the_parameters_that_its_page_counts(name, tmp_path):
+    number, fields = REAL[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = SplittingConfig.from_pretrained(tmp_path).to_llama()
+    layers, config.num_hidden_layers = config.num_hidden_layers, 1
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    a_layer = [p for n, p in model.model.layers.named_parameters() if not n.endswith("o_proj.bias")]  # of zeros
+    rest = sum(p.numel() for n, p in model.named_parameters() if ".layers." not in n)
+    assert rest + layers * sum(p.numel() for p in a_layer) == number
+    assert config.rope_parameters["rope_theta"] == fields.get("rope_theta", 10000.0)
+    assert type(config) is LlamaConfig
+
+
+REAL_REFUSED = {
+    "Mistral-7B-v0.1": facts(4096, 14336, 32, 32, 8, 32000, model_type="mistral", max_position_embeddings=32768),
+    "Phi-3-mini-4k": facts(3072, 8192, 32, 32, 32, 32064, model_type="phi3", sliding_window=2047),
+    "Phi-4-mini": facts(3072, 8192, 32, 24, 8, 200064, model_type="phi3", partial_rotary_factor=0.75),
+    "Baichuan2-13B": facts(5120, 13696, 40, 40, None, 125696, model_type="baichuan"),
+}
+
+
+@pytest.mark.parametrize("name", REAL_REFUSED)
+def test_a_real_model_that_is_no_llama_is_refused(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(REAL_REFUSED[name]))
+    with pytest.raises(ValueError, match="holds a model of type"):
+        SortedLlamaForCausalLM.from_pretrained(tmp_path)
