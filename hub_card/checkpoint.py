@@ -13,7 +13,9 @@ from sorted_llama.modeling_sorted_llama.modes_sorted_llama import make_plain
 from sorted_llama.trainer.escaping import one_line
 
 
-def load_config(path: str | Path, revision: str | None = None, **fields: Any) -> SortedLlamaConfig:
+def load_config(
+    path: str | Path, revision: str | None = None, config_class: Any = SortedLlamaConfig, **fields: Any
+) -> SortedLlamaConfig:
     """The configuration of a checkpoint, changed by `fields`; `ValueError` if it is none of a Llama, or not there."""
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -21,7 +23,7 @@ def load_config(path: str | Path, revision: str | None = None, **fields: Any) ->
         hint = ", which holds an adapter: merge it into its base first" if is_adapter else ""
         raise ValueError(f"`path` must be the folder of a checkpoint, with a config.json, got {str(path)!r}{hint}.")
     try:
-        return SortedLlamaConfig.from_pretrained(path, revision=revision, **fields)
+        return config_class.from_pretrained(path, revision=revision, **fields)
     except ValueError as error:
         raise ValueError(f"`path={str(path)!r}`: {one_line(error)}") from error
     except OSError as error:
@@ -31,10 +33,10 @@ def load_config(path: str | Path, revision: str | None = None, **fields: Any) ->
         raise ValueError(f"`path={str(path)!r}`: its config.json is none of a Llama: {one_line(error)}") from error
 
 
-def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
+def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint; `ValueError` if there is none, or if its files are broken."""
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library has no narrower one
         raise ValueError(f"The tokenizer of {str(path)!r} could not be loaded: {one_line(error)}") from error
 

@@ -5,6 +5,7 @@ sorted-llama certify PATH --data completions=FILE --risk 0.05  # a depth as good
 sorted-llama card PATH                                                                  # README.md and plot
 sorted-llama push PATH user/name                                                        # to the Hub
 sorted-llama extract PATH --exit 10 FOLDER                                              # a plain Llama
+sorted-llama convert Qwen/Qwen2.5-0.5B FOLDER                                           # another family's model as one
 sorted-llama judge PATH --data completions=FILE --exits 10 30 --judge MODEL --base_url URL   # exit against exit
 ```
 """
@@ -154,16 +155,31 @@ def judge_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
 def extract_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
     parser.add_argument("path", help="model id or path")
     parser.add_argument("output", help="folder to make")
-    parser.add_argument("--exit", type=int, required=True, help="number of layers")
+    parser.add_argument("--exit", dest="exit_layer", type=int, required=True, help="number of layers")
+    return _extracting(parser, "--as", lambda exit_layer: f"The first {exit_layer} layers")
+
+
+def convert_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
+    parser.add_argument("path", metavar="source", help="model id or path, of a family that is a Llama")
+    parser.add_argument("output", help="folder to make")
+    parser.set_defaults(exit_layer=None)
+    return _extracting(parser, "--to", lambda exit_layer: "All layers")
+
+
+def _extracting(parser: argparse.ArgumentParser, option: str, which: Callable[[int], str]) -> Callable[..., None]:
+    """What both have in common: the result is pushed too, where an id is given."""
+    types = extract.MODEL_TYPES
+    parser.add_argument(option, dest="model_type", choices=types, default="llama", help="what to write; default llama")
     parser.add_argument("--revision", help="of the model on the Hub")
+    parser.add_argument("--trust_remote_code", action="store_true", help="for a tokenizer that has code of its own")
     parser.add_argument("--push", dest="name", metavar="NAME", help="id on the Hub to push it to: user/name")
     parser.add_argument("--private", action="store_true")
 
-    def run(path: str, output: str, exit: int, revision: str | None, name: str | None, private: bool) -> None:
-        extract.extract(path, exit, output, revision=revision, name=name)
-        print(f"The plain Llama of exit {exit} is in {one_line(output)}.")
+    def run(path: str, exit_layer: int, output: str, name: str | None, private: bool, **options: Any) -> None:
+        extract.extract(path, exit_layer, output, name=name, **options)
+        print(f"{which(exit_layer)} are in {one_line(output)}, as a model of type {options['model_type']}.")
         if name is not None:
-            print(push.upload(output, name, f"The first {exit} layers of {one_line(path)}", private))
+            print(push.upload(output, name, f"{which(exit_layer)} of {one_line(path)}", private))
 
     return run
 
@@ -175,6 +191,7 @@ COMMANDS = {
     "push": (push_command, "push a checkpoint with its page to the Hub, as one commit"),
     "judge": (judge_command, "let a chat model compare the answers of two exits, or of two models"),
     "extract": (extract_command, "write the sub-model of an exit as a plain Llama, for any engine"),
+    "convert": (convert_command, "write a model of another family (Mistral, Qwen2, ...) as a plain Llama, or back"),
 }
 
 

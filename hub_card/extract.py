@@ -1,4 +1,4 @@
-"""The sub-model of an exit as a plain Llama checkpoint, for every engine that knows Llama."""
+"""A model, or the sub-model of an exit, as a checkpoint of a plain Llama, for every engine that knows Llama."""
 
 import json
 import shutil
@@ -8,16 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, save_torch_state_dict, try_to_load_from_cache
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    hf_hub_download,
+    split_torch_state_dict_into_shards,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig
+from safetensors.torch import save_file
+from transformers import GenerationConfig, LlamaConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from yaml import YAMLError
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
 from sorted_llama.modeling_sorted_llama import heads_sorted_llama as heads
-from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer
+from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import (
+    SplittingConfig,
+    check_choice,
+    check_exit_layer,
+)
+from sorted_llama.modeling_sorted_llama.families_sorted_llama import (
+    FAMILIES,
+    WAYS_BACK,
+    Family,
+    absent_biases,
+    family_config,
+)
 from sorted_llama.modeling_sorted_llama.modes_sorted_llama import make_plain
 from sorted_llama.trainer.escaping import hub_links, markdown, one_line, python_literal
 from sorted_llama.trainer.model_card import QUESTION, START
@@ -27,44 +45,58 @@ from .record import FILE_NAME, exit_scores, load_evaluation
 
 
 Find = Callable[[str], Path | None]  # of a name, where that file of the checkpoint is; `None` if it has none
+MODEL_TYPES = ("llama", *WAYS_BACK)  # that a checkpoint can be written as
 _HEAD = f"{heads.HEAD}.weight"
+_WHOLE = " The whole checkpoint holds this model too, beside the deeper ones."
 
 
 def extract(
     path: str | Path,
-    exit_layer: int,
+    exit_layer: int | None,
     output: str | Path,
     revision: str | None = None,
     name: str | None = None,
     max_shard_size: int | str = "5GB",
+    model_type: str = "llama",
+    trust_remote_code: bool = False,
 ) -> Path:
     """
-    Write the sub-model of an exit as a plain Llama: weights, configuration, tokenizer, chat template, generation
-    configuration and a page. What is above the exit is neither downloaded, where whole files hold nothing else, nor
-    read; no more than one file of the result is in memory at a time. The folder appears when it is whole.
+    Write a model, or the sub-model of an exit, as a plain Llama: weights, configuration, tokenizer, chat template,
+    generation configuration and a page. What is above the exit is neither downloaded, where whole files hold nothing
+    else, nor read; no more than one file of the result is in memory at a time. The folder appears when it is whole.
 
     Args:
-        path (`str` or `Path`): Model id or path of a sorted Llama, or of a Llama, in safetensors.
-        exit_layer (`int`): Number of layers, from 1 to all.
+        path (`str` or `Path`): Model id or path of a sorted Llama, of a Llama, or of a model of a family that is one,
+            in safetensors.
+        exit_layer (`int`, *optional*): Number of layers, from 1 to all. `None` means all.
         output (`str` or `Path`): Folder to make.
         revision (`str`, *optional*): Branch, tag or commit on the Hub. Defaults to the main branch.
         name (`str`, *optional*): What the page calls it: its id on the Hub. Defaults to the folder.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Size of a file, at most.
+        model_type (`str`, *optional*, defaults to `"llama"`): What to write: `"llama"`, or where nothing was trained
+            that it does not have, `"mistral"` or `"qwen2"`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether the tokenizer may run code from `path`.
 
     Raises:
         ValueError: If `exit_layer` is out of range, if `output` is there already, if there are no safetensors in
-            `path`, if a file there cannot be read, or if a quantized head would have to be multiplied by the matrix
-            of an exit.
+            `path`, if a file there cannot be read, if a quantized head would have to be multiplied by the matrix of
+            an exit, or if no model of `model_type` is the same.
     """
     output, path = Path(output), str(path)
     if output.exists():
         raise ValueError(f"`output` must be a folder that is not there yet, got {str(output)!r}.")
-    config = load_config(path, revision)
+    check_choice(model_type, "model_type", MODEL_TYPES)
+    config = load_config(path, revision, SplittingConfig)
+    exit_layer = config.num_hidden_layers if exit_layer is None else exit_layer
     check_exit_layer(exit_layer, config.num_hidden_layers, "exit_layer")
+    llama_config = config.to_llama(exit_layer)
+    llama_config.architectures = ["LlamaForCausalLM"]
+    new_config = llama_config if model_type == "llama" else family_config(llama_config, model_type)
     find = partial(_find, path, revision)
-    tokenizer = load_tokenizer(path, revision) if find("tokenizer_config.json") is not None else None
+    has_tokenizer = find("tokenizer_config.json") is not None
+    tokenizer = load_tokenizer(path, revision, trust_remote_code) if has_tokenizer else None
     chat = tokenizer is not None and tokenizer.chat_template is not None
-    page = _page(path, find, config, exit_layer, name or str(output), chat)
+    page = _page(path, find, config, exit_layer, name or str(output), chat, model_type)
 
     unfinished = output.with_name(output.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -73,10 +105,9 @@ def extract(
         weights = _read_weights(find, _weight_map(path, revision, find), config, exit_layer)
     except SafetensorError as error:
         raise ValueError(f"The weights of {path!r} could not be read: {one_line(error)}") from error
-    save_torch_state_dict(weights, unfinished, max_shard_size=max_shard_size)
-    llama_config = config.to_llama(exit_layer)
-    llama_config.architectures = ["LlamaForCausalLM"]
-    llama_config.save_pretrained(unfinished)
+    _set_absent_biases(weights, llama_config, model_type)
+    _save_weights(weights, unfinished, max_shard_size)
+    new_config.save_pretrained(unfinished)
     if find("generation_config.json") is not None:
         generation_config = GenerationConfig.from_pretrained(path, revision=revision)
         make_plain(generation_config)
@@ -120,16 +151,50 @@ def _read_weights(
     find: Find, weight_map: dict[str, str], config: SortedLlamaConfig, exit_layer: int
 ) -> dict[str, torch.Tensor]:
     """The tensors of the plain Llama. They map their files: it is the writing that reads them."""
-    names = _names_of_submodel(weight_map, config, exit_layer)
+    family = FAMILIES.get(_model_type(find), Family())
+    sources = {llama: name for name in weight_map for llama in family.llama_names(name)}
+    names = _names_of_submodel(sources, config, exit_layer)
     weights: dict[str, torch.Tensor] = {}
-    for file in {weight_map[name] for name in names.values()}:
+    for file in {weight_map[sources[llama]] for llama in names.values()}:
         with safe_open(find(file), "pt") as opened:
-            of_file = {target: name for target, name in names.items() if weight_map[name] == file}
-            weights |= {target: opened.get_tensor(name) for target, name in of_file.items()}
+            for name in {sources[llama] for llama in names.values() if weight_map[sources[llama]] == file}:
+                parts = family.split(name, opened.get_tensor(name), config)
+                of_llama = dict(zip(family.llama_names(name), parts, strict=True))
+                weights |= {target: of_llama[llama] for target, llama in names.items() if llama in of_llama}
     matrix = weights.pop(heads.MATRIX, None)
     if matrix is not None:
         weights[_HEAD] = heads.fold_lens(weights[_HEAD], matrix)
     return {target: weights[target] for target in names if target in weights}
+
+
+def _save_weights(weights: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
+    on_meta = {name: tensor.to("meta") for name, tensor in weights.items()}  # each counts, also those split from one
+    shards = split_torch_state_dict_into_shards(on_meta, max_shard_size=max_shard_size)
+    for file, names in shards.filename_to_tensors.items():
+        of_file = {name: weights[name].contiguous() for name in names}
+        parts = {name: part.clone() for name, part in of_file.items() if part.nbytes < part.untyped_storage().nbytes()}
+        save_file(of_file | parts, folder / file, metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _model_type(find: Find) -> str:
+    """What the checkpoint says that it is: its tensors may have other names than a Llama's."""
+    file = find("config.json")
+    return "llama" if file is None else json.loads(file.read_text(encoding="utf-8")).get("model_type", "llama")
+
+
+def _set_absent_biases(weights: dict[str, torch.Tensor], config: LlamaConfig, model_type: str) -> None:
+    """Zeros for biases that a Llama has and the family of its checkpoint not; or none, in that family again."""
+    if model_type == "llama":
+        for name in [name for name in weights if absent_biases(config) and name.endswith("q_proj.bias")]:
+            zeros = torch.zeros(config.hidden_size, dtype=weights[name].dtype)
+            weights.setdefault(name.replace("q_proj", "o_proj"), zeros)
+        return
+    for name in [name for name in weights if name.endswith("o_proj.bias")]:
+        if weights.pop(name).any():
+            raise ValueError(f"A model of type {model_type!r} has no {name}: in this one it is not zero.")
 
 
 def _names_of_submodel(tensors: Iterable[str], config: SortedLlamaConfig, exit_layer: int) -> dict[str, str]:
@@ -143,7 +208,9 @@ def _names_of_submodel(tensors: Iterable[str], config: SortedLlamaConfig, exit_l
     return names
 
 
-def _page(path: str, find: Find, config: SortedLlamaConfig, exit_layer: int, name: str, chat: bool) -> str:
+def _page(
+    path: str, find: Find, config: SortedLlamaConfig, exit_layer: int, name: str, chat: bool, model_type: str
+) -> str:
     file, evaluation, is_local = find("README.md"), find(FILE_NAME), Path(path).is_dir()
     theirs: Any = ModelCardData()
     if file is not None:
@@ -162,13 +229,16 @@ def _page(path: str, find: Find, config: SortedLlamaConfig, exit_layer: int, nam
     )
     made_from = markdown(Path(path).resolve().name) if is_local else hub_links(path)
     own = " and one of the exit's own" if heads.num_layers_of(config, exit_layer) > exit_layer else ""
+    kind = "plain Llama, which runs wherever Llamas run" if model_type == "llama" else f"model of type `{model_type}`"
+    which, rest = f"The first {exit_layer} of {config.num_hidden_layers} layers", _WHOLE
+    if exit_layer == config.num_hidden_layers:
+        which, rest = f"All {exit_layer} layers", ""
     asked, answer = (START, "") if not chat else ([{"role": "user", "content": QUESTION}], '[-1]["content"]')
     call = f'print(pipe({json.dumps(asked)})[0]["generated_text"]{answer})'
     blocks = [
         f"---\n{data.to_yaml()}\n---",
         f"# {markdown(Path(name).name)}",
-        f"The first {exit_layer} of {config.num_hidden_layers} layers of {made_from}{own} as a plain Llama, which "
-        "runs wherever Llamas run. The whole checkpoint holds this model too, beside the deeper ones.",
+        f"{which} of {made_from}{own} as a {kind}.{rest}",
         "```python\nfrom transformers import pipeline\n\n"
         f'pipe = pipeline("text-generation", {python_literal(name)})\n{call}\n```',
     ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 class FusedTensorsError(ValueError):
@@ -80,6 +81,22 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[tuple[str, ...], Any]] = field(default_factory=dict)
     lacks_output_bias: bool = False
+
+    def llama_names(self, name: str) -> list[str]:
+        """The names in a Llama of what a tensor of the family's holds."""
+        for pattern, in_llama in self.renamed.items():
+            name = re.sub(pattern, in_llama, name)
+        for pattern, (parts, _) in self.fused.items():
+            if re.search(pattern, name):
+                return [re.sub(pattern, part, name) for part in parts]
+        return [name]
+
+    def split(self, name: str, tensor: torch.Tensor, config: Any) -> list[torch.Tensor]:
+        """What a tensor of the family's holds, for each of [`llama_names`]."""
+        for pattern, (parts, operation) in self.fused.items():
+            if re.search(pattern, name):
+                return list(operation.convert({pattern: [tensor]}, [pattern], list(parts), config=config).values())
+        return [tensor]
 
 
 def _qwen2(config: Any) -> dict[str, Any]:
@@ -201,6 +218,38 @@ def llama_fields(fields: dict[str, Any], path: Any, max_position_embeddings: int
     return {**same, **biases, **own, "base_model_type": model_type}
 
 
+# Families that a Llama can become again
+WAYS_BACK = ("mistral", "qwen2")
+
+
+def family_config(config: LlamaConfig, model_type: str) -> PreTrainedConfig:
+    """
+    The configuration of a family's model that is the same as a Llama: the way back, for families whose tensors have a
+    Llama's names.
+
+    Args:
+        config ([`~transformers.LlamaConfig`]): The Llama's.
+        model_type (`str`): `"mistral"` or `"qwen2"`.
+
+    Raises:
+        ValueError: If models of that type do not have the Llama's biases, or its heads.
+    """
+    has = {"attention_bias": FAMILIES[model_type].lacks_output_bias, "mlp_bias": False}
+    if model_type == "qwen2":  # in transformers more, but not in every engine
+        has["head_dim"] = config.hidden_size // config.num_attention_heads
+    for name, value in has.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"A model of type {model_type!r} has what a Llama has with `{name}={value}`: this one has "
+                f"`{name}={getattr(config, name)}`."
+            )
+    left_out = {"model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "base_model_type"}
+    fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    new = CONFIG_MAPPING[model_type](**fields, sliding_window=None)
+    new.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    return new
+
+
 def _check_positions(config: PreTrainedConfig, max_position_embeddings: int) -> None:
     """Refuse attention that does not reach back over the whole text, and heads that are not turned as a whole."""
     window, layer_types = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
@@ -239,7 +288,7 @@ def splitting_class(model_type: str, base: type[LlamaForCausalLM]) -> type[Llama
 def absent_biases(config: Any) -> set[str]:
     """Patterns of the biases that a Llama has and the family that it is from has not: they are zero."""
     family = FAMILIES.get(getattr(config, "base_model_type", "llama"), Family())
-    return {r"o_proj\.bias$"} if family.lacks_output_bias else set()
+    return {r"o_proj\.bias$"} if family.lacks_output_bias and config.attention_bias else set()
 
 
 def freeze_absent_biases(model: Any) -> Any:

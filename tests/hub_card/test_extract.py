@@ -138,7 +138,7 @@ def test_wrong_arguments_of_an_extraction_leave_nothing_behind(tmp_path):
 def test_the_command_extracts(tmp_path, capsys):
     make(tmp_path / "model")
     main(["extract", str(tmp_path / "model"), "--exit", "2", str(tmp_path / "out")])
-    assert f"The plain Llama of exit 2 is in {tmp_path / 'out'}." in capsys.readouterr().out
+    assert f"The first 2 layers are in {tmp_path / 'out'}, as a model of type llama." in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
     with pytest.raises(SystemExit, match="`exit_layer` must be an integer from 1 to 4, got 9"):
         main(["extract", str(tmp_path / "model"), "--exit", "9", str(tmp_path / "nine")])
