@@ -25,8 +25,10 @@ from transformers.utils import logging
 from trl import TrlParser
 
 import sorted_llama.hub_card.commands as commands
+from sorted_llama import SortedLlamaForCausalLM
 from sorted_llama.hub_card.push import files_to_push
 from sorted_llama.trainer import SortedSFTConfig, SortedSFTTrainer
+from tests.families import tiny_family
 from tests.tiny import save_tiny, tiny_llama, tiny_sorted
 
 
@@ -119,6 +121,8 @@ def reader(tmp_path_factory):
     save_tiny(folder / "user/sorted-llama", model)
     model.generation_config.eos_token_id = [2, *range(100, 259)]  # short answers to what is measured many times
     save_tiny(folder / "out/demo/final", model)
+    qwen = save_tiny(folder / "Qwen/Qwen2.5-0.5B-Instruct", tiny_family("qwen2", num_hidden_layers=24))
+    save_tiny(folder / "user/sorted-qwen", SortedLlamaForCausalLM.from_pretrained(qwen, exit_layers=[12, 24]))
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     data = {
         "trl-lib/Capybara/train.jsonl": [{"messages": chat}] * 8,
