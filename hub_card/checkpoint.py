@@ -13,9 +13,7 @@ from sorted_llama.modeling_sorted_llama.modes_sorted_llama import make_plain
 from sorted_llama.trainer.escaping import one_line
 
 
-def load_config(
-    path: str | Path, revision: str | None = None, config_class: Any = SortedLlamaConfig, **fields: Any
-) -> SortedLlamaConfig:
+def load_config(path: str | Path, revision: str | None = None, **fields: Any) -> SortedLlamaConfig:
     """The configuration of a checkpoint, changed by `fields`; `ValueError` if it is none of a Llama, or not there."""
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -23,7 +21,7 @@ def load_config(
         hint = ", which holds an adapter: merge it into its base first" if is_adapter else ""
         raise ValueError(f"`path` must be the folder of a checkpoint, with a config.json, got {str(path)!r}{hint}.")
     try:
-        return config_class.from_pretrained(path, revision=revision, **fields)
+        return SortedLlamaConfig.from_pretrained(path, revision=revision, **fields)
     except ValueError as error:
         raise ValueError(f"`path={str(path)!r}`: {one_line(error)}") from error
     except OSError as error:

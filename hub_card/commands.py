@@ -160,7 +160,9 @@ def extract_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
 
 
 def convert_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
-    parser.add_argument("path", metavar="source", help="model id or path, of a family that is a Llama")
+    parser.add_argument(
+        "path", metavar="source", help="model id or path, of a family that is a Llama, or of an adapter of one"
+    )
     parser.add_argument("output", help="folder to make")
     parser.set_defaults(exit_layer=None)
     return _extracting(parser, "--to", lambda exit_layer: "All layers")

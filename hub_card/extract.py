@@ -25,7 +25,6 @@ from yaml import YAMLError
 from sorted_llama.modeling_sorted_llama import SortedLlamaConfig
 from sorted_llama.modeling_sorted_llama import heads_sorted_llama as heads
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import (
-    SplittingConfig,
     check_choice,
     check_exit_layer,
 )
@@ -33,13 +32,14 @@ from sorted_llama.modeling_sorted_llama.families_sorted_llama import (
     FAMILIES,
     WAYS_BACK,
     Family,
-    absent_biases,
     family_config,
+    lacks_output_bias,
 )
 from sorted_llama.modeling_sorted_llama.modes_sorted_llama import make_plain
 from sorted_llama.trainer.escaping import hub_links, markdown, one_line, python_literal
 from sorted_llama.trainer.model_card import QUESTION, START
 
+from .adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, convert_adapter
 from .checkpoint import load_config, load_tokenizer
 from .record import FILE_NAME, exit_scores, load_evaluation
 
@@ -67,7 +67,7 @@ def extract(
 
     Args:
         path (`str` or `Path`): Model id or path of a sorted Llama, of a Llama, or of a model of a family that is one,
-            in safetensors.
+            in safetensors; without `exit_layer` also of a LoRA adapter, see [`convert_adapter`].
         exit_layer (`int`, *optional*): Number of layers, from 1 to all. `None` means all.
         output (`str` or `Path`): Folder to make.
         revision (`str`, *optional*): Branch, tag or commit on the Hub. Defaults to the main branch.
@@ -86,13 +86,16 @@ def extract(
     if output.exists():
         raise ValueError(f"`output` must be a folder that is not there yet, got {str(output)!r}.")
     check_choice(model_type, "model_type", MODEL_TYPES)
-    config = load_config(path, revision, SplittingConfig)
+    find = partial(_find, path, revision)
+    adapter = find(ADAPTER_CONFIG) if exit_layer is None else None
+    if adapter is not None:
+        return convert_adapter(adapter, find(ADAPTER_WEIGHTS), output)
+    config = load_config(path, revision)
     exit_layer = config.num_hidden_layers if exit_layer is None else exit_layer
     check_exit_layer(exit_layer, config.num_hidden_layers, "exit_layer")
     llama_config = config.to_llama(exit_layer)
     llama_config.architectures = ["LlamaForCausalLM"]
     new_config = llama_config if model_type == "llama" else family_config(llama_config, model_type)
-    find = partial(_find, path, revision)
     has_tokenizer = find("tokenizer_config.json") is not None
     tokenizer = load_tokenizer(path, revision, trust_remote_code) if has_tokenizer else None
     chat = tokenizer is not None and tokenizer.chat_template is not None
@@ -151,7 +154,7 @@ def _read_weights(
     find: Find, weight_map: dict[str, str], config: SortedLlamaConfig, exit_layer: int
 ) -> dict[str, torch.Tensor]:
     """The tensors of the plain Llama. They map their files: it is the writing that reads them."""
-    family = FAMILIES.get(_model_type(find), Family())
+    family = FAMILIES[config.fused_tensors_of] if config.fused_tensors_of else Family()
     sources = {llama: name for name in weight_map for llama in family.llama_names(name)}
     names = _names_of_submodel(sources, config, exit_layer)
     weights: dict[str, torch.Tensor] = {}
@@ -179,16 +182,10 @@ def _save_weights(weights: dict[str, torch.Tensor], folder: Path, max_shard_size
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _model_type(find: Find) -> str:
-    """What the checkpoint says that it is: its tensors may have other names than a Llama's."""
-    file = find("config.json")
-    return "llama" if file is None else json.loads(file.read_text(encoding="utf-8")).get("model_type", "llama")
-
-
 def _set_absent_biases(weights: dict[str, torch.Tensor], config: LlamaConfig, model_type: str) -> None:
     """Zeros for biases that a Llama has and the family of its checkpoint not; or none, in that family again."""
     if model_type == "llama":
-        for name in [name for name in weights if absent_biases(config) and name.endswith("q_proj.bias")]:
+        for name in [name for name in weights if lacks_output_bias(config) and name.endswith("q_proj.bias")]:
             zeros = torch.zeros(config.hidden_size, dtype=weights[name].dtype)
             weights.setdefault(name.replace("q_proj", "o_proj"), zeros)
         return

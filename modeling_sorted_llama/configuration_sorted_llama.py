@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from transformers import LlamaConfig
 
 from .compat_sorted_llama import share_llamas_adapters
-from .families_sorted_llama import FAMILIES, FusedTensorsError, llama_fields
+from .families_sorted_llama import FAMILIES, llama_fields
 from .heads_sorted_llama import EXIT_HEADS, heads_of, num_layers_of
 
 
@@ -197,8 +197,8 @@ class SortedLlamaConfig(LlamaConfig):
     exit_layer: Any = None
     exit_loss_weights: Any = None
     exit_heads: Any = "shared"
-    # Whether who reads the tensors of the checkpoint splits fused ones
-    splits_tensors: ClassVar[bool] = False
+    # Of a config as it is read, the family by whose names the tensors beside it are to be split
+    fused_tensors_of: ClassVar[str | None] = None
 
     def __post_init__(self, **kwargs):
         kwargs.pop("model_type", None)
@@ -244,8 +244,8 @@ class SortedLlamaConfig(LlamaConfig):
         if model_type not in ("llama", cls.model_type):
             length = kwargs.get("max_position_embeddings")
             config_dict = llama_fields(config_dict, pretrained_model_name_or_path, length)
-            if FAMILIES[model_type].fused and not cls.splits_tensors:
-                raise FusedTensorsError(model_type, pretrained_model_name_or_path)
+            if FAMILIES[model_type].fused:
+                config_dict["fused_tensors_of"] = model_type
         if config_dict:  # any Llama is a sorted model without trained exits
             config_dict["model_type"] = cls.model_type
         if hasattr(pretrained_model_name_or_path, "depth_fields"):  # the Auto classes hand it to `from_dict` so
@@ -297,7 +297,9 @@ class SortedLlamaConfig(LlamaConfig):
 
     def to_dict(self) -> dict[str, Any]:
         share_llamas_adapters()
-        return super().to_dict()
+        fields = super().to_dict()
+        fields.pop("fused_tensors_of", None)  # where it is written, they are split
+        return fields
 
     def to_llama(self, num_hidden_layers: int | None = None) -> LlamaConfig:
         """A new plain Llama configuration, of the sub-model of `num_hidden_layers` layers (default: all of them)."""
@@ -321,9 +323,3 @@ class SortedLlamaConfig(LlamaConfig):
 
 
 SortedLlamaConfig.register_for_auto_class()
-
-
-class SplittingConfig(SortedLlamaConfig):
-    """A [`SortedLlamaConfig`] for who splits the tensors of a checkpoint while it is read."""
-
-    splits_tensors: ClassVar[bool] = True

@@ -12,14 +12,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 
 class FusedTensorsError(ValueError):
-    """A checkpoint of family `model_type` is to be read by names that its tensors do not have until they are split."""
+    """The tensors of a checkpoint are a Llama's once they are split, which the class that is to read them does not."""
 
-    def __init__(self, model_type: str, path: Any):
+    def __init__(self, config: Any):
+        self.model_type = config.fused_tensors_of
         super().__init__(
-            f"`{path}` holds a model of type {model_type!r}, whose tensors are a Llama's only once they are split: "
-            "`SortedLlamaForCausalLM.from_pretrained` does it, or `sorted-llama convert` first."
+            f"`{config.name_or_path}` holds a model of type {self.model_type!r}, of tensors that are a Llama's once "
+            "they are split: `SortedLlamaForCausalLM.from_pretrained` does it, or `sorted-llama convert` first."
         )
-        self.model_type = model_type
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,19 @@ def llama_fields(fields: dict[str, Any], path: Any, max_position_embeddings: int
     return {**same, **biases, **own, "base_model_type": model_type}
 
 
+def check_adapters(model: Any, model_type: str) -> None:
+    """Refuse adapters for fused layers of a family, which were loaded for a model that does not have them."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        targets = adapter.target_modules or ()
+        for target in [targets] if isinstance(targets, str) else targets:
+            if any(re.search(rf"{pattern.split('.')[-1]}$", target) for pattern in FAMILIES[model_type].fused):
+                raise ValueError(
+                    f"The adapter is for layers {target!r} of a model of type {model_type!r}, which are several in a "
+                    "Llama: `sorted-llama convert` it first."
+                )
+
+
+ABSENT_BIAS = "o_proj.bias"  # in a Llama with `attention_bias`, of a family that lacks it
 # Families that a Llama can become again
 WAYS_BACK = ("mistral", "qwen2")
 
@@ -285,16 +298,20 @@ def splitting_class(model_type: str, base: type[LlamaForCausalLM]) -> type[Llama
     return type(name, (base,), {})
 
 
-def absent_biases(config: Any) -> set[str]:
-    """Patterns of the biases that a Llama has and the family that it is from has not: they are zero."""
+def lacks_output_bias(config: Any) -> bool:
+    """Whether a Llama has biases, `o_proj.bias`, that the family which it is from has not: they are zero."""
     family = FAMILIES.get(getattr(config, "base_model_type", "llama"), Family())
-    return {r"o_proj\.bias$"} if family.lacks_output_bias and config.attention_bias else set()
+    return family.lacks_output_bias and config.attention_bias
+
+
+def absent_biases(model: nn.Module) -> list[nn.Parameter]:
+    """Those biases of a model."""
+    parameters = model.named_parameters() if lacks_output_bias(model.config) else ()
+    return [parameter for name, parameter in parameters if name.endswith(ABSENT_BIAS)]
 
 
 def freeze_absent_biases(model: Any) -> Any:
     """The model, without training of those zeros: what is trained of it fits into the family again."""
-    for pattern in absent_biases(model.config):
-        for name, parameter in model.named_parameters():
-            if re.search(pattern, name):
-                parameter.requires_grad_(False)
+    for bias in absent_biases(model):
+        bias.requires_grad_(False)
     return model

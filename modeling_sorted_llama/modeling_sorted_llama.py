@@ -32,11 +32,11 @@ from .compat_sorted_llama import (
     takes_either_cache_name,
 )
 from .configuration_sorted_llama import SortedLlamaConfig, check_exit_layer, check_exit_layers
-from .families_sorted_llama import absent_biases
+from .families_sorted_llama import FusedTensorsError
 from .generation_sorted_llama import SortedGenerationMixin
 from .heads_sorted_llama import EXIT_HEADS, ExitHead, modules_of_exits
 from .loss_sorted_llama import ExitLossOptions, labelled_rows, multi_exit_loss
-from .submodels_sorted_llama import layers_left_out, load, plain_submodel, sorted_model
+from .submodels_sorted_llama import LoadsLlamas, load, plain_submodel, sorted_model
 
 
 @dataclass
@@ -62,7 +62,7 @@ class SortedCausalLMOutputWithPast(CausalLMOutputWithPast):
     exit_divergences: torch.Tensor | None = None
 
 
-class SortedLlamaModel(SavedAsItsModel, LlamaModel):
+class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
     """[`~transformers.LlamaModel`] that runs as many of its layers as it is asked to."""
 
     config: SortedLlamaConfig
@@ -70,11 +70,11 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
 
     def __init__(self, config: LlamaConfig):
         super().__init__(_as_sorted_config(config))
+        if self.config.fused_tensors_of is not None:
+            raise FusedTensorsError(self.config)
         kind = EXIT_HEADS[self.config.exit_heads]
         self.exit_decoders = modules_of_exits(self.config, kind.make_layer)
         self.exit_norms = modules_of_exits(self.config, kind.make_norm)
-        self._keys_to_ignore_on_load_unexpected = layers_left_out(self.config)
-        self._keys_to_ignore_on_load_missing = absent_biases(self.config)
         if self.exit_norms:
             self.post_init()
 
@@ -291,7 +291,7 @@ class SortedLlamaModel(SavedAsItsModel, LlamaModel):
         return block.align_right(hidden_states)
 
 
-class SortedLlamaForCausalLM(SavedAsItsModel, SortedGenerationMixin, LlamaForCausalLM):
+class SortedLlamaForCausalLM(SavedAsItsModel, LoadsLlamas, SortedGenerationMixin, LlamaForCausalLM):
     """
     [`~transformers.LlamaForCausalLM`] whose first `k` layers, with the same final norm and LM head, are a model of
     their own: `exit_layer=k` in `forward` and in `generate` runs them and nothing more.

@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import initialization as init
 
 from .compat_sorted_llama import gathered
-from .configuration_sorted_llama import SORTED_FIELDS, SplittingConfig
+from .configuration_sorted_llama import SORTED_FIELDS, SortedLlamaConfig
 from .families_sorted_llama import (
+    ABSENT_BIAS,
     FusedTensorsError,
     absent_biases,
+    check_adapters,
     freeze_absent_biases,
+    lacks_output_bias,
     llama_fields,
     splitting_class,
 )
@@ -21,21 +25,26 @@ from .heads_sorted_llama import EXIT_HEADS
 from .modes_sorted_llama import make_plain
 
 
-def layers_left_out(config: LlamaConfig) -> set[str]:
-    """Patterns of tensors that are left out on purpose where a checkpoint is loaded with fewer layers than it has."""
-    there = "|".join(map(str, range(config.num_hidden_layers)))
-    return {rf"(^|\.)layers\.(?!({there})\.)"}
+class LoadsLlamas(PreTrainedModel):
+    """Base of models that load Llamas of every depth and family, whose checkpoints may have more tensors, or fewer."""
+
+    def post_init(self) -> None:
+        super().post_init()
+        # Of a checkpoint that is loaded with fewer layers than it has, the others are left out on purpose
+        there = "|".join(map(str, range(self.config.num_hidden_layers)))
+        self._keys_to_ignore_on_load_unexpected |= {rf"(^|\.)layers\.(?!({there})\.)"}
+        self._keys_to_ignore_on_load_missing |= {rf"{ABSENT_BIAS}$"} if lacks_output_bias(self.config) else set()
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        for bias in absent_biases(self):  # transformers passes modules over that were quantized as they were read
+            init.zeros_(bias)
 
 
-class LlamaOfFamily(LlamaForCausalLM):
+class LlamaOfFamily(LoadsLlamas, LlamaForCausalLM):
     """A plain Llama, to become a sorted one, of a model whose tensors are a Llama's under other names, or fused."""
 
-    config_class = SplittingConfig
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__(config)
-        self._keys_to_ignore_on_load_unexpected = layers_left_out(config)
-        self._keys_to_ignore_on_load_missing = absent_biases(config)
+    config_class = SortedLlamaConfig
 
     @classmethod
     def of_model(cls, model: Any) -> LlamaForCausalLM:
@@ -53,8 +62,10 @@ def load(cls: Any, from_pretrained: Callable, *args: Any, **kwargs: Any) -> Any:
         try:
             return _of_loaded(from_pretrained(*args, **kwargs), freeze_absent_biases)
         except FusedTensorsError as error:
-            splitting = splitting_class(error.model_type, LlamaOfFamily)
-        return _of_loaded(splitting.from_pretrained(*args, **kwargs), cls.from_llama)
+            model_type = error.model_type
+        loaded = splitting_class(model_type, LlamaOfFamily).from_pretrained(*args, **kwargs)
+        _of_loaded(loaded, lambda model: check_adapters(model, model_type))
+        return _of_loaded(loaded, cls.from_llama)
     # transformers finds the tensors of a GGUF file by the model type, which is never a sorted one's
     fields = {name: kwargs.pop(name) for name in SORTED_FIELDS if name in kwargs}
     loaded = AutoModelForCausalLM.from_pretrained(*args, **kwargs)

@@ -6,10 +6,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
-from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import SplittingConfig
 from sorted_llama.modeling_sorted_llama.families_sorted_llama import FAMILIES, NO_LLAMAS
 from tests.families import CASES, family_logits, first_layers, tiny_family
 from tests.tiny import prompts, save_gguf, tiny_fields, tiny_llama
@@ -234,13 +240,34 @@ def test_a_family_that_is_no_llama_is_refused_with_the_reason(tmp_path, model_ty
 
 
 @pytest.mark.parametrize("case", FUSED)
-@pytest.mark.parametrize("cls", [SortedLlamaConfig, SortedLlamaModel])
-def test_who_does_not_split_tensors_says_who_does(tmp_path, cls, case):
+def test_who_does_not_split_tensors_says_who_does(tmp_path, case):
     tiny_family(case).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="`SortedLlamaForCausalLM.from_pretrained` does it, or `sorted-llama convert`"
-    ):
-        cls.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`SortedLlamaForCausalLM.from_pretrained` does it, or `sorted-llama c"):
+        SortedLlamaModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_a_config_that_is_passed_along_has_its_tensors_split(tmp_path, case):
+    """What tells that they are fused is the checkpoint's that it was read from, and is not saved."""
+    tiny_family(case).save_pretrained(tmp_path / "family")
+    config = SortedLlamaConfig.from_pretrained(tmp_path / "family", exit_layers=EXITS)
+    model, info = SortedLlamaForCausalLM.from_pretrained(tmp_path / "family", config=config, output_loading_info=True)
+    assert not any(info.values()) and model.config.exit_layers == EXITS
+    config.save_pretrained(tmp_path / "saved")
+    assert SortedLlamaConfig.from_pretrained(tmp_path / "saved").fused_tensors_of is None
+    assert model.config.fused_tensors_of is None is model.extract_submodel(2).config.to_dict().get("fused_tensors_of")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "phi3"])
+def test_a_model_quantized_as_it_is_read_equals_that_of_the_family(tmp_path, case, bits):
+    pytest.importorskip("bitsandbytes")
+    tiny_family(case, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    quantized = {"quantization_config": BitsAndBytesConfig(**{f"load_in_{bits}bit": True}), "dtype": torch.float32}
+    model = SortedLlamaForCausalLM.from_pretrained(tmp_path, exit_layers=EXITS, **quantized)
+    assert type(model.model.layers[0].self_attn.v_proj).__name__ == f"Linear{bits}bit{'' if bits == 4 else 'Lt'}"
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, **quantized)
+    assert torch.equal(model(**prompts((9, 9))).logits, expected(**prompts((9, 9))).logits)
 
 
 def test_reading_a_family_changes_nothing_for_llamas(tmp_path):
@@ -299,7 +326,7 @@ REAL = {
 def test_a_real_model_has_the_parameters_that_its_page_counts(name, tmp_path):
     number, fields = REAL[name]
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    config = SplittingConfig.from_pretrained(tmp_path).to_llama()
+    config = SortedLlamaConfig.from_pretrained(tmp_path).to_llama()
     layers, config.num_hidden_layers = config.num_hidden_layers, 1
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -140,6 +140,19 @@ def test_the_path_of_a_family_that_is_a_llama_is_trained(tmp_path, case):
     assert not any(saved.get_parameter(name).any() for name in absent)
 
 
+@pytest.mark.parametrize("case", ["qwen2", "phi3"])
+def test_adapters_of_a_family_are_trained_and_saved(tmp_path, case):
+    """For the base that they name."""
+    folder = save_tiny(tmp_path / "model", tiny_family(case))
+    trainer = make_trainer(tmp_path / "out", folder, max_steps=1, learning_rate=0.1, peft_config=LoraConfig(r=2))
+    trainer.train()
+    trainer.save_model()
+    base = SortedLlamaForCausalLM.from_pretrained(folder, exit_layers=EXITS)
+    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    assert model.peft_config["default"].base_model_name_or_path == folder
+    assert_equal_weights(model.merge_and_unload(), trainer.model.merge_and_unload(), 0.0)
+
+
 # Exits and weights
 
 

@@ -1,0 +1,64 @@
+"""LoRA adapters of families with fused tensors, as adapters of the Llamas that these are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sorted_llama.modeling_sorted_llama.families_sorted_llama import FAMILIES
+
+from .checkpoint import load_config
+
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # PEFT's, of names of tensors but not of modules
+# What may be set, in an adapter whose matrices are split: all else is for whole layers, or by their names
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    **dict.fromkeys(("use_dora", "use_qalora", "lora_bias"), (False, None)),
+    **dict.fromkeys(
+        ("modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters", "layers_to_transform"),
+        (None, [], {}),
+    ),
+}
+
+
+def convert_adapter(settings_file: Path, weights_file: Path | None, output: Path) -> Path:
+    """
+    Write a LoRA adapter of a family with fused tensors as one of the sorted model, or the plain Llama, of its base:
+    what of it belongs to queries, keys, values, gate or up goes to these, the same sums of the same numbers.
+
+    Args:
+        settings_file (`Path`): The adapter's `adapter_config.json`.
+        weights_file (`Path`, *optional*): Its `adapter_model.safetensors`.
+        output (`Path`): Folder to make.
+
+    Raises:
+        ValueError: If its base has Llama's names, for which it needs no conversion; if it is none of LoRA, or has
+            more than matrices; or if it has no safetensors.
+    """
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    base = settings["base_model_name_or_path"]
+    config = load_config(base)
+    if config.fused_tensors_of is None:
+        raise ValueError(f"`path` holds an adapter for {base!r}, whose layers have a Llama's names: use it as it is.")
+    for name, allowed in _ALLOWED.items():
+        if settings.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"`path` holds an adapter with `{name}={settings[name]!r}`, which cannot be split.")
+    if weights_file is None:
+        raise ValueError("`path` must hold an adapter's weights as safetensors.")
+    family = FAMILIES[config.fused_tensors_of]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(weights_file).items():
+        targets = family.llama_names(name)
+        # Rows of the product are rows of B; A is the same for all
+        parts = family.split(name, tensor, config) if ".lora_B." in name else [tensor] * len(targets)
+        tensors |= {target: part.clone() for target, part in zip(targets, parts, strict=True)}
+    settings["target_modules"] = sorted({name.removeprefix(_PREFIX).split(".lora_")[0] for name in tensors})
+    output.mkdir(parents=True)
+    save_file(tensors, output / ADAPTER_WEIGHTS)
+    (output / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    return output
