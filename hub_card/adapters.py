@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sorted_llama.modeling_sorted_llama.families_sorted_llama import FAMILIES
+from sorted_llama.modeling_sorted_llama.families_sorted_llama import FAMILIES, Family
 
 from .checkpoint import load_config
 
@@ -43,20 +43,21 @@ def convert_adapter(settings_file: Path, weights_file: Path | None, output: Path
     settings = json.loads(settings_file.read_text(encoding="utf-8"))
     base = settings["base_model_name_or_path"]
     config = load_config(base)
-    if config.fused_tensors_of is None:
-        raise ValueError(f"`path` holds an adapter for {base!r}, whose layers have a Llama's names: use it as it is.")
     for name, allowed in _ALLOWED.items():
         if settings.get(name, allowed[0]) not in allowed:
             raise ValueError(f"`path` holds an adapter with `{name}={settings[name]!r}`, which cannot be split.")
     if weights_file is None:
         raise ValueError("`path` must hold an adapter's weights as safetensors.")
-    family = FAMILIES[config.fused_tensors_of]
+    family = FAMILIES[config.fused_tensors_of] if config.fused_tensors_of else Family()
+    own = load_file(weights_file)
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(weights_file).items():
+    for name, tensor in own.items():
         targets = family.llama_names(name)
         # Rows of the product are rows of B; A is the same for all
         parts = family.split(name, tensor, config) if ".lora_B." in name else [tensor] * len(targets)
         tensors |= {target: part.clone() for target, part in zip(targets, parts, strict=True)}
+    if tensors.keys() == own.keys():
+        raise ValueError(f"`path` holds an adapter for {base!r}, whose layers have a Llama's names: use it as it is.")
     settings["target_modules"] = sorted({name.removeprefix(_PREFIX).split(".lora_")[0] for name in tensors})
     output.mkdir(parents=True)
     save_file(tensors, output / ADAPTER_WEIGHTS)

@@ -18,7 +18,7 @@ class FusedTensorsError(ValueError):
         self.model_type = config.fused_tensors_of
         super().__init__(
             f"`{config.name_or_path}` holds a model of type {self.model_type!r}, of tensors that are a Llama's once "
-            "they are split: `SortedLlamaForCausalLM.from_pretrained` does it, or `sorted-llama convert` first."
+            "they are converted: `SortedLlamaForCausalLM.from_pretrained` does it, or `sorted-llama convert` first."
         )
 
 
@@ -58,6 +58,27 @@ class NormalizeRows:
     def convert(self, input_dict: dict[str, Any], source_patterns, target_patterns: list[str], **_: Any):
         ((weight,),) = input_dict.values()
         return {target_patterns[0]: nn.functional.normalize(weight)}
+
+
+@dataclass(frozen=True)
+class AddOne:
+    """As [`SplitHeads`], for the weight of a norm that multiplies by one more."""
+
+    def convert(self, input_dict: dict[str, Any], source_patterns, target_patterns: list[str], **_: Any):
+        ((weight,),) = input_dict.values()
+        return {target_patterns[0]: weight + 1}
+
+
+@dataclass(frozen=True)
+class ScaleEmbeddings:
+    """As [`SplitHeads`], for embeddings that are scaled where they are looked up, and not where they are the head."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns, target_patterns: list[str], config: Any, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        ((weight,),) = input_dict.values()
+        scale = torch.tensor(config.hidden_size**0.5).to(weight)
+        return dict(zip(target_patterns, [weight * scale, weight], strict=True))
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -127,6 +148,12 @@ def _baichuan(config: Any) -> dict[str, Any]:
     return {}
 
 
+def _gemma(config: Any) -> dict[str, Any]:
+    if not config.tie_word_embeddings or config.use_bidirectional_attention:
+        raise ValueError("has a head of its own, or looks ahead, as no Gemma 1 that generates text")
+    return {"attention_bias": config.attention_bias, "tie_word_embeddings": False}
+
+
 FAMILIES = {
     "mistral": Family(),
     "ministral": Family(),
@@ -160,6 +187,15 @@ FAMILIES = {
             r"lm_head\.weight": (("lm_head.weight",), NormalizeRows()),
         },
     ),
+    "gemma": Family(
+        _gemma,
+        fused={
+            r"model\.embed_tokens\.weight": (("model.embed_tokens.weight", "lm_head.weight"), ScaleEmbeddings()),
+            r"input_layernorm\.weight": (("input_layernorm.weight",), AddOne()),
+            r"post_attention_layernorm\.weight": (("post_attention_layernorm.weight",), AddOne()),
+            r"model\.norm\.weight": (("model.norm.weight",), AddOne()),
+        },
+    ),
 }
 
 _EXPERTS = "its layers have experts, of which a router chooses"
@@ -173,6 +209,8 @@ NO_LLAMAS = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "its keys and values are compressed, and its layers have experts"),
     "smollm3": "some of its layers have no positions",
     "glm": "it turns half of each head by position, in pairs of neighbours",
+    **dict.fromkeys(("helium", "ernie4_5"), "it turns pairs of neighbours in a head, a Llama its halves"),
+    "granite": "it scales embeddings, attention, residuals and logits",
     "cohere": "its attention and MLP run beside each other",
 }
 
@@ -223,7 +261,7 @@ def check_adapters(model: Any, model_type: str) -> None:
     for adapter in getattr(model, "peft_config", {}).values():
         targets = adapter.target_modules or ()
         for target in [targets] if isinstance(targets, str) else targets:
-            if any(re.search(rf"{pattern.split('.')[-1]}$", target) for pattern in FAMILIES[model_type].fused):
+            if any(re.search(rf"\b{pattern.split('.')[-1]}$", target) for pattern in FAMILIES[model_type].fused):
                 raise ValueError(
                     f"The adapter is for layers {target!r} of a model of type {model_type!r}, which are several in a "
                     "Llama: `sorted-llama convert` it first."

@@ -33,6 +33,8 @@ CASES = {
     "phi3": ("Phi3", {}),
     "phi3_one_key_value_head": ("Phi3", {"num_key_value_heads": 1, "tie_word_embeddings": False}),
     "phi3_ungrouped": ("Phi3", {"num_key_value_heads": 4}),
+    "gemma": ("Gemma", {"head_dim": 16, "hidden_act": "gelu_pytorch_tanh"}),
+    "gemma_bias": ("Gemma", {"head_dim": 8, "num_key_value_heads": 1, "attention_bias": True}),
     "internlm2": ("internlm2", {"bias": False}),
     "internlm2_bias": ("internlm2", {"bias": True, "num_key_value_heads": 1, "rope_theta": 1e6}),
     "internlm2_ungrouped": ("internlm2", {"bias": False, "num_key_value_heads": 4}),

@@ -115,7 +115,7 @@ def test_a_model_that_is_no_llama_is_refused(tmp_path, make):
         make_trainer(tmp_path, make())
 
 
-@pytest.mark.parametrize("name", ["GPTNeoX", "Qwen3", "Gemma"])
+@pytest.mark.parametrize("name", ["GPTNeoX", "Qwen3", "Gemma2"])
 def test_the_path_of_another_architecture_is_refused(tmp_path, name):
     """Another architecture's weights must not be read as a Llama's, with what is missing made up."""
     config = getattr(transformers, f"{name}Config")(**tiny_fields())
