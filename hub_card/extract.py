@@ -174,9 +174,7 @@ def _save_weights(weights: dict[str, torch.Tensor], folder: Path, max_shard_size
     on_meta = {name: tensor.to("meta") for name, tensor in weights.items()}  # each counts, also those split from one
     shards = split_torch_state_dict_into_shards(on_meta, max_shard_size=max_shard_size)
     for file, names in shards.filename_to_tensors.items():
-        of_file = {name: weights[name].contiguous() for name in names}
-        parts = {name: part.clone() for name, part in of_file.items() if part.nbytes < part.untyped_storage().nbytes()}
-        save_file(of_file | parts, folder / file, metadata={"format": "pt"})
+        save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
