@@ -152,11 +152,8 @@ def main() -> None:
     compare_with_reloaded(model, task, final)
 
     # 8. A depth whose answers are as good as promised, on the page
-    print("\nCertifying a depth: the same questions, answered freely ...")
-    print(certify_depth(final, output_dir / "held_out.jsonl", exits))
-    write_json(state_file, {**state, "after": [asdict(r) for r in after]})  # finished
-    for trained in final.glob("checkpoint-*"):
-        shutil.rmtree(trained)
+    certify_depth(final, output_dir / "held_out.jsonl", exits)
+    finish(output_dir, {**state, "after": [asdict(r) for r in after]})
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
     print(NEXT_STEPS.format(folder=output_dir, final=final, exit_layer=exits[1]), end="")
 
@@ -281,16 +278,25 @@ def print_answers(model: SortedLlamaForCausalLM, task: Task) -> None:
             print(f"    exit {k:2d}: {first_line(answer)}")
 
 
-def certify_depth(path: Path, held_out: Path, exits: list[int]) -> str:
-    """The certificate that the page gets, of some settings of `exit_threshold`; or why there is none."""
+def certify_depth(path: Path, held_out: Path, exits: list[int]) -> None:
+    """Certify one of some settings of `exit_threshold` on the page, or tell why not."""
+    print("\nCertifying a depth: the same questions, answered freely ...")
     closed: list[float] = [2] * (len(exits) - 1)  # where no token leaves
     thresholds = [[0.9, *closed[1:]], [0.7, *closed[1:]], [*closed[1:], 0.9]]  # the first exit, or the last below all
     try:
         certificate = certify(str(path), ("completions", str(held_out)), thresholds=thresholds, num_timed=4)
     except ValueError as error:  # too few questions
-        return f"No certificate: {one_line(error)}"
+        print(f"No certificate: {one_line(error)}")
+        return
     write_card(path)
-    return certificate_line(certificate)
+    print(certificate_line(certificate))
+
+
+def finish(output_dir: Path, state: dict[str, Any]) -> None:
+    """Write the numbers, with which the run is over, and remove what it would have gone on from."""
+    write_json(output_dir / "demo.json", state)
+    for trained in (output_dir / "final").glob("checkpoint-*"):
+        shutil.rmtree(trained)
 
 
 def compare_with_reloaded(model: SortedLlamaForCausalLM, task: Task, path: Path) -> None:
