@@ -79,6 +79,7 @@ ARMS = {
     "lenses": Arm(LENSES),
     "layers, frozen": Arm(FROZEN, starts_from="SFT"),
     "layers, frozen, distilled": Arm({**FROZEN, **DISTILLED}, starts_from="SFT"),
+    "layers, frozen, the last layer": Arm(FROZEN, starts_from="SFT", begun_as=-1),
     "layers, frozen, distilled, the last layer": Arm({**FROZEN, **DISTILLED}, starts_from="SFT", begun_as=-1),
     "layers, detached": Arm(DETACHED),
     "layers, detached, distilled": Arm({**DETACHED, **DISTILLED}),
