@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from sorted_llama.trainer.escaping import one_line
@@ -15,10 +16,27 @@ from .record import fingerprint
 
 
 BATCH_SIZE = 64  # answers that are made, and kept, at once
+# Fields of a config that say how it came about, and not what the model computes
+_ORIGIN = ("_name_or_path", "architectures", "auto_map", "base_model_type", "dtype", "transformers_version")
+
+
+def conditions(model: Any, tokenizer: Any, dtype: torch.dtype) -> dict[str, str]:
+    """What answers depend on beside prompts and decoding, with the weights as `dtype`."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _ORIGIN}
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    reads = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
+    return {
+        "weights": fingerprint(model, dtype),
+        "config": digest_of(config),
+        # How it pads is up to who calls it
+        "tokenizer": digest_of({name: what for name, what in reads.items() if name not in ("padding", "truncation")}),
+        "chat_template": digest_of(tokenizer.chat_template),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def decoding_options(model: Any, max_new_tokens: int) -> dict[str, Any]:
-    """What decides on an answer beside the weights, the prompt and the depth, as JSON has it."""
+    """What else decides on an answer beside the prompt and the depth, as JSON has it."""
     options = model.generation_config.to_diff_dict()
     options = {name: value for name, value in options.items() if name != "transformers_version"}
     return {**options, "do_sample": False, "max_new_tokens": max_new_tokens}
@@ -41,7 +59,7 @@ def kept_answers(
         mode (`dict[str, Any]`): The arguments of `generate` that choose the depth.
         before (`Callable`, *optional*): Called before the first answer is made, if one is missing.
     """
-    made_by = {"weights": fingerprint(model), "dtype": str(model.dtype), "device": model.device.type, "mode": mode}
+    made_by = {**conditions(model, tokenizer, model.dtype), "device": model.device.type, "mode": mode}
     made_by["decoding"] = decoding_options(model, max_new_tokens)
     keys = [digest_of({**made_by, "prompt": prompt}) for prompt in prompts]
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in kept}

@@ -1,6 +1,5 @@
 """What a certificate says on the page, and whether it is about the checkpoint that is there."""
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,22 +9,12 @@ import torch
 
 from sorted_llama.trainer.escaping import markdown
 
+from .answering import conditions, decoding_options
 from .checkpoint import load_model, load_tokenizer
-from .record import fingerprint
 from .settings import Setting
 
 
 DIFFERS = "differs"  # the loss of an answer whose text is not full depth's
-
-
-def conditions(model: Any, tokenizer: Any, dtype: torch.dtype) -> dict[str, str]:
-    """What a certificate is about, beside prompts and decoding, with the weights as `dtype`."""
-    template = str(tokenizer.chat_template).encode()
-    return {
-        "weights": fingerprint(model, dtype),
-        "chat_template": hashlib.sha256(template).hexdigest(),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
 
 
 def find_faults(certificates: Sequence[dict[str, Any]], path: str | Path) -> list[str]:
@@ -40,7 +29,10 @@ def find_faults(certificates: Sequence[dict[str, Any]], path: str | Path) -> lis
         if model is not None:
             here = conditions(model, tokenizer, getattr(torch, certificate["dtype"]))
             here["dtype"] = str(model.dtype).removeprefix("torch.")
-            different = [name.replace("_", " ") for name in here if here[name] != certificate[name]]
+            different = [name.replace("_", " ") for name in here if here[name] != certificate.get(name)]
+            longest = certificate["decoding"]["max_new_tokens"]
+            if {**certificate["decoding"], **decoding_options(model, longest)} != certificate["decoding"]:
+                different.append("generation config")
         found.append(", ".join(different))
         if different:
             name = certificate["data"]["name"]

@@ -4,6 +4,7 @@ The statistics are those of `risk`; the unit is the prompt, and its answer is ge
 """
 
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,12 +17,11 @@ from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import (
     check_choice,
     check_int,
     check_number,
-    is_number,
 )
 from sorted_llama.modeling_sorted_llama.modes_sorted_llama import ConfidenceExit
 
-from .answering import BATCH_SIZE, decoding_options, kept_answers
-from .certificate import DIFFERS, conditions, find_faults
+from .answering import BATCH_SIZE, conditions, decoding_options, kept_answers
+from .certificate import DIFFERS, find_faults
 from .checkpoint import check_device, load_answering_tokenizer, load_config, load_model
 from .cost import cost_of_exit, weights_read
 from .judge import Replies
@@ -36,7 +36,7 @@ ZERO_ONE = (DIFFERS, "exact_match", "final_answer")  # losses that are 0 or 1; o
 THRESHOLDS = (0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5)  # that are tried, from the safest
 CLOSED = 2  # a threshold that no token reaches
 TIMED_TOKENS = 64  # of an answer, at most
-IDENTITY = ("data", "loss", "risk", "delta")  # a certificate takes the place of one with the same
+IDENTITY = ("data", "loss", "risk", "delta", "dtype", "device")  # a certificate takes the place of one with the same
 
 
 def certify(
@@ -79,7 +79,8 @@ def certify(
         num_timed (`int`, *optional*, defaults to 8): Prompts of the first half, to time the setting and full depth.
         dtype (`str`, *optional*): Type of the weights. Defaults to the checkpoint's own, in which it loads by itself.
         apply (`bool`, *optional*, defaults to `False`):
-            Whether to write the certified setting into the checkpoint's `generation_config.json`.
+            Whether to write the certified setting into the checkpoint's `generation_config.json`, in place of one that
+            is there; where none is certified, it decodes at full depth.
 
     Raises:
         ValueError: If an argument is out of range, if a file cannot be read, or if there are too few prompts for any
@@ -118,7 +119,7 @@ def certify(
     if "setting" in certificate:
         certificate["speed_up"] = _speed_up(run, halves[0], Setting.read(certificate["setting"]), num_timed)
     _write(output, certificate, path, model)
-    if apply and "setting" in certificate:
+    if apply:
         _apply(certificate, model.generation_config, path)
     return certificate
 
@@ -177,9 +178,10 @@ def _alone(threshold: float, exit_layer: int, below: list[int]) -> list[float]:
 
 
 def _check_threshold(threshold: Any, below: list[int]) -> float | list[float]:
-    if is_number(threshold):
+    if not isinstance(threshold, Sequence):
         return check_number(threshold, "thresholds", 0)
-    values = [check_number(value, "thresholds", 0) for value in threshold]
+    # 2.0 and 2 are one setting, and have one name
+    values = [int(v) if v == int(v) else v for v in (check_number(value, "thresholds", 0) for value in threshold)]
     if len(values) != len(below):
         raise ValueError(f"`thresholds` must hold numbers, or lists of one for each of exits {below}, got {values}.")
     return values
@@ -209,6 +211,12 @@ def _halves(task: Task, risk: float, delta: float, seed: int) -> tuple[Task, Tas
         raise ValueError(
             f"`risk={risk:g}` with `delta={delta:g}` takes {needed} prompts to test, even if none of them fails, and "
             f"one less to choose what is tested: `data` needs {2 * needed - 1} rows, got {given}."
+        )
+    if repeated := given - len({row["prompt"] for row in task.rows}):
+        warnings.warn(
+            f"{repeated} of {given} prompts of `data` repeat others: where prompts to come do not repeat so often, "
+            "they count as more evidence than they are.",
+            stacklevel=3,
         )
     rows = random.Random(seed).sample(task.rows, given)
     return replace(task, rows=rows[: given // 2]), replace(task, rows=rows[given // 2 :])
@@ -269,8 +277,11 @@ def _write(output: Path, certificate: dict[str, Any], path: str, model: Any) -> 
 
 
 def _apply(certificate: dict[str, Any], generation_config: Any, path: str) -> None:
-    """Have the checkpoint decode so by itself."""
-    setting = Setting.read(certificate["setting"])
-    setattr(generation_config, setting.mode.argument, setting.value)
+    """Have the checkpoint decode so by itself; at full depth where nothing is certified."""
+    if "setting" in certificate:  # else the file loses what was applied before, which a loaded model has not
+        setting = Setting.read(certificate["setting"])
+        setattr(generation_config, setting.mode.argument, setting.value)
     generation_config.save_pretrained(path)
     find_faults([certificate], path)  # it may load in another precision
+    if generation_config.do_sample:
+        warnings.warn("The checkpoint samples by itself (`do_sample`), which no certificate is about.", stacklevel=2)

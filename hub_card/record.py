@@ -71,6 +71,8 @@ CERTIFICATE = {
     "setting?": SETTING,  # where one was certified
     "speed_up?": SPEED,
     "weights": TEXT,
+    "config": TEXT,
+    "tokenizer": TEXT,
     "chat_template": TEXT,
     "dtype": DTYPE,
     "device": TEXT,

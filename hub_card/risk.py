@@ -44,11 +44,12 @@ def choose_sequence(
 ) -> list[str]:
     """
     The settings to test, from the safest to the cheapest: those that no other is both safer and cheaper than, as far
-    as they cost less than full depth and looked safe enough. It may depend on nothing of the prompts of the test.
+    as they cost less than full depth and looked safe enough; of those that look as safe, the dearest comes first. It
+    may depend on nothing of the prompts of the test.
     """
     order: list[str] = []
     cheapest = full_cost
-    for name in sorted(risks, key=lambda name: (risks[name], costs[name])):
+    for name in sorted(risks, key=lambda name: (risks[name], -costs[name])):
         if risks[name] <= risk and costs[name] < cheapest:
             order.append(name)
             cheapest = costs[name]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from scipy.stats import binom
+from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer, GenerationConfig
 
 from sorted_llama import SortedLlamaForCausalLM
@@ -91,7 +92,7 @@ def test_what_is_lost_is_what_free_generation_loses(run, loss, change):
             lost.append(ours != best if loss == "differs" else max(best_scores[loss] - ours_scores[loss], 0))
         return sum(lost) / len(lost)
 
-    assert {"exit 2", "threshold 0.9", "threshold [2.0, 0.6]", "threshold 0.3"} <= found["looked_at"].keys()
+    assert {"exit 2", "threshold 0.9", "threshold [2, 0.6]", "threshold 0.3"} <= found["looked_at"].keys()
     assert max(seen["mean_loss"] for seen in found["looked_at"].values()) > 0
     for name, seen in found["looked_at"].items():
         assert seen["mean_loss"] == pytest.approx(mean_loss(first, name))
@@ -115,7 +116,7 @@ def test_the_weights_that_a_threshold_reads_are_those_of_its_tokens(run):
         # Exit 1 is closed, so that nothing is read there
         read += [2 * layer + head if k == 2 else 4 * layer + 2 * head for k in output.exit_layers_used[0].tolist()]
     assert {2 * layer + head, 4 * layer + 2 * head} == set(read)
-    assert found["looked_at"]["threshold [2.0, 0.3]"]["weights_read"] == pytest.approx(sum(read) / len(read))
+    assert found["looked_at"]["threshold [2, 0.3]"]["weights_read"] == pytest.approx(sum(read) / len(read))
     assert found["looked_at"]["exit 2"]["weights_read"] == 2 * layer + head
 
 
@@ -157,7 +158,9 @@ def test_a_setting_that_is_worse_is_not_certified(run):
     """Exit 1 is left to choose from, and it is not full depth."""
     model = as_good_as_full_depth(2)
     model.config.exit_layers = [1, 4]
-    found = certify.certify(save_tiny(run.folder / "other", model), run.data, thresholds=[0], apply=True, **LOOSE)
+    path = save_tiny(run.folder / "other", model)
+    GenerationConfig(exit_layer=1).save_pretrained(path)  # applied to other weights
+    found = certify.certify(path, run.data, thresholds=[0], apply=True, **LOOSE)
     assert found["tested"] == [] and "setting" not in found and "speed_up" not in found
     assert "exit_layer" not in json.loads((run.folder / "other" / "generation_config.json").read_text())
     assert "Of no setting cheaper than full depth" in certificate_line(found)
@@ -179,6 +182,13 @@ def test_the_certified_setting_is_applied(run):
         certify.certify(run.path, run.data, apply=True, dtype="bfloat16", **LOOSE)
 
 
+def test_prompts_that_repeat_are_told(run):
+    rows = (run.folder / "rows.jsonl").read_text().splitlines()
+    (run.folder / "rows.jsonl").write_text("\n".join(rows + rows[:3]))
+    with pytest.warns(UserWarning, match="3 of 43 prompts of `data` repeat others"):
+        certify.certify(run.path, run.data, **LOOSE)
+
+
 def test_an_evaluation_and_its_certificates_live_in_one_file(run):
     for risk in (0.2, 0.3, 0.2):
         certify.certify(run.path, run.data, **{**LOOSE, "risk": risk})
@@ -195,6 +205,9 @@ def test_an_evaluation_and_its_certificates_live_in_one_file(run):
 
 CHANGES = {
     "weights": lambda model, tokenizer: model.model.norm.weight.data.mul_(1.5),
+    "config": lambda model, tokenizer: setattr(model.config, "rms_norm_eps", 0.1),
+    "tokenizer": lambda model, tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", Lowercase()),
+    "generation config": lambda model, tokenizer: setattr(model.generation_config, "repetition_penalty", 1.8),
     "chat template": lambda model, tokenizer: setattr(tokenizer, "chat_template", "{{ messages }}"),
     "dtype": lambda model, tokenizer: model.bfloat16(),
 }
@@ -222,7 +235,7 @@ def test_the_command_takes_thresholds_and_says_what_was_found(run, capsys):
     arguments = ["certify", run.path, "--data", "=".join(run.data), "--risk", "0.2", "--delta", "0.2"]
     main([*arguments, "--loss", "exact_match", "--thresholds", "0.9", "2,0.8", "--num_timed", "1", "--apply"])
     looked_at = load_evaluation(run.path)["certificates"][0]["looked_at"]
-    assert list(looked_at) == ["exit 2", "exit 1", "threshold 0.9", "threshold [2.0, 0.8]"]
+    assert list(looked_at) == ["exit 2", "exit 1", "threshold 0.9", "threshold [2, 0.8]"]
     printed = capsys.readouterr().out
     assert "is at most 20 points of 100 below full depth's, gains not counted, at `exit_layer=1`, at " in printed
 
