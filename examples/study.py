@@ -82,7 +82,6 @@ ARMS = {
     "layers, frozen, the last layer": Arm(FROZEN, starts_from="SFT", begun_as=-1),
     "layers, frozen, distilled, the last layer": Arm({**FROZEN, **DISTILLED}, starts_from="SFT", begun_as=-1),
     "layers, detached": Arm(DETACHED),
-    "layers, detached, distilled": Arm({**DETACHED, **DISTILLED}),
 }
 # How a generated text is scored, from 0 to 1, by the right answer
 SCORES: dict[str, Callable[[str, str], float]] = {
@@ -97,6 +96,8 @@ INTRODUCTION = """\
 Made by `examples/study.py`; every run is a line of `study.jsonl`. Same data, steps, seeds and learning rate for all
 arms of a task. Losses are of rows held out, answers are generated greedily. Costs stand in the row of full depth: time
 of the training, the CPU's beside it because several runs shared one machine; peak memory; parameters.
+
+"SFT, below the layers" is SFT again: the weights that frozen layers stand on, trained with them on another machine.
 
 ![Held-out loss of every exit](study.png)
 """
