@@ -326,25 +326,29 @@ def cell(values: list[float], form: str) -> str:
 
 def plot(results: list[dict], path: Path) -> None:
     """Held-out loss of every exit, a panel a task, a line an arm; the sub-models alone are one line."""
-    tasks = list(dict.fromkeys(r["task"] for r in results))
-    from matplotlib.figure import Figure  # only the picture needs it
+    from matplotlib import colormaps  # only the picture needs it
+    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * len(tasks), 3.6), dpi=150)
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for panel, task in zip(panels, tasks, strict=True):
-        losses: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for result in results:
-            if result["task"] == task:
-                for k, values in result["exits"].items():
-                    arm = "alone" if result["arm"].startswith("alone ") else result["arm"]
-                    losses[arm][int(k)].append(values["loss"])
-        for arm, by_exit in losses.items():
+    losses: dict[str, dict[str, dict[int, list[float]]]] = {}  # of an arm, a task, an exit
+    for result in results:
+        arm = "alone" if result["arm"].startswith("alone ") else result["arm"]
+        of_task = losses.setdefault(arm, {}).setdefault(result["task"], defaultdict(list))
+        for k, values in result["exits"].items():
+            of_task[int(k)].append(values["loss"])
+    tasks = list(dict.fromkeys(result["task"] for result in results))
+    figure = Figure(figsize=(4.5 * len(tasks), 4.4), dpi=150)
+    panels = dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True))
+    for number, (arm, by_task) in enumerate(losses.items()):
+        for task, by_exit in by_task.items():
             exits = sorted(by_exit)
-            panel.plot(exits, [statistics.mean(by_exit[k]) for k in exits], marker="o", label=arm)
+            means = [statistics.mean(by_exit[k]) for k in exits]
+            label = arm if task == next(iter(by_task)) else None  # once
+            panels[task].plot(exits, means, marker="o", color=colormaps["tab20"](number % 20), label=label)
+    for task, panel in panels.items():
         panel.set(title=task, xlabel="exit layer", ylabel="held-out loss", yscale="log")
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.16, 1, 1))
+    figure.legend(loc="lower center", ncols=4, fontsize=8)
     figure.savefig(path)
 
 
