@@ -152,6 +152,8 @@ CERTIFICATE = {
     "setting": "threshold [2, 0.9]",
     "speed_up": 1.2,
     "weights": "0",
+    "config": "0",
+    "tokenizer": "0",
     "chat_template": "0",
     "dtype": "float32",
     "device": "cpu",
