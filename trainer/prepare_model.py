@@ -10,6 +10,7 @@ from trl.trainer.utils import create_model_from_path
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import gathered
+from sorted_llama.modeling_sorted_llama.families_sorted_llama import freeze_absent_biases
 from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS, OWNING_HEADS, owned_modules
 
 from .sorted_sft_config import SortedSFTConfig
@@ -113,4 +114,4 @@ def _freeze_backbone(model: SortedLlamaForCausalLM) -> SortedLlamaForCausalLM:
     model.requires_grad_(False)
     for name in owned or ["model.norm", "lm_head"]:
         model.get_submodule(name).requires_grad_(True)
-    return model
+    return freeze_absent_biases(model)

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.trainer.prepare_model import _freeze_backbone
 from tests.families import CASES, tiny_family
 from tests.tiny import save_tiny, tiny_fields, tiny_llama, tiny_sorted, tiny_tokenizer
 from tests.trainer.runs import (
@@ -138,6 +139,14 @@ def test_the_path_of_a_family_that_is_a_llama_is_trained(tmp_path, case):
     trainer.save_model()
     saved = SortedLlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert not any(saved.get_parameter(name).any() for name in absent)
+
+
+def test_a_layer_of_an_exit_does_not_train_the_bias_that_its_family_lacks(tmp_path):
+    tiny_family("qwen2").save_pretrained(tmp_path)
+    model = SortedLlamaForCausalLM.from_pretrained(tmp_path, exit_layers=[2, 4], exit_heads="layer")
+    trained = {name for name, p in _freeze_backbone(model).named_parameters() if p.requires_grad}
+    assert "model.exit_decoders.2.self_attn.q_proj.bias" in trained
+    assert not any(name.endswith("o_proj.bias") for name in trained)
 
 
 @pytest.mark.parametrize("case", ["qwen2", "phi3"])
