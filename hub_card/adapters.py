@@ -1,13 +1,21 @@
 """LoRA adapters of families with fused tensors, as adapters of the Llamas that these are."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from sorted_llama.modeling_sorted_llama.families_sorted_llama import FAMILIES, Family
+from sorted_llama.modeling_sorted_llama.families_sorted_llama import (
+    FAMILIES,
+    Family,
+    SplitHalves,
+    SplitHeads,
+    converted_name,
+    is_converted,
+)
 
 from .checkpoint import load_config
 
@@ -37,29 +45,46 @@ def convert_adapter(settings_file: Path, weights_file: Path | None, output: Path
         output (`Path`): Folder to make.
 
     Raises:
-        ValueError: If its base has Llama's names, for which it needs no conversion; if it is none of LoRA, or has
-            more than matrices; or if it has no safetensors.
+        ValueError: If it needs no conversion, as all its layers are the same in a Llama; if it is none of LoRA, or has
+            more than matrices; if one of its layers has other values in a Llama; or if it has no safetensors.
     """
-    settings = json.loads(settings_file.read_text(encoding="utf-8"))
-    base = settings["base_model_name_or_path"]
-    config = load_config(base)
-    for name, allowed in _ALLOWED.items():
-        if settings.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"`path` holds an adapter with `{name}={settings[name]!r}`, which cannot be split.")
     if weights_file is None:
         raise ValueError("`path` must hold an adapter's weights as safetensors.")
-    family = FAMILIES[config.fused_tensors_of] if config.fused_tensors_of else Family()
-    own = load_file(weights_file)
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    base = settings["base_model_name_or_path"]
+    if base is None:
+        raise ValueError(
+            "`path` holds an adapter that names no base (`base_model_name_or_path`), whose layers it needs."
+        )
+    own = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(weights_file).items()}
+    config = None if is_converted(base) else load_config(base, settings.get("revision"))
+    fused_tensors_of = config and config.fused_tensors_of
+    family = FAMILIES[fused_tensors_of] if fused_tensors_of else Family()
+    if not any(map(family.differs, own)):
+        raise ValueError(f"`path` holds an adapter for {base!r}, whose layers are a Llama's: use it as it is.")
+    for name, allowed in _ALLOWED.items():
+        if settings.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"`path` holds an adapter with `{name}={settings[name]!r}`, which cannot be converted.")
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in own.items():
+        _check_rows_are_split(family, name)
         targets = family.llama_names(name)
         # Rows of the product are rows of B; A is the same for all
         parts = family.split(name, tensor, config) if ".lora_B." in name else [tensor] * len(targets)
         tensors |= {target: part.clone() for target, part in zip(targets, parts, strict=True)}
-    if tensors.keys() == own.keys():
-        raise ValueError(f"`path` holds an adapter for {base!r}, whose layers have a Llama's names: use it as it is.")
-    settings["target_modules"] = sorted({name.removeprefix(_PREFIX).split(".lora_")[0] for name in tensors})
+    settings["base_model_name_or_path"] = converted_name(base)
+    settings["target_modules"] = sorted({name.split(".lora_")[0] for name in tensors})
     output.mkdir(parents=True)
-    save_file(tensors, output / ADAPTER_WEIGHTS)
+    save_file({_PREFIX + name: tensor for name, tensor in tensors.items()}, output / ADAPTER_WEIGHTS)
     (output / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return output
+
+
+def _check_rows_are_split(family: Family, name: str) -> None:
+    """Refuse a tensor of a layer whose values are not only split: no matrices do in a Llama what these do here."""
+    for pattern, (_, operation) in family.fused.items():
+        if re.search(pattern, name) and not isinstance(operation, SplitHeads | SplitHalves):
+            raise ValueError(
+                f"`path` holds an adapter with {name!r}, a layer whose values are others in a Llama: it cannot be "
+                "converted."
+            )

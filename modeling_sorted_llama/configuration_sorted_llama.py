@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from transformers import LlamaConfig
 
 from .compat_sorted_llama import share_llamas_adapters
-from .families_sorted_llama import FAMILIES, llama_fields
+from .families_sorted_llama import FAMILIES, is_converted, llama_fields
 from .heads_sorted_llama import EXIT_HEADS, heads_of, num_layers_of
 
 
@@ -239,6 +239,11 @@ class SortedLlamaConfig(LlamaConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        if is_converted(pretrained_model_name_or_path):  # transformers has read it in the file of an adapter
+            raise ValueError(
+                f"The base of this adapter is `{pretrained_model_name_or_path}`: load that with "
+                "`SortedLlamaForCausalLM.from_pretrained`, then the adapter with `PeftModel.from_pretrained`."
+            )
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in ("llama", cls.model_type):

@@ -1,7 +1,7 @@
 """Families of models that are Llamas under other names: their configuration and their tensors as a Llama's."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,10 @@ class Family:
                 return [re.sub(pattern, part, name) for part in parts]
         return [name]
 
+    def differs(self, name: str) -> bool:
+        """Whether a layer, or a tensor of it, has other names or other values in a Llama."""
+        return any(re.search(pattern, name) for pattern in (*self.renamed, *self.fused))
+
     def split(self, name: str, tensor: torch.Tensor, config: Any) -> list[torch.Tensor]:
         """What a tensor of the family's holds, for each of [`llama_names`]."""
         for pattern, (parts, operation) in self.fused.items():
@@ -184,16 +188,16 @@ FAMILIES = {
         _baichuan,
         fused={
             r"self_attn\.W_pack": (_QKV, SplitHeads()),
-            r"lm_head\.weight": (("lm_head.weight",), NormalizeRows()),
+            r"lm_head": (("lm_head",), NormalizeRows()),
         },
     ),
     "gemma": Family(
         _gemma,
         fused={
-            r"model\.embed_tokens\.weight": (("model.embed_tokens.weight", "lm_head.weight"), ScaleEmbeddings()),
-            r"input_layernorm\.weight": (("input_layernorm.weight",), AddOne()),
-            r"post_attention_layernorm\.weight": (("post_attention_layernorm.weight",), AddOne()),
-            r"model\.norm\.weight": (("model.norm.weight",), AddOne()),
+            r"model\.embed_tokens": (("model.embed_tokens", "lm_head"), ScaleEmbeddings()),
+            r"input_layernorm": (("input_layernorm",), AddOne()),
+            r"post_attention_layernorm": (("post_attention_layernorm",), AddOne()),
+            r"model\.norm": (("model.norm",), AddOne()),
         },
     ),
 }
@@ -256,16 +260,43 @@ def llama_fields(fields: dict[str, Any], path: Any, max_position_embeddings: int
     return {**same, **biases, **own, "base_model_type": model_type}
 
 
-def check_adapters(model: Any, model_type: str) -> None:
-    """Refuse adapters for fused layers of a family, which were loaded for a model that does not have them."""
-    for adapter in getattr(model, "peft_config", {}).values():
-        targets = adapter.target_modules or ()
-        for target in [targets] if isinstance(targets, str) else targets:
-            if any(re.search(rf"\b{pattern.split('.')[-1]}$", target) for pattern in FAMILIES[model_type].fused):
-                raise ValueError(
-                    f"The adapter is for layers {target!r} of a model of type {model_type!r}, which are several in a "
-                    "Llama: `sorted-llama convert` it first."
-                )
+_CONVERTED = " (converted to a Llama)"
+
+
+def converted_name(path: str) -> str:
+    """
+    The name of a model whose tensors were converted as they were read, which PEFT notes in its adapters as their base.
+    It is no path: at the path is the family's own model, which would silently leave out what it has no layers for.
+    """
+    return f"{path}{_CONVERTED}"
+
+
+def is_converted(name: Any) -> bool:
+    """Whether a name of a model, a path or `None`, is from [`converted_name`]."""
+    return str(name).endswith(_CONVERTED)
+
+
+def check_adapters(model: Any, unexpected: Iterable[str]) -> None:
+    """
+    Refuse adapters that were trained on a family's own model, for layers that differ in a Llama.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model, with the adapters in place.
+        unexpected (`Iterable[str]`): Names of tensors of the adapters that the model has no place for.
+
+    Raises:
+        ValueError: If one of them is of a layer of the family's, or if a layer with an adapter has other values there.
+    """
+    family = FAMILIES.get(getattr(model.config, "base_model_type", "llama"), Family())
+    layers = list(unexpected)
+    adapters = getattr(model, "peft_config", {}).values()
+    if is_converted(model.name_or_path) and not all(is_converted(one.base_model_name_or_path) for one in adapters):
+        layers += [name for name, _ in model.named_modules() if name.endswith((".base_layer", ".original_module"))]
+    for layer in filter(family.differs, layers):
+        raise ValueError(
+            f"The adapter is for a model of type {model.config.base_model_type!r}, whose layer {layer!r} is another "
+            "in a Llama: `sorted-llama convert ADAPTER FOLDER` converts the adapter, or says why that cannot be."
+        )
 
 
 ABSENT_BIAS = "o_proj.bias"  # in a Llama with `attention_bias`, of a family that lacks it

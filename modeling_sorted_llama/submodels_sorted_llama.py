@@ -16,7 +16,9 @@ from .families_sorted_llama import (
     FusedTensorsError,
     absent_biases,
     check_adapters,
+    converted_name,
     freeze_absent_biases,
+    is_converted,
     lacks_output_bias,
     llama_fields,
     splitting_class,
@@ -34,17 +36,35 @@ class LoadsLlamas(PreTrainedModel):
         there = "|".join(map(str, range(self.config.num_hidden_layers)))
         self._keys_to_ignore_on_load_unexpected |= {rf"(^|\.)layers\.(?!({there})\.)"}
         self._keys_to_ignore_on_load_missing |= {rf"{ABSENT_BIAS}$"} if lacks_output_bias(self.config) else set()
+        self.register_load_state_dict_pre_hook(_check_adapters_of_peft)
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
         for bias in absent_biases(self):  # transformers passes modules over that were quantized as they were read
             init.zeros_(bias)
 
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """See [`~transformers.integrations.PeftAdapterMixin.load_adapter`]; also of checkpoints that are adapters."""
+        info = super().load_adapter(*args, **kwargs)
+        check_adapters(self, info.unexpected_keys)
+        return info
+
+
+def _check_adapters_of_peft(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """PEFT loads what it finds a place for, and says nothing of the rest."""
+    names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    check_adapters(model, [name for name in names if name not in own])
+
 
 class LlamaOfFamily(LoadsLlamas, LlamaForCausalLM):
     """A plain Llama, to become a sorted one, of a model whose tensors are a Llama's under other names, or fused."""
 
     config_class = SortedLlamaConfig
+
+    def __init__(self, config: SortedLlamaConfig):
+        super().__init__(config)
+        self.name_or_path = converted_name(config.name_or_path)
 
     @classmethod
     def of_model(cls, model: Any) -> LlamaForCausalLM:
@@ -53,7 +73,10 @@ class LlamaOfFamily(LoadsLlamas, LlamaForCausalLM):
             return model
         config = cls.config_class(**llama_fields(model.config.to_dict(), model.name_or_path))
         splitting = splitting_class(model.config.model_type, cls)
-        return splitting.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+        llama = splitting.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+        llama.config.name_or_path = model.name_or_path  # which is "None" without a path
+        llama.name_or_path = converted_name(model.name_or_path)
+        return llama
 
 
 def load(cls: Any, from_pretrained: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +87,6 @@ def load(cls: Any, from_pretrained: Callable, *args: Any, **kwargs: Any) -> Any:
         except FusedTensorsError as error:
             model_type = error.model_type
         loaded = splitting_class(model_type, LlamaOfFamily).from_pretrained(*args, **kwargs)
-        _of_loaded(loaded, lambda model: check_adapters(model, model_type))
         return _of_loaded(loaded, cls.from_llama)
     # transformers finds the tensors of a GGUF file by the model type, which is never a sorted one's
     fields = {name: kwargs.pop(name) for name in SORTED_FIELDS if name in kwargs}
@@ -148,6 +170,8 @@ def _share_layers(
     target.model.layers = nn.ModuleList(map(share, layers))
     target.model.rotary_emb = share(source.model.rotary_emb)
     target.generation_config = copy.deepcopy(source.generation_config)
+    if is_converted(source.name_or_path):
+        target.name_or_path = source.name_or_path
     for name in _QUANTIZATION:
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))

@@ -102,6 +102,7 @@ def test_a_gguf_file_of_a_family_is_read(tmp_path):
         tmp_path, gguf_file="tiny.gguf", dtype=torch.float32, exit_layers=EXITS, output_loading_info=True
     )
     assert not any(info.values()) and model.config.exit_layers == EXITS and model.config.base_model_type == "qwen2"
+    assert model.config.name_or_path == str(tmp_path)
     assert torch.equal(model(**prompts((9, 9))).logits, reference(**prompts((9, 9))).logits)
     assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith("o_proj.bias"))
 
