@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,16 +21,13 @@ from .checkpoint import load_config
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's, of names of tensors but not of modules
-# What may be set, in an adapter whose matrices are split: all else is for whole layers, or by their names
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    **dict.fromkeys(("use_dora", "use_qalora", "lora_bias"), (False, None)),
-    **dict.fromkeys(
-        ("modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters", "layers_to_transform"),
-        (None, [], {}),
-    ),
-}
+# Settings of LoRA that are the same for matrices of other layers
+_ANY = {"auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "lora_alpha"}
+_ANY |= {"lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r", "revision", "target_modules"}
+_ANY |= {"task_type", "use_rslora"}
+# All else must be off: it is for whole layers, by their names, or changes the layers (`init_lora_weights="pissa"`)
+_OFF: tuple = (None, False, [], {})
+_ALLOWED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
 
 
 def convert_adapter(settings_file: Path, weights_file: Path | None, output: Path) -> Path:
@@ -62,17 +58,17 @@ def convert_adapter(settings_file: Path, weights_file: Path | None, output: Path
     family = FAMILIES[fused_tensors_of] if fused_tensors_of else Family()
     if not any(map(family.differs, own)):
         raise ValueError(f"`path` holds an adapter for {base!r}, whose layers are a Llama's: use it as it is.")
-    for name, allowed in _ALLOWED.items():
-        if settings.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"`path` holds an adapter with `{name}={settings[name]!r}`, which cannot be converted.")
+    for name, value in settings.items():
+        if name not in _ANY and value not in _ALLOWED.get(name, _OFF):
+            raise ValueError(f"`path` holds an adapter with `{name}={value!r}`, which cannot be converted.")
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in own.items():
         _check_rows_are_split(family, name)
-        targets = family.llama_names(name)
+        names = family.llama_names(name)
         # Rows of the product are rows of B; A is the same for all
-        parts = family.split(name, tensor, config) if ".lora_B." in name else [tensor] * len(targets)
-        tensors |= {target: part.clone() for target, part in zip(targets, parts, strict=True)}
-    settings["base_model_name_or_path"] = converted_name(base)
+        parts = family.split(name, tensor, config) if ".lora_B." in name else [tensor] * len(names)
+        tensors |= {llama: part.clone() for llama, part in zip(names, parts, strict=True)}
+    settings |= {"base_model_name_or_path": converted_name(base), "auto_mapping": None, "exclude_modules": None}
     settings["target_modules"] = sorted({name.split(".lora_")[0] for name in tensors})
     output.mkdir(parents=True)
     save_file({_PREFIX + name: tensor for name, tensor in tensors.items()}, output / ADAPTER_WEIGHTS)

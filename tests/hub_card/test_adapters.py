@@ -118,7 +118,7 @@ def test_an_adapter_of_a_converted_model_that_was_saved_names_the_new_folder(tmp
 @pytest.mark.parametrize("case", FUSED)
 def test_an_adapter_of_fused_layers_is_refused_and_split(tmp_path, case, targets):
     """From rows of the product: equal up to the order of sums."""
-    expected = save_adapter(tmp_path, case, target_modules=targets)
+    expected = save_adapter(tmp_path, case, target_modules=targets, exclude_modules=["k_proj"], use_rslora=True)
     for load in LOADS.values():
         with pytest.raises(ValueError, match="type 'phi3', whose layer '.*(qkv|gate_up)_proj.*`sorted-llama convert"):
             load(tmp_path)
@@ -156,7 +156,10 @@ def test_an_adapter_of_layers_with_other_values_is_refused(tmp_path, load, field
 
 
 @pytest.mark.parametrize(
-    "fields", [{"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"o_proj": 2}}, {"modules_to_save": ["lm_head"]}]
+    "fields",
+    [{"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"o_proj": 2}}, {"modules_to_save": ["lm_head"]}]
+    + [{"init_lora_weights": "pissa"}, {"trainable_token_indices": [1]}],
+    ids=lambda fields: next(iter(fields)),
 )
 def test_an_adapter_that_cannot_be_split_is_refused(tmp_path, fields):
     save_adapter(tmp_path, "phi3_one_key_value_head", **fields)
@@ -183,16 +186,25 @@ def save_published_adapter(folder, case, layers):
     save_file(tensors, folder / "adapter/adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("case", ["internlm2_bias", "internlm2"])
-def test_an_adapter_of_renamed_layers_is_renamed(tmp_path, case):
-    layers = [f"model.layers.1.{name}" for name in ("attention.wqkv", "attention.wo", "feed_forward.w1")]
-    save_published_adapter(tmp_path, case, [*layers, "model.layers.3.feed_forward.w3", "output"])
+@pytest.mark.parametrize(
+    "case, layers, names",
+    [
+        (
+            "internlm2_bias",
+            ["model.layers.1.attention.wqkv", "model.layers.1.attention.wo", "output"],
+            {f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"} | {"lm_head"},
+        ),
+        ("internlm2", ["model.layers.3.feed_forward.w1"], {"model.layers.3.mlp.gate_proj"}),
+    ],
+)
+def test_an_adapter_of_renamed_layers_is_renamed(tmp_path, case, layers, names):
+    save_published_adapter(tmp_path, case, layers)
     expected = SortedLlamaForCausalLM.from_pretrained(tmp_path / "merged", exit_layers=[2, 4])(**INPUTS).logits
     extract(tmp_path / "adapter", None, tmp_path / "converted")
     actual = of_sorted(tmp_path, "converted")
     torch.testing.assert_close(actual, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
-    names = {name.split(".lora_")[0] for name in load_file(tmp_path / "converted/adapter_model.safetensors")}
-    assert {"base_model.model.lm_head", "base_model.model.model.layers.1.self_attn.k_proj"} <= names
+    tensors = load_file(tmp_path / "converted/adapter_model.safetensors")
+    assert {name.split(".lora_")[0] for name in tensors} == {f"base_model.model.{name}" for name in names}
 
 
 def test_an_adapter_of_a_normalised_head_is_refused(tmp_path):
