@@ -47,8 +47,9 @@ _CALLS = {
     "assistant_early_exit={low}, ": "  # full depth's answer, drafted",
 }
 _TRUST = """
-`trust_remote_code=True` runs the Python files of this repository. Read them, then pin what you have read, \
-`code_revision="<commit>"`, so that a later change does not run unseen on your machine."""
+No other package than `transformers` is needed. `trust_remote_code=True` runs the Python files of this repository. \
+Read them, then pin what you have read, `code_revision="<commit>"`, so that a later change does not run unseen on \
+your machine."""
 
 
 def new_page(data: Any, model_name: str, dataset_name: str | None = None) -> str:

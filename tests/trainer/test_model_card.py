@@ -175,8 +175,10 @@ def page_and_answers(tmp_path, lora, chat):
     trainer = make_trainer(out, base, **options)
     trainer.train()
     trainer.save_model()
-    (code,) = re.findall(r"```python\n(.*?)```", page_of(trainer, out), re.DOTALL)
-    assert ("PeftModel" in code) == lora and ("apply_chat_template" in code) == chat and "auto" not in code
+    page = page_of(trainer, out)
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert ("PeftModel" in code) == lora == ("No other package" not in page)
+    assert ("apply_chat_template" in code) == chat and "auto" not in code
     if chat:
         asked = [{"role": "user", "content": "What is the capital of France?"}]
         text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
