@@ -299,7 +299,8 @@ def check_adapters(model: Any, unexpected: Iterable[str]) -> None:
         )
 
 
-ABSENT_BIAS = "o_proj.bias"  # in a Llama with `attention_bias`, of a family that lacks it
+# In a Llama with `attention_bias`, of a family that lacks it; also where PEFT has wrapped the layer
+ABSENT_BIAS = r"o_proj\.(base_layer\.|modules_to_save\.\w+\.)?bias$"
 # Families that a Llama can become again
 WAYS_BACK = ("mistral", "qwen2")
 
@@ -376,7 +377,7 @@ def lacks_output_bias(config: Any) -> bool:
 def absent_biases(model: nn.Module) -> list[nn.Parameter]:
     """Those biases of a model."""
     parameters = model.named_parameters() if lacks_output_bias(model.config) else ()
-    return [parameter for name, parameter in parameters if name.endswith(ABSENT_BIAS)]
+    return [parameter for name, parameter in parameters if re.search(ABSENT_BIAS, name)]
 
 
 def freeze_absent_biases(model: Any) -> Any:

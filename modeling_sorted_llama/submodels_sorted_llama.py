@@ -35,7 +35,7 @@ class LoadsLlamas(PreTrainedModel):
         # Of a checkpoint that is loaded with fewer layers than it has, the others are left out on purpose
         there = "|".join(map(str, range(self.config.num_hidden_layers)))
         self._keys_to_ignore_on_load_unexpected |= {rf"(^|\.)layers\.(?!({there})\.)"}
-        self._keys_to_ignore_on_load_missing |= {rf"{ABSENT_BIAS}$"} if lacks_output_bias(self.config) else set()
+        self._keys_to_ignore_on_load_missing |= {ABSENT_BIAS} if lacks_output_bias(self.config) else set()
         self.register_load_state_dict_pre_hook(_check_adapters_of_peft)
 
     def initialize_weights(self) -> None:

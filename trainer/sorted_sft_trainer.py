@@ -18,6 +18,7 @@ from transformers.utils import is_rich_available, logging
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
+from sorted_llama.modeling_sorted_llama.families_sorted_llama import freeze_absent_biases
 from sorted_llama.modeling_sorted_llama.heads_sorted_llama import owned_modules
 from sorted_llama.modeling_sorted_llama.loss_sorted_llama import ExitLossOptions
 
@@ -130,6 +131,7 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
             **kwargs,
         )
         self.args.model_init_kwargs = model_init_kwargs
+        freeze_absent_biases(self.model)  # which PEFT trains with others (`bias="all"`)
         self._check_trained_exits()
         self._facts = {"exit_layers": self.exit_layers, "exit_heads": self.model.config.exit_heads}
         self._facts |= {"trainable": args.trainable, "exit_learning_rate": args.exit_learning_rate}

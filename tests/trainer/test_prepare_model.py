@@ -162,6 +162,19 @@ def test_adapters_of_a_family_are_trained_and_saved(tmp_path, case, kind):
     assert_equal_weights(model.merge_and_unload(), trainer.model.merge_and_unload(), 0.0)
 
 
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["o_proj"]}])
+def test_adapters_do_not_train_the_bias_that_their_family_lacks(tmp_path, options):
+    folder = save_tiny(tmp_path / "model", tiny_family("qwen2"))
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"] + ["o_proj"] * ("bias" in options), **options)
+    trainer = make_trainer(tmp_path / "out", folder, max_steps=1, learning_rate=0.1, peft_config=lora)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert any("bias" in name or "o_proj.modules_to_save" in name for name in trained)
+    trainer.train()
+    merged = trainer.model.merge_and_unload()
+    biases = [parameter for name, parameter in merged.named_parameters() if name.endswith("o_proj.bias")]
+    assert len(biases) == 4 and not any(map(torch.any, biases))
+
+
 # Exits and weights
 
 
