@@ -79,8 +79,8 @@ def extract(
 
     Raises:
         ValueError: If `exit_layer` is out of range, if `output` is there already, if there are no safetensors in
-            `path`, if a file there cannot be read, if a quantized head would have to be multiplied by the matrix of
-            an exit, or if no model of `model_type` is the same.
+            `path`, or no head, if a file there cannot be read, if a quantized head would have to be multiplied by the
+            matrix of an exit, or if no model of `model_type` is the same.
     """
     output, path = Path(output), str(path)
     if output.exists():
@@ -196,10 +196,14 @@ def _names_of_submodel(tensors: Iterable[str], config: SortedLlamaConfig, exit_l
     """Of each tensor of the plain Llama, and of a lens, the tensor of the checkpoint that it is."""
     targets = {name: heads.submodel_name(name, config, exit_layer) for name in tensors}
     names = {target: name for name, target in targets.items() if target is not None}
+    needed = {heads.EMBEDDINGS, "model.layers.0.input_layernorm", heads.NORM, heads.HEAD}
     if heads.MATRIX in names:
         names.setdefault(_HEAD, f"{heads.EMBEDDINGS}.weight")
     elif config.to_llama(exit_layer).tie_word_embeddings:
         names.pop(_HEAD, None)
+        needed.remove(heads.HEAD)
+    for module in needed.difference(name.rpartition(".")[0] for name in names):
+        raise ValueError(f"`path` must hold a model with its head, under its class's names: it has no {module!r}.")
     return names
 
 

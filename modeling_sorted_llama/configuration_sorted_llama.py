@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from .compat_sorted_llama import share_llamas_adapters
-from .families_sorted_llama import FAMILIES, is_converted, llama_fields
+from .families_sorted_llama import is_converted, llama_fields
 from .heads_sorted_llama import EXIT_HEADS, heads_of, num_layers_of
 
 
@@ -245,12 +245,8 @@ class SortedLlamaConfig(LlamaConfig):
                 "`SortedLlamaForCausalLM.from_pretrained`, then the adapter with `PeftModel.from_pretrained`."
             )
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        model_type = config_dict.get("model_type", cls.model_type)
-        if model_type not in ("llama", cls.model_type):
-            length = kwargs.get("max_position_embeddings")
-            config_dict = llama_fields(config_dict, pretrained_model_name_or_path, length)
-            if FAMILIES[model_type].fused:
-                config_dict["fused_tensors_of"] = model_type
+        length = kwargs.get("max_position_embeddings")
+        config_dict = llama_fields(config_dict, pretrained_model_name_or_path, length)
         if config_dict:  # any Llama is a sorted model without trained exits
             config_dict["model_type"] = cls.model_type
         if hasattr(pretrained_model_name_or_path, "depth_fields"):  # the Auto classes hand it to `from_dict` so
@@ -319,12 +315,22 @@ class SortedLlamaConfig(LlamaConfig):
         return LlamaConfig(**fields, attn_implementation=self._attn_implementation)
 
     @classmethod
-    def from_llama(cls, config: LlamaConfig, **kwargs: Any) -> "SortedLlamaConfig":
-        """A new sorted configuration of a plain Llama; `kwargs` are fields of this class (`exit_layers=[...]`)."""
-        fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    def from_llama(cls, config: PreTrainedConfig, **kwargs: Any) -> "SortedLlamaConfig":
+        """
+        A new sorted configuration of a Llama, or of a model of a family that is one; `kwargs` are fields of this class
+        (`exit_layers=[...]`).
+        """
+        fields = llama_fields(config.to_dict(), config.name_or_path)
+        fields = {key: value for key, value in fields.items() if key not in ("model_type", "architectures")}
         new = cls(**{**fields, **kwargs}, attn_implementation=config._attn_implementation)
         new.name_or_path = config.name_or_path
         return new
+
+
+def as_sorted_config(config: PreTrainedConfig) -> SortedLlamaConfig:
+    """`config` itself where it is sorted, else that of the same model as a sorted one."""
+    # By model type: remote code and an installed package have a class each
+    return config if config.model_type == "sorted_llama" else SortedLlamaConfig.from_llama(config)
 
 
 SortedLlamaConfig.register_for_auto_class()

@@ -11,14 +11,19 @@ from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrain
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
+def _model_at(path: Any, model_type: str) -> str:
+    """How an error begins that says what is wrong with a model, of a path that may be empty."""
+    return f"{f'`{path}` holds' if path else '`config` is of'} a model of type {model_type!r}"
+
+
 class FusedTensorsError(ValueError):
     """The tensors of a checkpoint are a Llama's once they are split, which the class that is to read them does not."""
 
     def __init__(self, config: Any):
         self.model_type = config.fused_tensors_of
         super().__init__(
-            f"`{config.name_or_path}` holds a model of type {self.model_type!r}, of tensors that are a Llama's once "
-            "they are converted: `SortedLlamaForCausalLM.from_pretrained` does it, or `sorted-llama convert` first."
+            f"{_model_at(config.name_or_path, self.model_type)}, of tensors that are a Llama's once they are "
+            "converted: `SortedLlamaForCausalLM.from_pretrained` does it, or `sorted-llama convert` first."
         )
 
 
@@ -194,10 +199,10 @@ FAMILIES = {
     "gemma": Family(
         _gemma,
         fused={
-            r"model\.embed_tokens": (("model.embed_tokens", "lm_head"), ScaleEmbeddings()),
+            r"(?:^|model\.)embed_tokens": (("model.embed_tokens", "lm_head"), ScaleEmbeddings()),
             r"input_layernorm": (("input_layernorm",), AddOne()),
             r"post_attention_layernorm": (("post_attention_layernorm",), AddOne()),
-            r"model\.norm": (("model.norm",), AddOne()),
+            r"(?:^|model\.)norm": (("model.norm",), AddOne()),
         },
     ),
 }
@@ -224,18 +229,21 @@ def llama_fields(fields: dict[str, Any], path: Any, max_position_embeddings: int
     The fields of a Llama's configuration that is the same model as a configuration of another family.
 
     Args:
-        fields (`dict`): What is in the family's `config.json`.
-        path (`str`): Where it is from, for errors.
+        fields (`dict`): What is in the family's `config.json`; a Llama's is returned as it is.
+        path (`str`): Where it is from, for errors; empty where that is not known.
         max_position_embeddings (`int`, *optional*): Length of text to allow, where it is another than the file says.
 
     Returns:
-        `dict`: The fields, and `base_model_type`, which tells the family on.
+        `dict`: The fields; `base_model_type`, which tells the family on; and where the tensors of a checkpoint with
+        that configuration are to be converted, `fused_tensors_of`, the same.
 
     Raises:
         ValueError: If the model is not a Llama.
     """
-    model_type = fields["model_type"]
-    what = f"`{path}` holds a model of type {model_type!r}"
+    model_type = fields.get("model_type", "llama")
+    if model_type in ("llama", "sorted_llama"):
+        return fields
+    what = _model_at(path, model_type)
     if model_type not in FAMILIES:
         why = f", which is not a Llama ({NO_LLAMAS[model_type]})" if model_type in NO_LLAMAS else ""
         known = ", ".join(["'llama'", "'sorted_llama'", *map(repr, FAMILIES)])
@@ -257,7 +265,8 @@ def llama_fields(fields: dict[str, Any], path: Any, max_position_embeddings: int
     same = {name: value for name, value in config.to_dict().items() if name in names}
     same["rope_parameters"] = {k: v for k, v in same["rope_parameters"].items() if k != "partial_rotary_factor"}
     biases = {"attention_bias": False, "mlp_bias": False}
-    return {**same, **biases, **own, "base_model_type": model_type}
+    told = {"base_model_type": model_type, **({"fused_tensors_of": model_type} if family.fused else {})}
+    return {**same, **biases, **own, **told}
 
 
 _CONVERTED = " (converted to a Llama)"

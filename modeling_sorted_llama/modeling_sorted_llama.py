@@ -31,7 +31,7 @@ from .compat_sorted_llama import (
     slice_logits_to_keep,
     takes_either_cache_name,
 )
-from .configuration_sorted_llama import SortedLlamaConfig, check_exit_layer, check_exit_layers
+from .configuration_sorted_llama import SortedLlamaConfig, as_sorted_config, check_exit_layer, check_exit_layers
 from .families_sorted_llama import FusedTensorsError
 from .generation_sorted_llama import SortedGenerationMixin
 from .heads_sorted_llama import EXIT_HEADS, ExitHead, modules_of_exits
@@ -69,7 +69,7 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
     config_class = SortedLlamaConfig
 
     def __init__(self, config: LlamaConfig):
-        super().__init__(_as_sorted_config(config))
+        super().__init__(as_sorted_config(config))
         if self.config.fused_tensors_of is not None:
             raise FusedTensorsError(self.config)
         kind = EXIT_HEADS[self.config.exit_heads]
@@ -317,7 +317,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, LoadsLlamas, SortedGenerationMixin
 
     def __init__(self, config: LlamaConfig):
         # Past `LlamaForCausalLM.__init__`, which would build a plain inner model first
-        LlamaPreTrainedModel.__init__(self, _as_sorted_config(config))
+        LlamaPreTrainedModel.__init__(self, as_sorted_config(config))
         self.model = SortedLlamaModel(self.config)
         self.vocab_size = self.config.vocab_size
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
@@ -503,11 +503,6 @@ def _check_labels(shape: torch.Size, **labels: torch.Tensor | None) -> None:
 def _newest(states: torch.Tensor, number: int) -> torch.Tensor:
     """The states of the `number` newest tokens: before them is what was pending in a [`SortedCache`]."""
     return states[:, states.shape[1] - number :]
-
-
-def _as_sorted_config(config: LlamaConfig) -> SortedLlamaConfig:
-    # By model type: remote code and an installed package have a class each
-    return config if config.model_type == "sorted_llama" else SortedLlamaConfig.from_llama(config)
 
 
 SortedLlamaModel.register_for_auto_class("AutoModel")

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .compat_sorted_llama import gathered
-from .configuration_sorted_llama import SORTED_FIELDS, SortedLlamaConfig
+from .configuration_sorted_llama import SORTED_FIELDS, SortedLlamaConfig, as_sorted_config
 from .families_sorted_llama import (
     ABSENT_BIAS,
     FusedTensorsError,
@@ -43,11 +43,32 @@ class LoadsLlamas(PreTrainedModel):
         for bias in absent_biases(self):  # transformers passes modules over that were quantized as they were read
             init.zeros_(bias)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, config: Any = None, **kwargs: Any):
+        """See [`~transformers.PreTrainedModel.from_pretrained`]."""
+        if isinstance(config, PreTrainedConfig):
+            config = _config_of(pretrained_model_name_or_path, as_sorted_config(config), **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """See [`~transformers.integrations.PeftAdapterMixin.load_adapter`]; also of checkpoints that are adapters."""
         info = super().load_adapter(*args, **kwargs)
         check_adapters(self, info.unexpected_keys)
         return info
+
+
+def _config_of(path: Any, config: SortedLlamaConfig, **kwargs: Any) -> SortedLlamaConfig:
+    """A configuration that is passed along for a checkpoint, which alone tells of which family its own tensors are."""
+    if path is None:  # beside tensors that are passed along too
+        return config
+    kwargs |= {"max_position_embeddings": config.max_position_embeddings}
+    try:
+        own, _ = SortedLlamaConfig.get_config_dict(path, **kwargs)
+    except OSError:  # weights without a configuration: there is but that which is passed
+        return config
+    config = copy.deepcopy(config)
+    config.__dict__["fused_tensors_of"] = own.get("fused_tensors_of")
+    return config
 
 
 def _check_adapters_of_peft(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

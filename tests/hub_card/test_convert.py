@@ -97,6 +97,13 @@ def test_a_trained_exit_comes_back_as_a_model_of_its_family(tmp_path, case, exit
     )
 
 
+@pytest.mark.parametrize("case", ["qwen2", "qwen2_untied", "gemma"])
+def test_a_model_without_its_head_is_refused(tmp_path, case):
+    tiny_family(case).model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="`path` must hold a model with its head, .* it has no '"):
+        extract(tmp_path / "base", None, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "fields, model_type, message",
     [

@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -204,6 +205,29 @@ def test_a_model_of_a_known_family_that_no_llama_can_be_is_refused(tmp_path, nam
         SortedLlamaForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name, fields, message", REFUSED.values(), ids=REFUSED)
+def test_no_config_object_comes_past_the_table(tmp_path, name, fields, message):
+    config = getattr(transformers, f"{name}Config")(**tiny_fields(**fields))
+    config.save_pretrained(tmp_path)
+    sorted_config = SortedLlamaConfig(**tiny_fields(max_position_embeddings=config.max_position_embeddings))
+    for call in (
+        lambda: SortedLlamaForCausalLM(config),
+        lambda: SortedLlamaModel(config),
+        lambda: SortedLlamaConfig.from_llama(config),
+        lambda: SortedLlamaForCausalLM.from_pretrained(tmp_path, config=config),
+        lambda: SortedLlamaForCausalLM.from_pretrained(tmp_path, config=sorted_config),
+    ):
+        with pytest.raises(ValueError, match=f" a model of type '{config.model_type}' .*{message}"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma2", "Olmo2"])
+def test_the_config_of_another_model_is_refused(name):
+    config = getattr(transformers, f"{name}Config")(**tiny_fields())
+    with pytest.raises(ValueError, match=f"`config` is of a model of type '{config.model_type}', which is not a Lla"):
+        SortedLlamaForCausalLM(config)
+
+
 def test_a_window_that_the_text_does_not_reach_is_none(tmp_path):
     reference = tiny_family("mistral", sliding_window=32)
     reference.save_pretrained(tmp_path)
@@ -258,6 +282,40 @@ def test_a_config_that_is_passed_along_has_its_tensors_split(tmp_path, case):
     config.save_pretrained(tmp_path / "saved")
     assert SortedLlamaConfig.from_pretrained(tmp_path / "saved").fused_tensors_of is None
     assert model.config.fused_tensors_of is None is model.extract_submodel(2).config.to_dict().get("fused_tensors_of")
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen2_yarn", "seed_oss", "phi3", "gemma"])
+def test_a_config_of_the_family_that_is_passed_along_is_read_by_the_same_table(tmp_path, case):
+    reference = tiny_family(case)
+    reference.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    model, info = SortedLlamaForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert not any(info.values()) and model.config.base_model_type == config.model_type
+    assert torch.equal(model(**prompts()).logits, reference(**prompts()).logits)
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_a_config_that_is_used_again_tells_nothing_of_another_checkpoint(tmp_path, case):
+    """Tensors of the family's are split, and a Llama's are not, whichever of the two configurations is passed."""
+    model, _ = load(tmp_path / "family", case)
+    model.save_pretrained(tmp_path / "sorted")
+    configs = [SortedLlamaConfig.from_pretrained(tmp_path / name) for name in ("family", "sorted")]
+    for name in ("family", "sorted"):
+        for config in configs:
+            again, info = SortedLlamaForCausalLM.from_pretrained(
+                tmp_path / name, config=config, output_loading_info=True
+            )
+            assert not any(info.values())
+            assert all(torch.equal(tensor, again.state_dict()[n]) for n, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ["qwen2", "phi3", "gemma"])
+def test_a_model_saved_without_its_tied_head_is_read(tmp_path, case):
+    """As a base class saves it, whose names have no prefix."""
+    reference = tiny_family(case)
+    reference.model.save_pretrained(tmp_path)
+    model, info = SortedLlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and torch.equal(model(**prompts()).logits, reference(**prompts()).logits)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
