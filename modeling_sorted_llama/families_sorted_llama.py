@@ -383,14 +383,14 @@ def lacks_output_bias(config: Any) -> bool:
     return family.lacks_output_bias and config.attention_bias
 
 
-def absent_biases(model: nn.Module) -> list[nn.Parameter]:
-    """Those biases of a model."""
+def absent_biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those biases of a model, by name."""
     parameters = model.named_parameters() if lacks_output_bias(model.config) else ()
-    return [parameter for name, parameter in parameters if re.search(ABSENT_BIAS, name)]
+    return {name: parameter for name, parameter in parameters if re.search(ABSENT_BIAS, name)}
 
 
 def freeze_absent_biases(model: Any) -> Any:
     """The model, without training of those zeros: what is trained of it fits into the family again."""
-    for bias in absent_biases(model):
+    for bias in absent_biases(model).values():
         bias.requires_grad_(False)
     return model

@@ -40,8 +40,13 @@ class LoadsLlamas(PreTrainedModel):
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        for bias in absent_biases(self):  # transformers passes modules over that were quantized as they were read
-            init.zeros_(bias)
+        for name, bias in absent_biases(freeze_absent_biases(self)).items():
+            init.zeros_(bias)  # transformers passes modules over that were quantized as they were read
+            module = self.get_submodule(name.rpartition(".")[0])
+            if any(parameter.is_meta for parameter in module.parameters()) and not bias.is_meta:
+                # The module is left on disk, where no file has this: as a buffer it stays in memory
+                del module.bias
+                module.register_buffer("bias", bias.detach())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, config: Any = None, **kwargs: Any):
@@ -104,7 +109,7 @@ def load(cls: Any, from_pretrained: Callable, *args: Any, **kwargs: Any) -> Any:
     """A sorted model, of class `cls`, of what its own `from_pretrained` reads, or that of another class."""
     if kwargs.get("gguf_file") is None:
         try:
-            return _of_loaded(from_pretrained(*args, **kwargs), freeze_absent_biases)
+            return from_pretrained(*args, **kwargs)
         except FusedTensorsError as error:
             model_type = error.model_type
         loaded = splitting_class(model_type, LlamaOfFamily).from_pretrained(*args, **kwargs)

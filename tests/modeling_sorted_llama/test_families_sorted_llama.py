@@ -168,6 +168,29 @@ def test_a_bias_that_the_family_has_not_is_zero_for_good(tmp_path, case, exit_he
     assert not SortedLlamaForCausalLM.from_llama(plain).model.layers[0].self_attn.o_proj.bias.requires_grad
 
 
+def test_the_base_model_does_not_train_it_either(tmp_path):
+    tiny_family("qwen2").save_pretrained(tmp_path)
+    model = SortedLlamaModel.from_pretrained(tmp_path, exit_layers=EXITS)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == [f"layers.{i}.self_attn.o_proj.bias" for i in range(4)]
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "seed_oss", "phi3", "gemma"])
+def test_layers_that_stay_on_disk_are_those_of_the_family(tmp_path, case):
+    """Also those of the saved model, whose files have what the family's have not."""
+    reference = tiny_family(case)
+    reference.save_pretrained(tmp_path / "family")
+    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places |= {f"model.layers.{i}": "disk" if 0 < i < 3 else "cpu" for i in range(4)}
+    for source, target in (("family", "sorted"), ("sorted", "again")):
+        model = SortedLlamaForCausalLM.from_pretrained(
+            tmp_path / source, device_map=places, offload_folder=tmp_path / "disk"
+        )
+        assert model.model.layers[1].self_attn.o_proj.weight.is_meta
+        assert torch.equal(model(**prompts()).logits, reference(**prompts()).logits)
+        model.save_pretrained(tmp_path / target)
+
+
 def test_the_biases_of_a_llama_are_trained():
     model = SortedLlamaForCausalLM.from_llama(tiny_llama(attention_bias=True), exit_layers=EXITS)
     assert all(parameter.requires_grad for parameter in model.parameters())
