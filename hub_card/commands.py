@@ -174,6 +174,8 @@ def _extracting(parser: argparse.ArgumentParser, option: str, which: Callable[[i
     parser.add_argument(option, dest="model_type", choices=types, default="llama", help="what to write; default llama")
     parser.add_argument("--revision", help="of the model on the Hub")
     parser.add_argument("--trust_remote_code", action="store_true", help="for a tokenizer that has code of its own")
+    length = "length of text to allow, for a model with a sliding window"
+    parser.add_argument("--max_position_embeddings", type=int, metavar="N", help=length)
     parser.add_argument("--push", dest="name", metavar="NAME", help="id on the Hub to push it to: user/name")
     parser.add_argument("--private", action="store_true")
 

@@ -59,6 +59,7 @@ def extract(
     max_shard_size: int | str = "5GB",
     model_type: str = "llama",
     trust_remote_code: bool = False,
+    max_position_embeddings: int | None = None,
 ) -> Path:
     """
     Write a model, or the sub-model of an exit, as a plain Llama: weights, configuration, tokenizer, chat template,
@@ -76,6 +77,8 @@ def extract(
         model_type (`str`, *optional*, defaults to `"llama"`): What to write: `"llama"`, or where nothing was trained
             that it does not have, `"mistral"` or `"qwen2"`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether the tokenizer may run code from `path`.
+        max_position_embeddings (`int`, *optional*): Length of text to allow: within the sliding window of a model that
+            has one, it is a Llama. Defaults to what the configuration says.
 
     Raises:
         ValueError: If `exit_layer` is out of range, if `output` is there already, if there are no safetensors in
@@ -90,7 +93,8 @@ def extract(
     adapter = find(ADAPTER_CONFIG) if exit_layer is None else None
     if adapter is not None:
         return convert_adapter(adapter, find(ADAPTER_WEIGHTS), output)
-    config = load_config(path, revision)
+    length = {} if max_position_embeddings is None else {"max_position_embeddings": max_position_embeddings}
+    config = load_config(path, revision, **length)
     exit_layer = config.num_hidden_layers if exit_layer is None else exit_layer
     check_exit_layer(exit_layer, config.num_hidden_layers, "exit_layer")
     llama_config = config.to_llama(exit_layer)

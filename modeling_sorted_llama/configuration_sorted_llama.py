@@ -246,6 +246,8 @@ class SortedLlamaConfig(LlamaConfig):
             )
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         length = kwargs.get("max_position_embeddings")
+        if length is not None:
+            check_int(length, "max_position_embeddings", 1)
         config_dict = llama_fields(config_dict, pretrained_model_name_or_path, length)
         if config_dict:  # any Llama is a sorted model without trained exits
             config_dict["model_type"] = cls.model_type

@@ -216,6 +216,10 @@ NO_LLAMAS = {
     **dict.fromkeys(("qwen3", "gemma3", "gemma3_text", "olmo2", "olmo3"), _QK_NORMS),
     **dict.fromkeys(("gemma2", "glm4"), _POST_NORMS),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "its keys and values are compressed, and its layers have experts"),
+    **dict.fromkeys(
+        ("mistral3", "qwen2_vl", "qwen2_5_vl", "llava"), "it reads images; its text part alone may be one"
+    ),
+    "ministral3": "it scales queries by their position",
     "smollm3": "some of its layers have no positions",
     "glm": "it turns half of each head by position, in pairs of neighbours",
     **dict.fromkeys(("helium", "ernie4_5"), "it turns pairs of neighbours in a head, a Llama its halves"),
@@ -346,10 +350,13 @@ def _check_positions(config: PreTrainedConfig, max_position_embeddings: int) -> 
     """Refuse attention that does not reach back over the whole text, and heads that are not turned as a whole."""
     window, layer_types = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
     slides = layer_types is None or "sliding_attention" in layer_types
+    if window is not None and slides and window < 1:
+        raise ValueError(f"has `sliding_window={window}`, which is no number of tokens: for none it is null")
     if window is not None and slides and window < max_position_embeddings:
         raise ValueError(
             f"sees no further back than `sliding_window={window}` tokens, a Llama all {max_position_embeddings}: for "
-            f"texts of that length pass `max_position_embeddings={window}`"
+            f"texts of that length pass `max_position_embeddings={window}`, which `sorted-llama convert` takes as "
+            f"`--max_position_embeddings {window}`"
         )
     turned = config.rope_parameters.get("partial_rotary_factor") or 1.0
     if turned != 1.0:

@@ -97,6 +97,19 @@ def test_a_trained_exit_comes_back_as_a_model_of_its_family(tmp_path, case, exit
     )
 
 
+def test_a_model_with_a_window_is_converted_for_texts_within_it(tmp_path):
+    """By the option that its refusal names."""
+    family = tiny_family("mistral", sliding_window=32)
+    family.save_pretrained(tmp_path / "family")
+    arguments = ["convert", str(tmp_path / "family"), str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="`sorted-llama convert` takes as `--max_position_embeddings 32`"):
+        main(arguments)
+    main([*arguments, "--max_position_embeddings", "32"])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(plain) is LlamaForCausalLM and plain.config.max_position_embeddings == 32
+    assert torch.equal(plain(**prompts((32, 20))).logits, family(**prompts((32, 20))).logits)
+
+
 @pytest.mark.parametrize("case", ["qwen2", "qwen2_untied", "gemma"])
 def test_a_model_without_its_head_is_refused(tmp_path, case):
     tiny_family(case).model.save_pretrained(tmp_path / "base")

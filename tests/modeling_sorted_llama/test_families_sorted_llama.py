@@ -201,6 +201,8 @@ def test_the_biases_of_a_llama_are_trained():
 
 REFUSED = {
     "window": ("Mistral", {"sliding_window": 32}, "`sliding_window=32`.*pass `max_position_embeddings=32`"),
+    "no tokens": ("Mistral", {"sliding_window": 0}, "`sliding_window=0`, which is no number of tokens: .*null"),
+    "less than none": ("Mistral", {"sliding_window": -1}, "`sliding_window=-1`, which is no number of tokens"),
     "default window": ("Mistral", {"max_position_embeddings": 8192}, "`sliding_window=4096`"),
     "alternating": ("Ministral", {"sliding_window": 32, "head_dim": 8}, "`sliding_window=32`"),
     "qwen2 window": (
@@ -257,6 +259,9 @@ def test_a_window_that_the_text_does_not_reach_is_none(tmp_path):
     model = SortedLlamaForCausalLM.from_pretrained(tmp_path, max_position_embeddings=32)
     assert model.config.max_position_embeddings == 32
     assert torch.equal(model(**prompts((32, 32))).logits, reference(**prompts((32, 32))).logits)
+    for length in ("32", 0, 32.0):
+        with pytest.raises(ValueError, match=f"`max_position_embeddings` must be an integer .* got {length!r}"):
+            SortedLlamaForCausalLM.from_pretrained(tmp_path, max_position_embeddings=length)
     longer = prompts((40, 40))
     assert not torch.equal(model(**longer).logits, reference(**longer).logits)  # what is refused would be wrong
 
