@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -36,7 +36,7 @@ from .families_sorted_llama import FusedTensorsError
 from .generation_sorted_llama import SortedGenerationMixin
 from .heads_sorted_llama import EXIT_HEADS, ExitHead, modules_of_exits
 from .loss_sorted_llama import ExitLossOptions, labelled_rows, multi_exit_loss
-from .submodels_sorted_llama import LoadsLlamas, load, plain_submodel, sorted_model
+from .submodels_sorted_llama import LlamaOfFamily, LoadsLlamas, load, plain_submodel, sorted_model
 
 
 @dataclass
@@ -481,13 +481,13 @@ class SortedLlamaForCausalLM(SavedAsItsModel, LoadsLlamas, SortedGenerationMixin
         return plain_submodel(self, exit_layer)
 
     @classmethod
-    def from_llama(cls, model: LlamaForCausalLM, **kwargs: Any) -> "SortedLlamaForCausalLM":
+    def from_llama(cls, model: PreTrainedModel, **kwargs: Any) -> "SortedLlamaForCausalLM":
         """
         A sorted model that *shares* its tensors with a Llama (as loaded, quantized or with adapters injected): no copy
         is made, and training either trains both. `kwargs` are fields of [`SortedLlamaConfig`] (`exit_layers=[...]`).
+        Of a model of a family that is a Llama ([`~transformers.Qwen2ForCausalLM`], ...) some tensors are new.
         """
-        if not isinstance(model, LlamaForCausalLM):
-            raise TypeError(f"`model` must be a LlamaForCausalLM, got {type(model).__name__}.")
+        model = LlamaOfFamily.of_model(model)
         return sorted_model(model, cls, SortedLlamaConfig.from_llama(model.config, **kwargs))
 
 

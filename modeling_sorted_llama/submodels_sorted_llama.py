@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from .compat_sorted_llama import gathered
 from .configuration_sorted_llama import SORTED_FIELDS, SortedLlamaConfig, as_sorted_config
 from .families_sorted_llama import (
     ABSENT_BIAS,
+    FAMILIES,
     FusedTensorsError,
     absent_biases,
     check_adapters,
@@ -20,7 +22,6 @@ from .families_sorted_llama import (
     freeze_absent_biases,
     is_converted,
     lacks_output_bias,
-    llama_fields,
     splitting_class,
 )
 from .heads_sorted_llama import EXIT_HEADS
@@ -93,16 +94,27 @@ class LlamaOfFamily(LoadsLlamas, LlamaForCausalLM):
         self.name_or_path = converted_name(config.name_or_path)
 
     @classmethod
-    def of_model(cls, model: Any) -> LlamaForCausalLM:
-        """The tensors of another family's model, of transformers' own class, as a plain Llama."""
+    def of_model(cls, model: Any) -> Any:
+        """A Llama itself; of another family's model, of transformers' own class, its tensors as a plain Llama."""
         if isinstance(model, LlamaForCausalLM):
             return model
-        config = cls.config_class(**llama_fields(model.config.to_dict(), model.name_or_path))
-        splitting = splitting_class(model.config.model_type, cls)
-        llama = splitting.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+        family = next((name for name in FAMILIES if type(model).__name__ == CAUSAL_LMS.get(name)), None)
+        tensors = model.state_dict()
+        are_plain = all(tensor.is_floating_point() and tensor.itemsize > 1 for tensor in tensors.values())
+        if family is None or not are_plain or hasattr(model, "peft_config"):
+            raise TypeError(
+                "`model` must be a LlamaForCausalLM, or a model of a family that is one (Qwen2ForCausalLM, ...) "
+                f"without adapters and not quantized, got {type(model).__name__}: pass its id or path instead."
+            )
+        config = copy.deepcopy(model.config)
+        config.__dict__.pop("quantization_config", None)  # of a file that was dequantized as it was read
+        config = cls.config_class.from_llama(config)
+        splitting = splitting_class(family, cls)
+        llama = splitting.from_pretrained(None, config=config, state_dict=tensors, dtype=model.dtype)
+        llama.generation_config = model.generation_config
         llama.config.name_or_path = model.name_or_path  # which is "None" without a path
-        llama.name_or_path = converted_name(model.name_or_path)
-        return llama
+        llama.name_or_path = converted_name(model.name_or_path) if config.fused_tensors_of else model.name_or_path
+        return llama.to(model.device).train(model.training)
 
 
 def load(cls: Any, from_pretrained: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +129,7 @@ def load(cls: Any, from_pretrained: Callable, *args: Any, **kwargs: Any) -> Any:
     # transformers finds the tensors of a GGUF file by the model type, which is never a sorted one's
     fields = {name: kwargs.pop(name) for name in SORTED_FIELDS if name in kwargs}
     loaded = AutoModelForCausalLM.from_pretrained(*args, **kwargs)
-    return _of_loaded(loaded, lambda model: cls.from_llama(LlamaOfFamily.of_model(model), **fields))
+    return _of_loaded(loaded, lambda model: cls.from_llama(model, **fields))
 
 
 def _of_loaded(loaded: Any, finish: Callable[[Any], Any]) -> Any:

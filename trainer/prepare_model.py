@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from peft import PeftModel
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM
@@ -86,12 +86,6 @@ def _as_sorted(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMode
     base = model.get_base_model() if is_peft_model(model) else model
     if getattr(base.config, "model_type", None) == "sorted_llama":
         return model
-    if not isinstance(base, LlamaForCausalLM):
-        got = type(base).__name__
-        raise TypeError(
-            "`model` must be the id or path of a Llama, or of a family that is one (Mistral, Qwen2, ...), a "
-            f"LlamaForCausalLM or a PeftModel of one, got {got}."
-        )
     sorted_model = SortedLlamaForCausalLM.from_llama(base)
     if base is model:
         return sorted_model

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
@@ -94,6 +95,31 @@ def test_only_the_first_layers_are_read(tmp_path, case):
     model, info = SortedLlamaForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2, output_loading_info=True)
     assert len(model.model.layers) == 2 and not any(info.values())
     assert_equal_logits(case, model(**prompts((6, 6))).logits, family_logits(first_layers(case, 2), prompts((6, 6))))
+
+
+def change_nothing(model):
+    pass
+
+
+def quantize(model):
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(259, 16, dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("Qwen3", change_nothing),
+        ("Qwen2", quantize),
+        ("Qwen2", lambda model: inject_adapter_in_model(LoraConfig(), model)),
+    ],
+    ids=["other", "quantized", "adapter"],
+)
+def test_a_model_in_memory_that_cannot_be_a_llama_is_refused(name, change):
+    config = getattr(transformers, f"{name}Config")(**tiny_fields())
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    change(model)
+    with pytest.raises(TypeError, match=f"`model` must be .* got {name}ForCausalLM: pass its id or path"):
+        SortedLlamaForCausalLM.from_llama(model)
 
 
 def test_a_gguf_file_of_a_family_is_read(tmp_path):

@@ -104,12 +104,12 @@ def test_a_peft_model_keeps_its_adapter_around_a_sorted_model(tmp_path, make):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Qwen2ForCausalLM(Qwen2Config(**tiny_fields())),
+        lambda: Qwen2ForCausalLM(Qwen2Config(**tiny_fields())).model,
         lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=259)),
         lambda: get_peft_model(Qwen2ForCausalLM(Qwen2Config(**tiny_fields())), LoraConfig()),
         lambda: tiny_llama().model,
     ],
-    ids=["qwen2", "gpt2", "peft_qwen2", "headless_llama"],
+    ids=["headless_qwen2", "gpt2", "peft_qwen2", "headless_llama"],
 )
 def test_a_model_that_is_no_llama_is_refused(tmp_path, make):
     with pytest.raises(TypeError, match="`model` must be .*Llama"):
@@ -139,6 +139,20 @@ def test_the_path_of_a_family_that_is_a_llama_is_trained(tmp_path, case):
     trainer.save_model()
     saved = SortedLlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert not any(saved.get_parameter(name).any() for name in absent)
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "phi3", "gemma"])
+def test_a_model_of_a_family_that_is_a_llama_is_trained_as_its_path_is(tmp_path, case):
+    model = tiny_family(case)
+    folder = save_tiny(tmp_path / "model", model)
+    of_model, of_path = (
+        make_trainer(tmp_path / name, source, max_steps=1, learning_rate=0.1)
+        for name, source in (("of_model", model), ("of_path", folder))
+    )
+    assert_equal_weights(of_model.model, of_path.model, 0.0)
+    assert of_model.model.config.base_model_type == model.config.model_type
+    of_model.train(), of_path.train()
+    assert_equal_weights(of_model.model, of_path.model, 0.0)
 
 
 def test_a_layer_of_an_exit_does_not_train_the_bias_that_its_family_lacks(tmp_path):
