@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
@@ -57,6 +58,18 @@ def test_every_position_has_the_logits_of_the_family(tmp_path, case):
             with torch.no_grad():
                 logits = model(**inputs, exit_layer=depth).logits
             assert_equal_logits(case, logits[attended], expected[attended])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_softs_losses_are_those_of_the_family(tmp_path, case):
+    """Of every exit, the cross-entropy of the family's own model of as many layers."""
+    model, _ = load(tmp_path, case)
+    inputs = prompts((20, 20))
+    labels = inputs["input_ids"]
+    losses = model(**inputs, labels=labels).exit_losses
+    for depth, loss in zip(EXITS, losses, strict=True):
+        logits = family_logits(first_layers(case, depth), inputs)
+        torch.testing.assert_close(loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
 
 
 @pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if not name.islower()])

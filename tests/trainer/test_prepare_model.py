@@ -125,7 +125,7 @@ def test_the_path_of_another_architecture_is_refused(tmp_path, name):
         make_trainer(tmp_path / "out", folder, processing_class=None)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "baichuan"])
+@pytest.mark.parametrize("case", CASES)
 def test_the_path_of_a_family_that_is_a_llama_is_trained(tmp_path, case):
     """All of it, but for the biases that the family has not."""
     folder = save_tiny(tmp_path / "model", tiny_family(case))
