@@ -1,6 +1,7 @@
 """Cells of a cache: the tokens that pass a stretch of layers together."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -20,6 +21,9 @@ class Block:
         self.width = max(self.counts)
         self.end = max(self.starts) + self.width
         self.even = len(set(self.starts)) == 1 and len(set(self.counts)) == 1
+        self.inputs: dict[str, Any] | None = (
+            None  # of layers, beside the states: made by the first stretch that it runs
+        )
         self._index: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def count_in(self, lengths: Sequence[int]) -> tuple[int, ...]:
@@ -28,6 +32,15 @@ class Block:
         for row, start, count in zip(self.row_numbers, self.starts, self.counts, strict=True):
             grown[row] = start + count
         return tuple(grown)
+
+    def of_all_rows(self, lengths: Sequence[int]) -> "Block":
+        """A block of all rows of the cache, which hold `lengths` tokens; the cells of the others hold no token."""
+        if self.rows is None:
+            return self
+        starts, counts = list(lengths), [0] * len(lengths)
+        for row, start, count in zip(self.rows, self.starts, self.counts, strict=True):
+            starts[row], counts[row] = start, count
+        return Block(None, starts, counts)
 
     def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows, `(num_rows, 1)`, and slots, `(num_rows, width)`, of the cells."""

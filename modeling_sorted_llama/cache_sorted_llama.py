@@ -5,13 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, eager_mask, sdpa_mask
 
-from .block_sorted_llama import Block, index_tensor
-from .compat_sorted_llama import CACHE_NAME
+from .block_sorted_llama import Block, index_tensor, outside_inference
 from .configuration_sorted_llama import as_int
 
 
@@ -57,7 +54,20 @@ class SortedCacheLayer(DynamicLayer):
         sizes = len(self.lengths), STORAGE_STEP, self.max_cache_len
         self._keys = block.store(self._keys, key_states, *sizes)
         self._values = block.store(self._values, value_states, *sizes)
+        if self.max_cache_len:  # without it, a graph that writes them is none of CUDA
+            torch._dynamo.mark_static_address(self._keys, guard=False)
+            torch._dynamo.mark_static_address(self._values, guard=False)
         return block.select(self._keys[..., : block.end, :]), block.select(self._values[..., : block.end, :])
+
+    @property
+    def storage(self) -> tuple[Any, Any]:
+        """All slots of keys and values, in use or not."""
+        return self._keys, self._values
+
+    def has_room(self, num_slots: int) -> bool:
+        """Whether `num_slots` tokens a row can be written without any storage made anew."""
+        keys = self._keys
+        return keys is not None and keys.shape[-2] >= num_slots and outside_inference(keys) is keys
 
     def get_seq_length(self) -> int:
         return max(self.lengths, default=0)
@@ -106,19 +116,6 @@ class SortedCacheLayer(DynamicLayer):
 
 def _select(tensor: torch.Tensor | None, rows: list[int]) -> Any:
     return None if tensor is None else tensor.index_select(0, index_tensor(rows, tensor.device))
-
-
-class BlockCache(Cache):
-    """The cache that layers are given, by their number: it puts the keys and values of a block in their cells."""
-
-    def __init__(self, layers: Any, block: Block):
-        super().__init__(layers=layers)
-        self.block = block
-
-    @torch.compiler.disable
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        layer: Any = self.layers[layer_idx]
-        return layer.write(self.block, key_states, value_states)
 
 
 class SortedCache(Cache):
@@ -309,12 +306,15 @@ class SortedCache(Cache):
         if position_ids is None:
             position_ids = self._next_positions(block, device)
         position_ids = position_ids.expand(num_rows, num_tokens)
-        self._positions = block.store(self._positions, position_ids.unsqueeze(-1), len(known), STORAGE_STEP)
+        self._positions = block.store(self._positions, position_ids.unsqueeze(-1), *self._sizes(known))
         self._append_to_mask(attention_mask, block, device)
         if rotary_emb is not None and (rotary_emb.rope_type == "longrope" or "dynamic" in rotary_emb.rope_type):
             self._write_angles(rotary_emb, position_ids, block, inputs_embeds, one_by_one)
         self.lengths = block.count_in(known)
         return block
+
+    def _sizes(self, lengths: Sequence[int]) -> tuple[int, int, int]:
+        return len(lengths), STORAGE_STEP, self.max_cache_len
 
     def _next_positions(self, block: Block, device: torch.device) -> torch.Tensor:
         """Positions of a block's tokens, each behind the one before it in its row."""
@@ -330,13 +330,12 @@ class SortedCache(Cache):
     def _append_to_mask(self, attention_mask: torch.Tensor | None, block: Block, device: torch.device) -> None:
         if attention_mask is None and self._mask is None:
             return
-        batch_size = len(self.lengths)
         if self._mask is None:
-            self._mask = torch.ones(batch_size, max(self.lengths), 1, dtype=torch.bool, device=device)
+            self._mask = torch.ones(len(self.lengths), max(self.lengths), 1, dtype=torch.bool, device=device)
         if attention_mask is None:
             attention_mask = torch.ones(len(block.starts), block.width, dtype=torch.bool, device=device)
         attended = attention_mask.to(device, torch.bool).unsqueeze(-1)
-        self._mask = block.store(self._mask, attended[:, -block.width :], batch_size, STORAGE_STEP)
+        self._mask = block.store(self._mask, attended[:, -block.width :], *self._sizes(self.lengths))
         if attended.shape[1] > block.width and block.rows is None:
             self._mask[:, : block.starts[0]] = attended[:, : -block.width]
 
@@ -359,7 +358,16 @@ class SortedCache(Cache):
                 rotary_emb(states, position_ids=torch.zeros_like(newest))  # forgets the greatest
                 positions = torch.cat([position_ids[rows, call], newest], dim=1)
                 angles[rows, call] = torch.cat(rotary_emb(states, position_ids=positions), dim=-1)[:, :-1]
-        self._angles = block.store(self._angles, angles, len(self.lengths), STORAGE_STEP)
+        self._angles = block.store(self._angles, angles, *self._sizes(self.lengths))
+
+    def read(self, block: Block, num_slots: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Of a block, the positions, `(num_rows, width)`, the angles where they are stored, and which of the first
+        `num_slots` tokens are no padding, `(num_rows, num_slots)`, where some are.
+        """
+        positions = block.read(self._positions).squeeze(-1)
+        angles = None if self._angles is None else block.read(self._angles)
+        return positions, angles, None if self._mask is None else block.select(self._mask[:, :num_slots, 0])
 
     def segments(
         self, depth: int, rows: list[int] | None = None, exits: Collection[int] = ()
@@ -413,66 +421,6 @@ class SortedCache(Cache):
         for layer in others:
             layer.lengths = first.lengths
         self.layer_token_passes += sum(block.counts) * len(layers)
-
-    def layer_inputs(
-        self, block: Block, config: PreTrainedConfig, rotary_emb: nn.Module, hidden_states: torch.Tensor
-    ) -> dict[str, Any]:
-        """What the layers are given beside the states of a block."""
-        position_ids = block.read(self._positions).squeeze(-1)
-        if self._angles is None:
-            position_embeddings = rotary_emb(hidden_states, position_ids=position_ids)
-        else:
-            position_embeddings = block.read(self._angles).to(hidden_states.device).chunk(2, dim=-1)
-        return {
-            "attention_mask": self.attention_mask(block, config, hidden_states),
-            "position_embeddings": position_embeddings,
-            "position_ids": position_ids,
-            CACHE_NAME: BlockCache(self.layers, block),
-        }
-
-    def attention_mask(self, block: Block, config: PreTrainedConfig, hidden_states: torch.Tensor):
-        """
-        The mask of a block against all cached tokens, for the attention implementation of `config`.
-
-        The implementation's own function makes it: through `create_causal_mask` it would be given rows of different
-        lengths as an `and_mask_function`, which takes a millisecond (`torch.vmap`), and wait to read the padding.
-        """
-        implementation, device = config._attn_implementation, hidden_states.device
-        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)  # a user's own may share sdpa's
-        attended = None if self._mask is None else block.select(self._mask[:, : block.end, 0]).to(device)
-        takes_slots = make_mask in (sdpa_mask, eager_mask)
-        if takes_slots and attended is None and block.even and block.width == 1:
-            return None  # the newest token attends to all
-        if not takes_slots and not block.even:
-            raise ValueError(
-                f"`attn_implementation={implementation!r}` cannot attend to rows of different lengths: load the "
-                "model with `attn_implementation='sdpa'`, or generate one row at a time."
-            )
-        if make_mask is None and 1 < block.width < block.end:
-            raise ValueError(
-                f"`attn_implementation={implementation!r}` has no mask for several tokens behind others: register "
-                "one under its name with transformers' `AttentionMaskInterface`, `sdpa_mask` for example."
-            )
-        if make_mask is None:
-            return None
-        offset, mask_function = block.starts[0], causal_mask_function
-        if len(set(block.starts)) > 1:
-            slots = block.index(device)[1]
-            offset, mask_function = 0, lambda row, head, query, key: key <= slots[row, query]
-        return make_mask(
-            batch_size=len(block.starts),
-            q_length=block.width,
-            kv_length=block.end,
-            q_offset=offset,
-            kv_offset=0,
-            mask_function=mask_function,
-            attention_mask=attended,
-            allow_is_causal_skip=attended is None and block.even,
-            dtype=hidden_states.dtype,
-            config=config,
-            use_vmap=False,
-            device=device,
-        )
 
 
 def is_sorted_cache(cache: Any) -> bool:

@@ -1,16 +1,19 @@
 """The methods of `GenerationMixin` that know of the depth. Everything else of `generate` is transformers' own."""
 
+import copy
 import functools
 import os
+from types import SimpleNamespace
 from typing import Any
 
-from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers import Cache, CompileConfig, GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
-from .cache_sorted_llama import check_cache_depth
-from .compat_sorted_llama import CACHE_NAME
+from .cache_sorted_llama import SortedCache, check_cache_depth
+from .compat_sorted_llama import CACHE_NAME, logger
 from .drafting_sorted_llama import decode_with_drafts
 from .exiting_sorted_llama import decode_with_exits
+from .layer_inputs_sorted_llama import takes_slots
 from .modes_sorted_llama import (
     SORTED_GENERATION_FIELDS,
     OneDepth,
@@ -56,6 +59,9 @@ class SortedGenerationMixin(GenerationMixin):
             model_kwargs[CACHE_NAME] = model_kwargs.pop("cache")
         if generation_config.num_assistant_tokens == "auto":
             generation_config.num_assistant_tokens = None
+        if generation_config.compile_config is not None:  # asked for: also where transformers would not by itself
+            generation_config.compile_config = copy.copy(generation_config.compile_config)
+            generation_config.compile_config._compile_all_devices = True
         # Depth that moves is for the two methods below, one depth for `forward`
         generation_config.sorted_decoding = None if isinstance(decoding, OneDepth) else decoding
         if isinstance(decoding, OneDepth):
@@ -112,6 +118,23 @@ class SortedGenerationMixin(GenerationMixin):
         check_model_and_processors(self, logits_processor)
         decode = decode_with_drafts if isinstance(decoding, SelfSpeculation) else decode_with_exits
         return decode(Sequences(self, *arguments, streamer, kwargs), decoding)
+
+    def compile_config_for(self, cache: SortedCache, generation_config: GenerationConfig) -> CompileConfig | None:
+        """How a call compiles the layers between two exits: where transformers compiles, too, with a static cache."""
+        compileable = SimpleNamespace(is_compileable=cache.max_cache_len > 0)
+        if not self._valid_auto_compile_criteria({CACHE_NAME: compileable}, generation_config):
+            return None
+        attention = self.config._attn_implementation
+        cannot = {
+            f"`attn_implementation={attention!r}`, which takes no mask of slots": not takes_slots(attention),
+            "layers on several devices": len(set(getattr(self, "hf_device_map", {}).values())) > 1,
+            "adapters by row": bool(row_hooks(self)),
+        }
+        for what in (what for what, is_so in cannot.items() if is_so):
+            if generation_config.compile_config is not None:
+                logger.warning_once(f"Decoding at moving depth does not compile with {what}: it runs uncompiled.")
+            return None
+        return generation_config.compile_config or self._default_compile_config()
 
     def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any):
         """See [`~transformers.ContinuousMixin`]: all requests run at `config.exit_layer`, or at full depth."""

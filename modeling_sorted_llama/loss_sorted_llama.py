@@ -178,6 +178,16 @@ def multi_exit_loss(
     return MultiExitLossOutput(loss, losses, correct / num_tokens, agreeing / num_tokens, distilled)
 
 
+def check_labels(shape: torch.Size, **labels: torch.Tensor | None) -> None:
+    """Refuse labels of another shape than the input's."""
+    for name, values in labels.items():
+        if values is not None and values.shape != shape:
+            raise ValueError(
+                f"`{name}` must be of the input's shape {tuple(shape)}, got {tuple(values.shape)}: a label for each "
+                "new token, none for those in the cache."
+            )
+
+
 def labelled_rows(labels: torch.Tensor, shift_labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The flattened positions that have a token to predict, and these tokens: no others reach norm and head."""
     if shift_labels is None:

@@ -8,11 +8,20 @@ if not __package__:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers import (
+    Cache,
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -22,7 +31,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_sorted_llama import BlockCache, check_cache_depth, is_sorted_cache
+from .cache_sorted_llama import check_cache_depth, is_sorted_cache
 from .compat_sorted_llama import (
     CACHE_NAME,
     SavedAsItsModel,
@@ -34,8 +43,9 @@ from .compat_sorted_llama import (
 from .configuration_sorted_llama import SortedLlamaConfig, as_sorted_config, check_exit_layer, check_exit_layers
 from .families_sorted_llama import FusedTensorsError
 from .generation_sorted_llama import SortedGenerationMixin
+from .graphs_sorted_llama import run_block
 from .heads_sorted_llama import EXIT_HEADS, ExitHead, modules_of_exits
-from .loss_sorted_llama import ExitLossOptions, labelled_rows, multi_exit_loss
+from .loss_sorted_llama import ExitLossOptions, check_labels, labelled_rows, multi_exit_loss
 from .submodels_sorted_llama import LlamaOfFamily, LoadsLlamas, load, plain_submodel, sorted_model
 
 
@@ -143,6 +153,7 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
         detach_exits: bool = False,
         cache_rows: list[int] | None = None,
         one_by_one: bool = False,
+        compile_config: CompileConfig | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SortedModelOutputWithPast:
         r"""
@@ -160,6 +171,9 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
             one_by_one (`bool`, *optional*, defaults to `False`):
                 With a [`SortedCache`], whether several tokens are to be as if each came in a call of its own, which
                 makes a difference to RoPE of kind `dynamic` and `longrope`.
+            compile_config ([`~transformers.CompileConfig`], *optional*):
+                With a [`SortedCache`] allocated at once (`max_cache_len`), how to compile the layers between two exits
+                for blocks of up to 16 tokens a row. Defaults to not at all.
 
         Returns:
             [`SortedModelOutputWithPast`]: `last_hidden_state` is the normed output of the last layer that ran. With a
@@ -176,7 +190,8 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
             inputs_embeds = self.embed_tokens(input_ids)
         inputs = inputs_embeds, position_ids, attention_mask
         if is_sorted_cache(cache):
-            states = self._run_segments(inputs, cache, depth, below, detach_exits, cache_rows, one_by_one, **kwargs)
+            kwargs |= {"cache_rows": cache_rows, "one_by_one": one_by_one, "compile_config": compile_config}
+            states = self._run_segments(inputs, cache, depth, below, detach_exits, **kwargs)
         elif cache_rows is not None:
             raise ValueError("`cache_rows` chooses rows of a `SortedCache`: pass one as `cache`.")
         else:
@@ -248,46 +263,40 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
         return hidden_states if own is None else own(hidden_states, **kwargs)
 
     def _run_segments(
-        self, inputs, cache, depth, below, detach_exits, cache_rows, one_by_one, **kwargs: Any
+        self, inputs, cache, depth, below, detach_exits, cache_rows, one_by_one, compile_config, **kwargs: Any
     ) -> dict[int, torch.Tensor]:
         """As [`_run_at_once`], taking along what is pending on the way."""
         if cache_rows is not None and cache_rows == list(range(len(cache.lengths))):
             cache_rows = None
         own = [int(k) for k in self.exit_decoders]
-        segments = cache.segments(depth, cache_rows, own)
+        # Graphs end at every exit, whatever the depth: all calls share them
+        of_graphs = [] if compile_config is None else self.config.exit_layers or []
+        segments = cache.segments(depth, cache_rows, [*own, *below, *of_graphs])
         for k in {*below, depth}.intersection(own):
             cache.check_exit(k, cache_rows)
         block = cache.append(*inputs, cache_rows, rotary_emb=self.rotary_emb, one_by_one=one_by_one)
-        hidden_states, prepared = inputs[0], None
-        states: dict[int, torch.Tensor] = {}
+        run: Any = partial(run_block, self, cache, compile_config=compile_config, **kwargs)
+        hidden_states, states = inputs[0], {}
         for first, last in segments:
-            with cache.segment(cache.trunk(first, last), hidden_states, block) as (hidden_states, block):
-                kept = {k: hidden_states for k in below if first < k <= last}
-                if block.width > 0:
-                    if block is not prepared:  # where nothing is pending, a segment runs the block of the one below
-                        prepared = block
-                        layer_inputs = cache.layer_inputs(block, self.config, self.rotary_emb, hidden_states)
-                    hidden_states, kept = self._run_layers(
-                        first, last, hidden_states, below, detach_exits, use_cache=True, **layer_inputs, **kwargs
-                    )
+            layers = cache.trunk(first, last)
+            with cache.segment(layers, hidden_states, block) as (hidden_states, block):
+                hidden_states = run(self.layers[first:last], layers, hidden_states, block)
                 if last == depth < len(self.layers):
                     cache.trunk(last, last + 1)[0].suspend(hidden_states, block)
-            if last == depth:
-                kept[depth] = hidden_states
-            states |= {k: self._behind_exit_in(cache, k, at_exit, block, **kwargs) for k, at_exit in kept.items()}
-            if last in own and last not in states:
+            if last == depth or last in below:
+                at_exit = hidden_states.detach() if detach_exits and last < depth else hidden_states
+                states[last] = self._behind_exit_in(cache, last, at_exit, block, run)
+            elif last in own:
                 cache.of_exit(last).suspend(hidden_states, block)
         return states
 
-    def _behind_exit_in(self, cache, exit_layer: int, hidden_states: torch.Tensor, block, **kwargs: Any):
+    def _behind_exit_in(self, cache, exit_layer: int, hidden_states: torch.Tensor, block, run) -> torch.Tensor:
         """As [`_behind_exit`], of a block and what is pending before the exit's own layer."""
-        if self.exit_decoder(exit_layer) is not None:
-            layer = cache.of_exit(exit_layer)
-            with cache.segment([layer], hidden_states, block) as (hidden_states, block):
-                if block.width > 0:
-                    inputs = cache.layer_inputs(block, self.config, self.rotary_emb, hidden_states)
-                    inputs |= {CACHE_NAME: BlockCache({exit_layer: layer}, block)}
-                    hidden_states = self._behind_exit(exit_layer, hidden_states, use_cache=True, **inputs, **kwargs)
+        own = self.exit_decoder(exit_layer)
+        if own is not None:
+            layers = [cache.of_exit(exit_layer)]
+            with cache.segment(layers, hidden_states, block) as (hidden_states, block):
+                hidden_states = run([own], layers, hidden_states, block)
         return block.align_right(hidden_states)
 
 
@@ -398,7 +407,7 @@ class SortedLlamaForCausalLM(SavedAsItsModel, LoadsLlamas, SortedGenerationMixin
         depth = self.config.num_hidden_layers if exits is not None else self.model.depth(exit_layer)
         tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None and tokens is not None:
-            _check_labels(tokens.shape[:2], labels=labels, shift_labels=loss_arguments.get("shift_labels"))
+            check_labels(tokens.shape[:2], labels=labels, shift_labels=loss_arguments.get("shift_labels"))
 
         outputs: SortedModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -465,7 +474,6 @@ class SortedLlamaForCausalLM(SavedAsItsModel, LoadsLlamas, SortedGenerationMixin
         normed = []
         for k, states in zip(exits, hidden_states, strict=True):
             states = _newest(states, labels.shape[1]).flatten(0, -2).index_select(0, rows.to(states.device))
-
             normed.append(self.model.exit_norm(k)(states))
         heads = [self.exit_head(k) for k in exits]
         gather_in_backward(self, heads)
@@ -489,15 +497,6 @@ class SortedLlamaForCausalLM(SavedAsItsModel, LoadsLlamas, SortedGenerationMixin
         """
         model = LlamaOfFamily.of_model(model)
         return sorted_model(model, cls, SortedLlamaConfig.from_llama(model.config, **kwargs))
-
-
-def _check_labels(shape: torch.Size, **labels: torch.Tensor | None) -> None:
-    for name, values in labels.items():
-        if values is not None and values.shape != shape:
-            raise ValueError(
-                f"`{name}` must be of the input's shape {tuple(shape)}, got {tuple(values.shape)}: a label for each "
-                "new token, none for those in the cache."
-            )
 
 
 def _newest(states: torch.Tensor, number: int) -> torch.Tensor:

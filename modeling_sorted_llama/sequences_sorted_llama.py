@@ -22,8 +22,9 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .block_sorted_llama import Block, index_tensor
-from .cache_sorted_llama import SortedCache, as_sorted_cache
+from .cache_sorted_llama import STORAGE_STEP, SortedCache, as_sorted_cache
 from .compat_sorted_llama import CACHE_NAME
+from .graphs_sorted_llama import MAX_WIDTH
 from .modes_sorted_llama import row_hooks
 
 
@@ -115,8 +116,10 @@ class Sequences:
         self._streamed = self.prompt_length
 
         returned, given = generation_config.return_dict_in_generate, model_kwargs.get(CACHE_NAME)
-        allocated = generation_config.max_length if generation_config.cache_implementation == "static" else 0
-        self.cache: Any = SortedCache(allocated) if given is None else as_sorted_cache(given)
+        self.cache: Any = SortedCache(_slots_of(generation_config)) if given is None else as_sorted_cache(given)
+        self.compile_config = (
+            None if self.rows_have_adapters else model.compile_config_for(self.cache, generation_config)
+        )
         self.cache_is_returned = returned or given is not None
         self.scores: list[torch.Tensor] | None = [] if returned and generation_config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if returned and generation_config.output_logits else None
@@ -193,7 +196,8 @@ class Sequences:
 
     def _run(self, rows: Sequence[int], depth: int, **inputs: Any) -> torch.Tensor:
         cache_rows = None if len(rows) == self.batch_size else list(rows)
-        outputs = self.model.model(**inputs, **{CACHE_NAME: self.cache}, exit_layer=depth, cache_rows=cache_rows)
+        inputs |= {CACHE_NAME: self.cache, "cache_rows": cache_rows, "compile_config": self.compile_config}
+        outputs = self.model.model(**inputs, exit_layer=depth)
         return outputs.last_hidden_state.to(self.device)  # of a model over several devices
 
     def head(self, hidden_states: torch.Tensor, depth: int, rows: Sequence[int]) -> torch.Tensor:
@@ -401,6 +405,14 @@ class Sequences:
         rotary_emb = self.model.model.rotary_emb
         block = self.cache.append(embeds, counts=counts, rotary_emb=rotary_emb, one_by_one=True)
         self.cache.trunk(0, 1)[0].suspend(embeds, block)
+
+
+def _slots_of(generation_config: GenerationConfig) -> int:
+    """Number of tokens of a row to allocate at once: in steps, so that calls of about a length share their graphs."""
+    if generation_config.cache_implementation != "static":
+        return 0
+    with_cells_of_no_token = generation_config.max_length + MAX_WIDTH
+    return -(-with_cells_of_no_token // STORAGE_STEP) * STORAGE_STEP
 
 
 def draw(probabilities: torch.Tensor) -> torch.Tensor:

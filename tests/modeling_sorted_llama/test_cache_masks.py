@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sorted_llama import SortedCache
+from sorted_llama.modeling_sorted_llama.layer_inputs_sorted_llama import attention_mask
 from tests.modeling_sorted_llama.caches import CLOSE, count_layer_calls, random_tokens, run, run_plain, sorted_model
 from tests.tiny import tiny_sorted
 
@@ -57,18 +58,23 @@ def test_a_mask_of_another_shape_is_refused(shape, masked):
     torch.testing.assert_close(run(cache, tokens[:, 4:]), run_plain(tokens)[0][:, 4:], **CLOSE)
 
 
+def mask_of(cache, block, attention, states):
+    attended = cache.read(block, block.end)[2]
+    return attention_mask(attended, block, SimpleNamespace(_attn_implementation=attention), states)
+
+
 def test_rows_of_different_lengths_need_a_mask_that_flash_attention_has_not():
     tokens, cache = random_tokens(2, 6), SortedCache()
     run(cache, tokens[:, :5])
     states = torch.zeros(2, 1, 32)
     even = cache.append(states)
     for kind in ("flash_attention_2", "kernels-community/flash-attn3"):
-        assert cache.attention_mask(even, SimpleNamespace(_attn_implementation=kind), states) is None
+        assert mask_of(cache, even, kind, states) is None
     cache.rollback([3, 5])
     uneven = cache.append(states)
     for kind in ("flash_attention_2", "flash_attention_3", "flex_attention"):
         with pytest.raises(ValueError, match=f"{kind}.*cannot attend to rows of different lengths"):
-            cache.attention_mask(uneven, SimpleNamespace(_attn_implementation=kind), states)
+            mask_of(cache, uneven, kind, states)
 
 
 def test_flash_attention_is_given_the_mask_as_it_is():
@@ -76,9 +82,7 @@ def test_flash_attention_is_given_the_mask_as_it_is():
     tokens, cache = random_tokens(2, 4), SortedCache()
     run(cache, tokens[:, :3], attention_mask=mask)
     states = torch.zeros(2, 1, 32)
-    found = cache.attention_mask(
-        cache.append(states), SimpleNamespace(_attn_implementation="flash_attention_2"), states
-    )
+    found = mask_of(cache, cache.append(states), "flash_attention_2", states)
     assert found.tolist() == [[True, True, True, True], [False, True, True, True]]
 
 

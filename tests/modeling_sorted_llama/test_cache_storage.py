@@ -82,7 +82,7 @@ def test_generate_with_a_static_cache_allocates_once():
     cache = output[CACHE_NAME]
     assert isinstance(cache, SortedCache)
     assert all(storage.nbytes() == 2 * 2 * STORAGE_STEP * 8 * 4 for storage in storages(cache)[:2])
-    assert cache.layers[0].max_cache_len == 13
+    assert cache.layers[0].max_cache_len == 256
 
 
 def test_it_holds_keys_values_pending_states_and_two_numbers_a_token():

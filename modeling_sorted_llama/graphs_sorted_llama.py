@@ -1,0 +1,139 @@
+"""
+Stretches of decoder layers as graphs (`torch.compile`), for caches whose storage is allocated at once: one graph for a
+token a row, one for blocks of several, however many rows, tokens and slots there are. The host decides which runs.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CompileConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from .block_sorted_llama import Block
+from .cache_sorted_llama import SortedCache, SortedCacheLayer
+from .compat_sorted_llama import CACHE_NAME
+from .layer_inputs_sorted_llama import layer_inputs
+
+
+MAX_WIDTH = 16  # tokens a row of the widest block: prompts run uncompiled, as in transformers
+
+
+def _copy(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """An input of a graph: of plain strides, and not in the memory of a CUDA graph, which its next replay writes."""
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    if width > 1:
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)
+    return tensor
+
+
+class FixedCells:
+    """
+    The cells of a block in storage of fixed size, as the cache that layers are given: what differs from step to step
+    is in tensors, so that one graph does for all of them.
+    """
+
+    def __init__(self, cache: SortedCache, layers: list[SortedCacheLayer], block: Block, device: torch.device):
+        self.keys = {layer.number: layer.storage[0] for layer in layers}
+        self.values = {layer.number: layer.storage[1] for layer in layers}
+        self.rows, slots = block.index(device)
+        num_slots = layers[0].storage[0].shape[-2]
+        position_ids, angles, attended = cache.read(block, num_slots)
+        self.slots, self.position_ids = _copy(slots, block.width), _copy(position_ids, block.width)
+        self.angles = None if angles is None else _copy(angles, block.width)
+        if attended is None:
+            attended = torch.ones(len(block.starts), num_slots, dtype=torch.bool, device=device)
+        self.attended = nn.functional.pad(attended, (0, num_slots - attended.shape[1]))
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[self.rows, :, self.slots] = key_states.transpose(1, 2)
+        values[self.rows, :, self.slots] = value_states.transpose(1, 2)
+        return keys, values
+
+
+def _run_layers(
+    layers: Sequence[nn.Module],
+    hidden_states: torch.Tensor,
+    cells: FixedCells,
+    rotary_emb: nn.Module,
+    config: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """What is compiled: positions, mask and layers of a block, `(batch_size, width, hidden_size)`."""
+    if cells.angles is None:
+        position_embeddings = rotary_emb(hidden_states, position_ids=cells.position_ids)
+    else:
+        position_embeddings = cells.angles.chunk(2, dim=-1)
+    slots = cells.slots
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+        batch_size=slots.shape[0],
+        q_length=slots.shape[1],
+        kv_length=cells.attended.shape[1],
+        mask_function=lambda row, head, query, key: key <= slots[row, query],
+        attention_mask=cells.attended,
+        allow_is_causal_skip=False,
+        dtype=hidden_states.dtype,
+        config=config,
+        device=hidden_states.device,
+    )
+    for layer in layers:
+        hidden_states = layer(
+            hidden_states,
+            attention_mask=mask,
+            position_embeddings=position_embeddings,
+            position_ids=cells.position_ids,
+            use_cache=True,
+            **{CACHE_NAME: cells},
+            **kwargs,
+        )
+    return hidden_states
+
+
+_graphs: dict[Any, Callable] = {}
+
+
+def graph_of(numbers: tuple[int, ...], of_several: bool, compile_config: CompileConfig) -> Callable:
+    """The compiled function of a stretch: each has a store of its own, where torch need not search for it."""
+    key = numbers, of_several, repr(compile_config)
+    if key not in _graphs:
+        options = {"isolate_recompiles": True, **compile_config.to_dict()}
+        _graphs[key] = torch.compile(_run_layers, **options)
+    return _graphs[key]
+
+
+def run_block(
+    model: Any,
+    cache: SortedCache,
+    layers: Iterable[nn.Module],
+    cache_layers: list[SortedCacheLayer],
+    hidden_states: torch.Tensor,
+    block: Block,
+    compile_config: CompileConfig | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """
+    Run the states of a block, `(num_rows, width, hidden_size)`, through decoder layers of `model`, whose keys and
+    values are in `cache_layers` of `cache`: as a graph, with a `compile_config`, where the block is narrow enough and
+    storage for it is there.
+    """
+    if block.width == 0:
+        return hidden_states
+    has_graph = compile_config is not None and block.width <= MAX_WIDTH
+    whole = block.of_all_rows(cache_layers[0].lengths) if has_graph else block
+    if not has_graph or not all(layer.has_room(whole.end) for layer in cache_layers):
+        given = layer_inputs(cache, cache_layers, block, model, hidden_states)
+        for layer in layers:
+            hidden_states = layer(hidden_states, **given, **kwargs)
+        return hidden_states
+
+    rows: Any = slice(None)
+    states = hidden_states
+    if whole is not block:  # of all rows, and the cells of the others hold no token
+        rows = block.index(hidden_states.device)[0].squeeze(1)
+        states = hidden_states.new_zeros(len(whole.starts), *hidden_states.shape[1:])
+        states[rows] = hidden_states
+    graph = graph_of(tuple(layer.number for layer in cache_layers), block.width > 1, compile_config)
+    cells = FixedCells(cache, cache_layers, whole, states.device)
+    return graph(list(layers), _copy(states, whole.width), cells, model.rotary_emb, model.config, **kwargs)[rows]
