@@ -20,7 +20,8 @@ from transformers import (
 
 from sorted_llama import SortedLlamaConfig, SortedLlamaForCausalLM, SortedLlamaModel
 from sorted_llama.modeling_sorted_llama.families_sorted_llama import FAMILIES, NO_LLAMAS
-from tests.families import CASES, family_logits, first_layers, tiny_family
+from tests import real_models
+from tests.families import CASES, Published, family_logits, first_layers, tiny_family
 from tests.tiny import prompts, save_gguf, tiny_fields, tiny_llama
 
 
@@ -406,77 +407,49 @@ def test_reading_a_family_changes_nothing_for_llamas(tmp_path):
         assert names == tiny_llama().state_dict().keys() - {"lm_head.weight"}
 
 
-# Models that people use: what their `config.json` says, and how many parameters the Hub counts
+# Models that people use
 
 
-def facts(hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size, **others):
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    values = (hidden_size, intermediate_size, layers, heads, kv_heads)
-    return {**dict(zip(names, values, strict=True)), "vocab_size": vocab_size, **others}
+def parameters_of_a_layer_and_of_the_rest(model):
+    """Their numbers, in a model of one layer."""
+    numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    layer = sum(number for name, number in numbers.items() if "layers" in name)
+    return layer, sum(numbers.values()) - layer
 
 
-TIED = {"tie_word_embeddings": True}
-QWEN = {"model_type": "qwen2", "use_sliding_window": False, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-MISTRAL = {"model_type": "mistral", "rope_theta": 1e6, "max_position_embeddings": 32768, "sliding_window": None}
-PHI3 = {"model_type": "phi3", "sliding_window": None, "rms_norm_eps": 1e-5}
-LLAMA = {"model_type": "llama"}
-
-REAL = {
-    "Qwen2.5-0.5B": (494032768, facts(896, 4864, 24, 14, 2, 151936, **QWEN, **TIED, sliding_window=32768)),
-    "Qwen2.5-1.5B": (1543714304, facts(1536, 8960, 28, 12, 2, 151936, **QWEN, **TIED, sliding_window=131072)),
-    "Qwen2.5-3B": (3085938688, facts(2048, 11008, 36, 16, 2, 151936, **QWEN, **TIED)),
-    "Qwen2.5-7B": (7615616512, facts(3584, 18944, 28, 28, 4, 152064, **QWEN)),
-    "Qwen2.5-14B": (14770033664, facts(5120, 13824, 48, 40, 8, 152064, **QWEN)),
-    "Qwen2.5-32B": (32763876352, facts(5120, 27648, 64, 40, 8, 152064, **QWEN)),
-    "Qwen2.5-72B": (72706203648, facts(8192, 29568, 80, 64, 8, 152064, **QWEN)),
-    "Mistral-7B-v0.2": (7241732096, facts(4096, 14336, 32, 32, 8, 32000, **MISTRAL)),
-    "Mistral-7B-v0.3": (7248023552, facts(4096, 14336, 32, 32, 8, 32768, **MISTRAL)),
-    "Mistral-Nemo-2407": (12247782400, facts(5120, 14336, 40, 32, 8, 131072, **MISTRAL, head_dim=128)),
-    "Mistral-Small-24B-2501": (23572403200, facts(5120, 32768, 40, 32, 8, 131072, **MISTRAL, head_dim=128)),
-    "phi-4": (14659507200, facts(5120, 17920, 40, 40, 10, 100352, **PHI3, rope_theta=250000)),
-    "internlm2_5-7b": (7737708544, facts(4096, 14336, 32, 32, 8, 92544, model_type="internlm2", bias=False)),
-    "internlm2-1_8b": (1889110016, facts(2048, 8192, 24, 16, 8, 92544, model_type="internlm2", bias=False)),
-    "Baichuan2-7B": (7505973248, facts(4096, 11008, 32, 32, None, 125696, model_type="baichuan")),
-    "gemma-2b": (2506172416, facts(2048, 16384, 18, 8, 1, 256000, model_type="gemma", head_dim=256)),
-    "gemma-7b": (8537680896, facts(3072, 24576, 28, 16, 16, 256000, model_type="gemma", head_dim=256)),
-    "Seed-OSS-36B": (36151104512, facts(5120, 27648, 64, 80, 8, 155136, model_type="seed_oss", head_dim=128)),
-    "Yi-6B": (6061035520, facts(4096, 11008, 32, 32, 4, 64000, **LLAMA)),
-    "Yi-34B": (34388917248, facts(7168, 20480, 60, 56, 8, 64000, **LLAMA)),
-    "deepseek-llm-7b": (6910365696, facts(4096, 11008, 30, 32, 32, 102400, **LLAMA)),
-    "TinyLlama-1.1B": (1100048384, facts(2048, 5632, 22, 32, 4, 32000, **LLAMA)),
-    "SmolLM2-135M": (134515008, facts(576, 1536, 30, 9, 3, 49152, **LLAMA, **TIED)),
-    "SmolLM2-1.7B": (1711376384, facts(2048, 8192, 24, 32, 32, 49152, **LLAMA, **TIED)),
-    "vicuna-7b": (6738415616, facts(4096, 11008, 32, 32, 32, 32000, **LLAMA)),
-    "Falcon3-7B": (7455550464, facts(3072, 23040, 28, 12, 4, 131072, **LLAMA, head_dim=256)),
-}
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_a_real_model_has_the_parameters_that_its_page_counts(name, tmp_path):
-    number, fields = REAL[name]
+@pytest.mark.parametrize("name", real_models.REAL)
+def test_a_real_model_has_the_parameters_of_its_own_class_and_its_page(name, tmp_path):
+    number, fields = real_models.REAL[name]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config = SortedLlamaConfig.from_pretrained(tmp_path).to_llama()
-    layers, config.num_hidden_layers = config.num_hidden_layers, 1
+    assert type(config) is LlamaConfig and config.num_hidden_layers == fields["num_hidden_layers"]
+    for field in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "head_dim"):
+        assert getattr(config, field) == fields.get(field, getattr(config, field))
+    theta, scaling = fields.get("rope_theta", 1e4), fields.get("rope_scaling", {"type": "default"})
+    assert config.rope_parameters["rope_theta"] == theta and config.rope_parameters["rope_type"] == scaling["type"]
+    config.num_hidden_layers = 1
+    model_type, one_layer = fields["model_type"], {**fields, "num_hidden_layers": 1}
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    a_layer = [p for n, p in model.model.layers.named_parameters() if not n.endswith("o_proj.bias")]  # of zeros
-    tied = fields["model_type"] == "gemma"  # whose head differs by a factor, and is no longer
-    rest = sum(p.numel() for n, p in model.named_parameters() if ".layers." not in n and not (tied and "head" in n))
-    assert rest + layers * sum(p.numel() for p in a_layer) == number
-    assert config.rope_parameters["rope_theta"] == fields.get("rope_theta", 10000.0)
-    assert type(config) is LlamaConfig
+        llama = LlamaForCausalLM(config)
+        if model_type in CONFIG_MAPPING:
+            own = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**one_layer))
+            assert own.config.hidden_act == config.hidden_act
+        else:
+            kv_heads = fields["num_key_value_heads"] or fields["num_attention_heads"]
+            own = Published(model_type, {**one_layer, "num_key_value_heads": kv_heads})
+    for module in llama.modules():
+        if model_type in ("qwen2", "seed_oss") and hasattr(module, "o_proj"):
+            module.o_proj.bias = None  # of zeros
+    if model_type == "gemma":  # whose head differs by a factor, and is no longer the embeddings
+        llama.lm_head.weight = llama.model.embed_tokens.weight
+    layer, rest = parameters_of_a_layer_and_of_the_rest(llama)
+    assert (layer, rest) == parameters_of_a_layer_and_of_the_rest(own)
+    assert number in (None, fields["num_hidden_layers"] * layer + rest)
 
 
-REAL_REFUSED = {
-    "Mistral-7B-v0.1": facts(4096, 14336, 32, 32, 8, 32000, model_type="mistral", max_position_embeddings=32768),
-    "Phi-3-mini-4k": facts(3072, 8192, 32, 32, 32, 32064, model_type="phi3", sliding_window=2047),
-    "Phi-4-mini": facts(3072, 8192, 32, 24, 8, 200064, model_type="phi3", partial_rotary_factor=0.75),
-    "Baichuan2-13B": facts(5120, 13696, 40, 40, None, 125696, model_type="baichuan"),
-}
-
-
-@pytest.mark.parametrize("name", REAL_REFUSED)
+@pytest.mark.parametrize("name", real_models.REFUSED)
 def test_a_real_model_that_is_no_llama_is_refused(name, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(REAL_REFUSED[name]))
-    with pytest.raises(ValueError, match="holds a model of type"):
+    reason, fields = real_models.REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"holds a model of type '{fields['model_type']}' that .*{reason}"):
         SortedLlamaForCausalLM.from_pretrained(tmp_path)
