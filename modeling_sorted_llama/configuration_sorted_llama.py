@@ -201,7 +201,8 @@ class SortedLlamaConfig(LlamaConfig):
     fused_tensors_of: ClassVar[str | None] = None
 
     def __post_init__(self, **kwargs):
-        kwargs.pop("model_type", None)
+        # Another family's fields are a Llama's by `from_llama` alone
+        check_choice(kwargs.pop("model_type", self.model_type), "model_type", ["llama", self.model_type])
         super().__post_init__(**kwargs)
         self._check_exits()
         if getattr(self, "auto_map", None) is None:  # TRL reads it from the config of every class it does not know
@@ -260,6 +261,7 @@ class SortedLlamaConfig(LlamaConfig):
         # The depth fields depend on one another, so overrides must be there at construction, where they are checked
         overrides = {name: kwargs.pop(name) for name in DEPTH_FIELDS if name in kwargs}
         in_memory = getattr(kwargs.get("name_or_path"), "depth_fields", {})
+        config_dict = llama_fields(config_dict, "", kwargs.get("max_position_embeddings"))
         config_dict = {**{key: value for key, value in config_dict.items() if key != "model_type"}, **in_memory}
         if "num_hidden_layers" in overrides:
             depth = check_int(config_dict.get("num_hidden_layers", cls.num_hidden_layers), "num_hidden_layers", 1)

@@ -94,8 +94,8 @@ def save_tiny(folder: Path | str, model: Any = None) -> str:
 
 def save_gguf(model: Any, file: Path) -> None:
     """
-    Write a Llama or a Qwen2 as llama.cpp's converter does: its names, and a Llama's order of the rotated pairs of
-    queries and keys.
+    Write a Llama, a Qwen2 or a Phi-3 as llama.cpp's converter does: its names, and a Llama's order of the rotated
+    pairs of queries and keys.
     """
     import gguf
 

@@ -136,14 +136,22 @@ def test_a_model_in_memory_that_cannot_be_a_llama_is_refused(name, change):
         SortedLlamaForCausalLM.from_llama(model)
 
 
-def test_a_gguf_file_of_a_family_is_read(tmp_path):
-    reference = tiny_family("qwen2")
+@pytest.mark.parametrize(
+    "case, fields, kind",
+    [
+        ("qwen2", {}, ""),
+        ("phi3", {"tie_word_embeddings": False, "vocab_size": 32064}, " (converted to a Llama)"),
+    ],
+    ids=["qwen2", "phi3"],
+)
+def test_a_gguf_file_of_a_family_is_read(tmp_path, case, fields, kind):
+    reference = tiny_family(case, **fields)
     save_gguf(reference, tmp_path / "tiny.gguf")
     model, info = SortedLlamaForCausalLM.from_pretrained(
         tmp_path, gguf_file="tiny.gguf", dtype=torch.float32, exit_layers=EXITS, output_loading_info=True
     )
-    assert not any(info.values()) and model.config.exit_layers == EXITS and model.config.base_model_type == "qwen2"
-    assert model.config.name_or_path == str(tmp_path)
+    assert not any(info.values()) and model.config.exit_layers == EXITS and model.config.base_model_type == case
+    assert model.config.name_or_path == str(tmp_path) and model.name_or_path == f"{tmp_path}{kind}"
     assert torch.equal(model(**prompts((9, 9))).logits, reference(**prompts((9, 9))).logits)
     assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith("o_proj.bias"))
 
@@ -279,6 +287,7 @@ def test_no_config_object_comes_past_the_table(tmp_path, name, fields, message):
         lambda: SortedLlamaForCausalLM(config),
         lambda: SortedLlamaModel(config),
         lambda: SortedLlamaConfig.from_llama(config),
+        lambda: SortedLlamaConfig.from_dict(config.to_dict()),
         lambda: SortedLlamaForCausalLM.from_pretrained(tmp_path, config=config),
         lambda: SortedLlamaForCausalLM.from_pretrained(tmp_path, config=sorted_config),
     ):
@@ -291,6 +300,14 @@ def test_the_config_of_another_model_is_refused(name):
     config = getattr(transformers, f"{name}Config")(**tiny_fields())
     with pytest.raises(ValueError, match=f"`config` is of a model of type '{config.model_type}', which is not a Lla"):
         SortedLlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "gemma"])
+def test_fields_of_a_family_are_none_of_a_sorted_config(case):
+    fields = tiny_family(case).config.to_dict()
+    with pytest.raises(ValueError, match=f"`model_type` must be 'llama' or 'sorted_llama', got '{case}'"):
+        SortedLlamaConfig(**fields)
+    assert SortedLlamaConfig.from_dict(fields).base_model_type == case
 
 
 def test_a_window_that_the_text_does_not_reach_is_none(tmp_path):
