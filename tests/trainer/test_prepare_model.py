@@ -145,12 +145,14 @@ def test_the_path_of_a_family_that_is_a_llama_is_trained(tmp_path, case):
 def test_a_model_of_a_family_that_is_a_llama_is_trained_as_its_path_is(tmp_path, case):
     model = tiny_family(case)
     folder = save_tiny(tmp_path / "model", model)
+    model.generation_config.max_new_tokens = 7
     of_model, of_path = (
         make_trainer(tmp_path / name, source, max_steps=1, learning_rate=0.1)
         for name, source in (("of_model", model), ("of_path", folder))
     )
     assert_equal_weights(of_model.model, of_path.model, 0.0)
     assert of_model.model.config.base_model_type == model.config.model_type
+    assert of_model.model.generation_config.max_new_tokens == 7
     of_model.train(), of_path.train()
     assert_equal_weights(of_model.model, of_path.model, 0.0)
 
