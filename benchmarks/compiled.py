@@ -14,6 +14,7 @@ All calls decode the same prompts greedily, in turns in one process after a warm
 - *needs*: the acceptance from which drafting is faster than that plain decoding, every draft accepted alike, by the
   time that its cycles took.
 - *peak*: memory of the process over what it held before the call, at its peak.
+- *launches*: on a GPU, kernels and graphs that the host launches for a token, uncompiled and compiled.
 
 ```shell
 python benchmarks/compiled.py --model out/demo/final
@@ -39,7 +40,7 @@ from sorted_llama.modeling_sorted_llama import drafting_sorted_llama, graphs_sor
 
 
 COLUMNS = ["decoding", "ms a token", "compiled", "x uncompiled", "in graphs", "of the limit", "x plain", "x extracted"]
-COLUMNS += ["accepted", "needs", "peak, MB"]
+COLUMNS += ["accepted", "needs", "peak, MB", "launches"]
 
 
 class Parts:
@@ -128,6 +129,14 @@ def status_kb(name: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(f"{name}:"))
 
 
+def launches(call: Callable[[], object]) -> int:
+    """Kernels and graphs that the host launches on a GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+    names = ("LaunchKernel", "GraphLaunch")
+    return sum(event.count for event in profile.key_averages() if any(name in event.key for name in names))
+
+
 def least_acceptance(tokens: float, length: int) -> str:
     """The probability at which `1 + a + ... + a^length` tokens a cycle are as many as `tokens`."""
     if tokens > length + 1:
@@ -214,7 +223,13 @@ class Table:
             accepted,
             needs,
             peak_mb(calls[name, "compiled"]),
+            self.launches(name, calls, steps),
         ]
+
+    def launches(self, name: str, calls: dict, steps: int) -> str:
+        if DEVICE != "cuda":
+            return ""
+        return ", ".join(f"{launches(calls[name, kind]) / steps:.0f}" for kind in ("uncompiled", "compiled"))
 
     def parts(self, call: Callable, prompt: Callable) -> tuple[Parts, float]:
         """The parts of a call behind its prompt, and what it took: of the run of median share."""

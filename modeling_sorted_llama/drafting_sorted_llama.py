@@ -9,7 +9,7 @@ import torch
 
 from .compat_sorted_llama import logger
 from .modes_sorted_llama import SelfSpeculation
-from .sequences_sorted_llama import Choice, DraftStatistics, Sequences, SortedGenerateOutput, draw
+from .sequences_sorted_llama import Choice, DraftStatistics, Sequences, SortedGenerateOutput, draw, likeliest
 
 
 class Drafts(NamedTuple):
@@ -70,7 +70,7 @@ def _draft(
         scores = sequences.process(sequences.head(states, exit_layer, rows), rows, behind)
         needed = sequences.do_sample or threshold is not None
         probabilities = scores.softmax(-1, dtype=torch.float32) if needed else scores
-        token = draw(probabilities) if sequences.do_sample else scores.argmax(-1, keepdim=True)
+        token = draw(probabilities) if sequences.do_sample else likeliest(scores)[:, None]
         tokens.append(token)
         distributions.append(probabilities)
         if sequences.processors:  # those of the next drafts read it
@@ -131,7 +131,7 @@ def accept_greedy(
     scores: torch.Tensor, drafts: torch.Tensor, probabilities: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`accept_sampled`], where each token is the likeliest."""
-    targets = scores.argmax(-1)
+    targets = likeliest(scores)
     accepted = (targets[:, :-1] == drafts).long().cumprod(1).sum(1)
     return accepted, targets.gather(1, accepted[:, None])
 

@@ -3,7 +3,7 @@
 import torch
 
 from .modes_sorted_llama import ConfidenceExit, RowDepths
-from .sequences_sorted_llama import Choice, Sequences, SortedGenerateOutput
+from .sequences_sorted_llama import Choice, Sequences, SortedGenerateOutput, likeliest
 
 
 def decode_with_exits(
@@ -61,7 +61,7 @@ def _choose_at(
         if sequences.do_sample:
             confidences = dict(zip(rows, measured.tolist(), strict=True))
         else:  # one wait for the device, not two
-            both = torch.stack([measured.double(), scores.argmax(-1).double()]).tolist()
+            both = torch.stack([measured.double(), likeliest(scores).double()]).tolist()
             confidences, tokens = (dict(zip(rows, values, strict=True)) for values in both)
         leaving = [row for row in rows if decoding.leaves(depth, confidences[row])]
     if not leaving:

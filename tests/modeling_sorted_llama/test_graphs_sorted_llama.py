@@ -166,6 +166,7 @@ def test_a_block_of_many_pending_tokens_runs_uncompiled(compiler):
     output = model.generate(random_tokens(1, 3), **arguments, **compiler.options(), **RETURN, eos_token_id=[])
     used = output.exit_layers_used[0].tolist()
     assert used == [1] * (new_tokens - 4) + [4] * 4
+    assert len(compiler) == len(model.config.exit_layers)  # those of a token a row
     ids = output.sequences
     with torch.no_grad():
         at_exit, full = (reference_llama(model, k)(ids).logits.argmax(-1)[0] for k in (1, 4))
