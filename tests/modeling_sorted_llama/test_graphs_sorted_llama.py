@@ -29,30 +29,30 @@ MODES = {
 
 
 class Compiler(list):
-    """The graphs that were made."""
+    """The graphs that were made, and how to ask for them."""
 
-    def config(self, backend="eager", **fields) -> CompileConfig:
+    def __init__(self, backend="eager"):
+        super().__init__()
+
         def make(graph, example_inputs):
             self.append(graph)
             return torch._dynamo.lookup_backend(backend)(graph, example_inputs)
 
-        return CompileConfig(backend=make, mode=None, fullgraph=True, **fields)
-
-    def options(self, **fields):
-        return {"cache_implementation": "static", "compile_config": self.config(**fields)}
+        self.config = CompileConfig(backend=make, mode=None, fullgraph=True)
+        self.options = {"cache_implementation": "static", "compile_config": self.config}
 
 
 @pytest.fixture
-def compiler():
+def compiler(request):
     torch._dynamo.reset()
-    yield Compiler()
+    yield Compiler(getattr(request, "param", "eager"))
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kind, mode", [*(("mixed", m) for m in MODES), ("accepting", "drafts")])
 def test_compiled_tokens_are_those_of_uncompiled_decoding(kind, mode, compiler):
     """Rows of different prompts that end at different lengths, a second batch with the graphs of the first."""
-    model, options = MODELS[kind](), compiler.options()
+    model, options = MODELS[kind](), compiler.options
     for lengths in ((6, 4, 1), (3, 7, 7)):
         inputs = prompts(lengths, seed=lengths[0])
         inputs |= {"eos_token_id": ends(reference_llama(model, 4), inputs, (4, 9)), "max_new_tokens": 14, **RETURN}
@@ -69,7 +69,7 @@ def test_compiled_tokens_are_those_of_uncompiled_decoding(kind, mode, compiler):
 
 def test_two_graphs_an_exit_serve_all_modes(compiler):
     """One for a token a row, one for several; whatever mode, depth, tokens, widths and lengths there are."""
-    model, options = MODELS["mixed"](), compiler.options()
+    model, options = MODELS["mixed"](), compiler.options
     calls = [{"assistant_early_exit": 2, "num_assistant_tokens": n} for n in (2, 1, 5, 9)]
     calls += [{"exit_threshold": t} for t in (0.05, 0.2, 2.0)] + [{"exit_layer": [2, 4]}]
     for call in calls:
@@ -84,12 +84,13 @@ def test_two_graphs_an_exit_serve_all_modes(compiler):
     assert len(compiler) == 2 * len(model.config.exit_layers)
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager"], indirect=True)
 def test_a_graph_of_a_compiler_that_takes_writes_apart(compiler):
     """`aot_eager` makes what inductor is given: pure functions, and copies back into the storage."""
     model, inputs = MODELS["mixed"](), prompts()
     for mode in ("thresholds", "drafts"):
         expected = model.generate(**inputs, **MODES[mode], max_new_tokens=10)
-        options = compiler.options(backend="aot_eager")
+        options = compiler.options
         assert torch.equal(model.generate(**inputs, **MODES[mode], **options, max_new_tokens=10), expected)
 
 
@@ -107,7 +108,7 @@ def test_compiled_sampling_draws_the_same_tokens(mode, compiler):
     torch.manual_seed(3)
     expected = model.generate(**arguments)
     torch.manual_seed(3)
-    assert torch.equal(model.generate(**arguments, **compiler.options()), expected)
+    assert torch.equal(model.generate(**arguments, **compiler.options), expected)
     assert compiler
 
 
@@ -117,14 +118,14 @@ def test_compiled_decoding_with_processors_and_a_streamer(mode, compiler):
     arguments = {**inputs, **MODES[mode], "max_new_tokens": 12, "repetition_penalty": 1.3, "suppress_tokens": [7]}
     mine, theirs = Pieces(), Pieces()
     model.generate(**arguments, streamer=theirs)
-    model.generate(**arguments, streamer=mine, **compiler.options())
+    model.generate(**arguments, streamer=mine, **compiler.options)
     assert mine.pieces == theirs.pieces and mine.ended == theirs.ended == 1 and compiler
 
 
 def test_a_cache_that_compiled_decoding_returned_goes_on_in_every_mode(compiler):
     model, inputs = MODELS["mixed"](), prompts((5, 5))
     modes = [{"exit_layer": [4, 4]}, {"exit_threshold": 2.0}, {"assistant_early_exit": 1}]
-    turn, config = prompts((4, 4), seed=1)["input_ids"], compiler.config()
+    turn, config = prompts((4, 4), seed=1)["input_ids"], compiler.config
     arguments = {**MODES["drafts"], **RETURN, "max_new_tokens": 10}
     for mode in modes:
         first = model.generate(**inputs, **arguments, cache_implementation="static", compile_config=config)
@@ -150,34 +151,50 @@ CONFIGS = {
 def test_compiled_decoding_of_a_model_with(name, mode, compiler):
     model, inputs = tiny_sorted(**CONFIGS[name]), prompts((6, 4, 1))
     expected = model.generate(**inputs, **MODES[mode], max_new_tokens=12)
-    assert torch.equal(model.generate(**inputs, **MODES[mode], **compiler.options(), max_new_tokens=12), expected)
+    assert torch.equal(model.generate(**inputs, **MODES[mode], **compiler.options, max_new_tokens=12), expected)
     assert compiler
 
 
 def test_a_block_of_many_pending_tokens_runs_uncompiled(compiler):
     """Tokens leave early for long, then one goes deeper with all of them: more than the widest graph."""
-    model, new_tokens = tiny_sorted(), 2 * MAX_WIDTH
-    depths = iter([1] * (new_tokens - 4) + [4] * 99)
+    model, long = tiny_sorted(), [4, *[1] * (2 * MAX_WIDTH), 4, 4, 4]
+    depths = iter(long)
+    chosen_depth = [0]
 
     def confidence(scores, exit_layer, input_ids):
-        return torch.full((len(scores),), float(next(depths) == 1))
+        if exit_layer == 1:
+            chosen_depth[0] = next(depths)
+        return torch.full((len(scores),), float(chosen_depth[0] == exit_layer))
 
-    arguments = {"exit_threshold": [0.5, 2.0], "exit_confidence": confidence, "max_new_tokens": new_tokens}
-    output = model.generate(random_tokens(1, 3), **arguments, **compiler.options(), **RETURN, eos_token_id=[])
-    used = output.exit_layers_used[0].tolist()
-    assert used == [1] * (new_tokens - 4) + [4] * 4
+    arguments = {"exit_threshold": 0.5, "exit_confidence": confidence, "max_new_tokens": len(long)}
+    output = model.generate(random_tokens(1, 3), **arguments, **compiler.options, **RETURN, eos_token_id=[])
+    assert output.exit_layers_used[0].tolist() == long
     assert len(compiler) == len(model.config.exit_layers)  # those of a token a row
     ids = output.sequences
     with torch.no_grad():
         at_exit, full = (reference_llama(model, k)(ids).logits.argmax(-1)[0] for k in (1, 4))
-    chosen = [(at_exit if depth == 1 else full)[2 + i].item() for i, depth in enumerate(used)]
+    chosen = [(at_exit if depth == 1 else full)[2 + i].item() for i, depth in enumerate(long)]
     assert chosen == ids[0, 3:].tolist()
+
+
+@torch.no_grad()
+def test_one_graph_takes_blocks_of_every_width(compiler):
+    """Also where no token alone came before them, by which torch would know that the width varies."""
+    model, cache, tokens = tiny_sorted(), SortedCache(max_cache_len=64), random_tokens(1, 40)
+    start = 0
+    for width in (20, 5, 2, 3, MAX_WIDTH - 6):
+        given = {CACHE_NAME: cache, "exit_layer": 4, "compile_config": compiler.config if start else None}
+        states = model.model(tokens[:, start : start + width], **given).last_hidden_state
+        start += width
+        expected = reference_llama(model, 4).model(tokens[:, :start]).last_hidden_state[:, -width:]
+        torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-4)
+    assert len(compiler) == len(model.config.exit_layers)
 
 
 def test_a_cache_that_has_become_too_small_grows_uncompiled(compiler):
     model, inputs = MODELS["mixed"](), prompts((5, 5))
     expected = model.generate(**inputs, **MODES["drafts"], max_new_tokens=300, eos_token_id=[])
-    given = {CACHE_NAME: SortedCache(max_cache_len=270), "compile_config": compiler.config()}
+    given = {CACHE_NAME: SortedCache(max_cache_len=270), "compile_config": compiler.config}
     assert torch.equal(
         model.generate(**inputs, **MODES["drafts"], **given, max_new_tokens=300, eos_token_id=[]), expected
     )
@@ -189,7 +206,7 @@ def test_a_cache_that_has_become_too_small_grows_uncompiled(compiler):
 
 def test_nothing_is_compiled_unless_it_is_asked_for(compiler):
     model, inputs, mode = MODELS["mixed"](), prompts(), MODES["drafts"]
-    options = compiler.options()
+    options = compiler.options
     for given in ({**options, "disable_compile": True}, {"cache_implementation": "static"}):
         model.generate(**inputs, **mode, **given, max_new_tokens=8)
     assert not compiler  # on an accelerator, the second would be
@@ -202,18 +219,17 @@ def test_nothing_is_compiled_unless_it_is_asked_for(compiler):
 def test_a_compile_config_that_cannot_be_followed_is_told(compiler, caplog, monkeypatch):
     model, inputs = MODELS["mixed"](), prompts()
     with caplog.at_level(logging.WARNING, "transformers"):
-        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-        model.generate(**inputs, **MODES["drafts"], compile_config=compiler.config(), max_new_tokens=4)
+        model.generate(**inputs, **MODES["drafts"], compile_config=compiler.config, max_new_tokens=4)
         assert "unable to meet the criteria for compilation" in caplog.text
         monkeypatch.setattr(model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
-        model.generate(**inputs, **MODES["drafts"], **compiler.options(), max_new_tokens=4)
+        model.generate(**inputs, **MODES["drafts"], **compiler.options, max_new_tokens=4)
         assert "does not compile with layers on several devices" in caplog.text
     assert not compiler
 
 
 def test_a_fixed_depth_compiles_once_a_depth(compiler):
     """transformers' own path, of as many layers."""
-    model, inputs, options, made = MODELS["mixed"](), prompts(), compiler.options(), []
+    model, inputs, options, made = MODELS["mixed"](), prompts(), compiler.options, []
     for depth in (1, 4, 1, 4):
         arguments = {**inputs, "max_new_tokens": 8, "eos_token_id": []}
         output = model.generate(**arguments, exit_layer=depth, **options)
@@ -224,7 +240,7 @@ def test_a_fixed_depth_compiles_once_a_depth(compiler):
 
 def test_a_compiled_model_is_copied_and_keeps_its_weights_apart(compiler):
     model, inputs = copy.deepcopy(MODELS["mixed"]()), prompts()
-    arguments = {**inputs, **MODES["drafts"], **compiler.options(), "max_new_tokens": 8}
+    arguments = {**inputs, **MODES["drafts"], **compiler.options, "max_new_tokens": 8}
     model.generate(**arguments)
     other = copy.deepcopy(model)
     with torch.no_grad():
