@@ -13,8 +13,8 @@ All calls decode the same prompts greedily, in turns in one process after a warm
   fixed depths, *x extracted* compares with the compiled Llama of these layers. Held to: at least 0.97.
 - *needs*: the acceptance from which drafting is faster than that plain decoding, every draft accepted alike, by the
   time that its cycles took.
-- *peak*: memory of the process over what it held before the call, at its peak.
-- *launches*: on a GPU, kernels and graphs that the host launches for a token, uncompiled and compiled.
+- *peak* and *launches*, on a GPU: memory at its peak over what was held before the call; kernels and graphs that the
+  host launches for a token, uncompiled and compiled.
 
 ```shell
 python benchmarks/compiled.py --model out/demo/final
@@ -108,25 +108,13 @@ def accepting(share: float | None):
 
 
 def peak_mb(call: Callable[[], object]) -> str:
-    """Memory at its peak during a call, over what was held before it."""
-    if DEVICE == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.0f}"
-    try:
-        with open("/proc/self/clear_refs", "w") as file:  # from here on, the peak is that of what follows
-            file.write("5")
-        before = status_kb("VmRSS")
-        call()
-        return f"{max(status_kb('VmHWM') - before, 0) / 1e3:.0f}"
-    except OSError:
-        return "-"
-
-
-def status_kb(name: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(f"{name}:"))
+    """Memory of a GPU at its peak during a call, over what was held before it."""
+    if DEVICE != "cuda":
+        return ""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.0f}"
 
 
 def launches(call: Callable[[], object]) -> int:

@@ -238,17 +238,17 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         layer_inputs |= {"attention_mask": causal_mask, "position_embeddings": position_embeddings, **kwargs}
-        hidden_states, states = self._run_layers(0, depth, inputs_embeds, below, detach_exits, **layer_inputs)
+        hidden_states, states = self._run_layers(depth, inputs_embeds, below, detach_exits, **layer_inputs)
         # What an exit on the way owns is for no token to come: the cache is the model's
         states = {k: self._behind_exit(k, kept, **layer_inputs | {CACHE_NAME: None}) for k, kept in states.items()}
         return {**states, depth: self._behind_exit(depth, hidden_states, **layer_inputs)}
 
     def _run_layers(
-        self, first: int, last: int, hidden_states: torch.Tensor, kept: Sequence[int], detach: bool, **kwargs: Any
+        self, depth: int, hidden_states: torch.Tensor, kept: Sequence[int], detach: bool, **kwargs: Any
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Run layers `first` to `last`; their output, and the states behind those of them that are in `kept`."""
+        """Run the layers up to `depth`; their output, and the states behind those of them that are in `kept`."""
         kept_states = {}
-        for layers_run, decoder_layer in enumerate(self.layers[first:last], start=first + 1):
+        for layers_run, decoder_layer in enumerate([*self.layers][:depth], start=1):
             hidden_states = decoder_layer(hidden_states, **kwargs)
             if layers_run in kept:
                 states = hidden_states.detach() if detach else hidden_states
@@ -276,11 +276,11 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
             cache.check_exit(k, cache_rows)
         block = cache.append(*inputs, cache_rows, rotary_emb=self.rotary_emb, one_by_one=one_by_one)
         run: Any = partial(run_block, self, cache, compile_config=compile_config, **kwargs)
-        hidden_states, states = inputs[0], {}
+        hidden_states, states, modules = inputs[0], {}, [*self.layers]  # a slice of a `ModuleList` is dear
         for first, last in segments:
             layers = cache.trunk(first, last)
             with cache.segment(layers, hidden_states, block) as (hidden_states, block):
-                hidden_states = run(self.layers[first:last], layers, hidden_states, block)
+                hidden_states = run(modules[first:last], layers, hidden_states, block)
                 if last == depth < len(self.layers):
                     cache.trunk(last, last + 1)[0].suspend(hidden_states, block)
             if last == depth or last in below:
