@@ -8,8 +8,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .block_sorted_llama import Block, index_tensor, outside_inference
-from .configuration_sorted_llama import as_int
+from .block_sorted_llama import Block, index_tensor
+from .configuration_sorted_llama import as_int, check_int
 
 
 STORAGE_STEP = 256  # tokens by which the keys and values of a layer grow: no copy per token, little unused memory
@@ -67,7 +67,9 @@ class SortedCacheLayer(DynamicLayer):
     def has_room(self, num_slots: int) -> bool:
         """Whether `num_slots` tokens a row can be written without any storage made anew."""
         keys = self._keys
-        return keys is not None and keys.shape[-2] >= num_slots and outside_inference(keys) is keys
+        if keys is None or (keys.is_inference() and not torch.is_inference_mode_enabled()):
+            return False
+        return keys.shape[-2] >= num_slots
 
     def get_seq_length(self) -> int:
         return max(self.lengths, default=0)
@@ -166,7 +168,7 @@ class SortedCache(Cache):
 
     def __init__(self, max_cache_len: int = 0):
         super().__init__(layers=[])
-        self.max_cache_len = max_cache_len
+        self.max_cache_len = check_int(max_cache_len, "max_cache_len", least=0)
         self.lengths: tuple[int, ...] = ()
         self.exit_layers: dict[int, SortedCacheLayer] = {}
         self.layer_token_passes = 0

@@ -130,11 +130,12 @@ class SortedGenerationMixin(GenerationMixin):
             "layers on several devices": len(set(getattr(self, "hf_device_map", {}).values())) > 1,
             "adapters by row": bool(row_hooks(self)),
         }
-        for what in (what for what, is_so in cannot.items() if is_so):
-            if generation_config.compile_config is not None:
-                logger.warning_once(f"Decoding at moving depth does not compile with {what}: it runs uncompiled.")
-            return None
-        return generation_config.compile_config or self._default_compile_config()
+        what = next((what for what, is_so in cannot.items() if is_so), None)
+        if what is None:
+            return generation_config.compile_config or self._default_compile_config()
+        if generation_config.compile_config is not None:
+            logger.warning_once(f"Decoding at moving depth does not compile with {what}: it runs uncompiled.")
+        return None
 
     def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any):
         """See [`~transformers.ContinuousMixin`]: all requests run at `config.exit_layer`, or at full depth."""

@@ -12,16 +12,18 @@ from transformers import CompileConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .block_sorted_llama import Block
-from .cache_sorted_llama import SortedCache, SortedCacheLayer
+from .cache_sorted_llama import SortedCache, SortedCacheLayer, is_sorted_cache
 from .compat_sorted_llama import CACHE_NAME
-from .layer_inputs_sorted_llama import layer_inputs
+from .layer_inputs_sorted_llama import layer_inputs, takes_slots
 
 
-MAX_WIDTH = 16  # tokens a row of the widest block: prompts run uncompiled, as in transformers
+MAX_WIDTH = 16  # tokens a row of the widest block: longer prompts run uncompiled, as in transformers
+# Graphs of one stretch for other models, numbers of rows, storage, dtypes, adapters, ...; torch's 8 are soon used up
+MAX_VARIANTS = 64
 
 
 def _copy(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    """An input of a graph: of plain strides, and not in the memory of a CUDA graph, which its next replay writes."""
+    """An input of a graph, of plain strides."""
     tensor = tensor.clone(memory_format=torch.contiguous_format)
     if width > 1:
         torch._dynamo.maybe_mark_dynamic(tensor, 1)
@@ -91,6 +93,20 @@ def _run_layers(
     return hidden_states
 
 
+def check_compile_config(compile_config: Any, cache: Any, attention: str | None, returned: Iterable[str]) -> None:
+    """Refuse what no graph can do: other caches and attentions, and what is `returned` of every layer."""
+    if not isinstance(compile_config, CompileConfig):
+        raise ValueError(f"`compile_config` must be a `CompileConfig` of transformers, got {compile_config!r}.")
+    refused = {
+        "a `SortedCache` that is allocated at once, `max_cache_len=n`": is_sorted_cache(cache) and cache.max_cache_len,
+        f"`attn_implementation` 'sdpa' or 'eager', and not {attention!r}": takes_slots(attention),
+        f"an output without `{'`, `'.join(returned)}`": not returned,
+    }
+    for needed, is_there in refused.items():
+        if not is_there:
+            raise ValueError(f"`compile_config` needs {needed}.")
+
+
 _graphs: dict[Any, Callable] = {}
 
 
@@ -98,7 +114,7 @@ def graph_of(numbers: tuple[int, ...], of_several: bool, compile_config: Compile
     """The compiled function of a stretch: each has a store of its own, where torch need not search for it."""
     key = numbers, of_several, repr(compile_config)
     if key not in _graphs:
-        options = {"isolate_recompiles": True, **compile_config.to_dict()}
+        options = {"isolate_recompiles": True, "recompile_limit": MAX_VARIANTS, **compile_config.to_dict()}
         _graphs[key] = torch.compile(_run_layers, **options)
     return _graphs[key]
 
@@ -136,4 +152,7 @@ def run_block(
         states[rows] = hidden_states
     graph = graph_of(tuple(layer.number for layer in cache_layers), block.width > 1, compile_config)
     cells = FixedCells(cache, cache_layers, whole, states.device)
-    return graph(list(layers), _copy(states, whole.width), cells, model.rotary_emb, model.config, **kwargs)[rows]
+    # By default torch looks for hooks that have come or gone since in no module that had none
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        states = graph(list(layers), _copy(states, whole.width), cells, model.rotary_emb, model.config, **kwargs)
+    return states[rows].clone()  # a CUDA graph's next replay writes over its output

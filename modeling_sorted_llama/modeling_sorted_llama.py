@@ -43,7 +43,7 @@ from .compat_sorted_llama import (
 from .configuration_sorted_llama import SortedLlamaConfig, as_sorted_config, check_exit_layer, check_exit_layers
 from .families_sorted_llama import FusedTensorsError
 from .generation_sorted_llama import SortedGenerationMixin
-from .graphs_sorted_llama import run_block
+from .graphs_sorted_llama import check_compile_config, run_block
 from .heads_sorted_llama import EXIT_HEADS, ExitHead, modules_of_exits
 from .loss_sorted_llama import ExitLossOptions, check_labels, labelled_rows, multi_exit_loss
 from .submodels_sorted_llama import LlamaOfFamily, LoadsLlamas, load, plain_submodel, sorted_model
@@ -185,7 +185,9 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
         depth = self.depth(exit_layer)
         exits = () if exit_layers is None else tuple(check_exit_layer(k, depth, "exit_layers") for k in exit_layers)
         below = [k for k in exits if k < depth]
-        self._check_returned(depth, below, cache, kwargs)
+        returned = self._check_returned(depth, below, cache, kwargs)
+        if compile_config is not None:
+            check_compile_config(compile_config, cache, self.config._attn_implementation, returned)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         inputs = inputs_embeds, position_ids, attention_mask
@@ -205,8 +207,11 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
             **{CACHE_NAME: cache},
         )
 
-    def _check_returned(self, depth: int, below: list[int], cache: Any, kwargs: dict[str, Any]) -> None:
-        """Refuse a plain cache, and states of all layers, where they would mix what belongs to several exits."""
+    def _check_returned(self, depth: int, below: list[int], cache: Any, kwargs: dict[str, Any]) -> list[str]:
+        """
+        Refuse a plain cache, and states of all layers, where they would mix what belongs to several exits; which of
+        these states are asked for.
+        """
         own = [k for k in below if self.exit_decoder(k) is not None]
         asked = [n for n in ("output_hidden_states", "output_attentions") if kwargs.get(n, getattr(self.config, n))]
         if own and (asked or not (cache is None or is_sorted_cache(cache))):
@@ -220,6 +225,7 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
                 f"`{asked[0]}=True` would return tokens that are pending in the cache among those of the input: take "
                 f"them along first, with an input of no tokens (`input_ids[:, :0]`) at `exit_layer={depth}`."
             )
+        return asked
 
     def _run_at_once(self, inputs, cache, depth, below, detach_exits, **kwargs: Any) -> dict[int, torch.Tensor]:
         """Run the layers up to `depth` as Llama does; by exit, what the norms at `below` and `depth` read."""

@@ -117,9 +117,7 @@ class Sequences:
 
         returned, given = generation_config.return_dict_in_generate, model_kwargs.get(CACHE_NAME)
         self.cache: Any = SortedCache(_slots_of(generation_config)) if given is None else as_sorted_cache(given)
-        self.compile_config = (
-            None if self.rows_have_adapters else model.compile_config_for(self.cache, generation_config)
-        )
+        self.compile_config = model.compile_config_for(self.cache, generation_config)
         self.cache_is_returned = returned or given is not None
         self.scores: list[torch.Tensor] | None = [] if returned and generation_config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if returned and generation_config.output_logits else None

@@ -70,6 +70,12 @@ def test_max_cache_len_allocates_once():
     assert_equals_straight_pass(cache, tokens)
 
 
+@pytest.mark.parametrize("wrong", [-5, 2.5, True, "x", None])
+def test_a_wrong_number_of_tokens_to_allocate_is_refused(wrong):
+    with pytest.raises(ValueError, match="`max_cache_len` must be an integer of at least 0, got"):
+        SortedCache(max_cache_len=wrong)
+
+
 def test_generate_with_a_static_cache_allocates_once():
     model, tokens = sorted_model(), random_tokens(2, 5)
     output = model.generate(

@@ -7,6 +7,7 @@ import copy
 import inspect
 import logging
 
+import peft
 import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig
@@ -224,7 +225,73 @@ def test_a_compile_config_that_cannot_be_followed_is_told(compiler, caplog, monk
         monkeypatch.setattr(model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
         model.generate(**inputs, **MODES["drafts"], **compiler.options, max_new_tokens=4)
         assert "does not compile with layers on several devices" in caplog.text
+        monkeypatch.delattr(model, "hf_device_map")
+        adapted = peft.get_peft_model(tiny_sorted(), peft.LoraConfig(target_modules=["q_proj"])).eval()
+        names = {"adapter_names": ["default", "__base__", "default"]}
+        adapted.generate(**inputs, **MODES["drafts"], **compiler.options, **names, max_new_tokens=4)
+        assert "does not compile with adapters by row" in caplog.text
     assert not compiler
+
+
+def run_compiled(model, cache, tokens, config):
+    """Two passes to full depth, the first of which makes the storage."""
+    for part in (tokens[:, :-1], tokens[:, -1:]):
+        output = model.model(part, **{CACHE_NAME: cache}, exit_layer=1, compile_config=config)
+    return output.last_hidden_state
+
+
+@torch.no_grad()
+def test_many_models_of_other_shapes_compile_in_one_process(compiler):
+    """More than torch's own limit of variants, of which the next would fail, or run uncompiled."""
+    tokens, number = random_tokens(1, 4), torch._dynamo.config.recompile_limit + 2
+    for size in range(1, number + 1):
+        model = tiny_sorted(hidden_size=32 + 8 * size, head_dim=8, num_hidden_layers=1, exit_layers=[1])
+        states = run_compiled(model, SortedCache(max_cache_len=32), tokens, compiler.config)
+        expected = reference_llama(model, 1).model(tokens).last_hidden_state[:, -1:]
+        torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-4)
+    assert len(compiler) == number
+
+
+@torch.no_grad()
+def test_hooks_that_come_and_go_after_compiling_run(compiler):
+    model, tokens = tiny_sorted(num_hidden_layers=1, exit_layers=[1]), random_tokens(1, 4)
+
+    def states():
+        return run_compiled(model, SortedCache(max_cache_len=32), tokens, compiler.config)
+
+    plain = states()
+    for module in (model.model.layers[0], model.model.layers[0].mlp):
+        for factor in (2.0, 3.0):
+            hook = module.register_forward_hook(lambda _, args, output, factor=factor: output * factor)
+            expected = model.model(tokens).last_hidden_state[:, -1:]
+            torch.testing.assert_close(states(), expected, atol=1e-5, rtol=1e-4)
+            assert not torch.allclose(expected, plain) or module is model.model.layers[0]  # the norm takes it out
+            hook.remove()
+            torch.testing.assert_close(states(), plain)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            {"compile_config": {"backend": "eager"}},
+            "`compile_config` must be a `CompileConfig` of transformers, got {",
+        ),
+        ({CACHE_NAME: SortedCache()}, "`compile_config` needs a `SortedCache` that is allocated at once"),
+        ({CACHE_NAME: None}, "`compile_config` needs a `SortedCache` that is allocated at once"),
+        ({"output_attentions": True}, "`compile_config` needs an output without `output_attentions`"),
+    ],
+)
+def test_a_forward_that_no_graph_can_do_is_refused(arguments, message, compiler):
+    given = {CACHE_NAME: SortedCache(max_cache_len=32), "compile_config": compiler.config, **arguments}
+    with pytest.raises(ValueError, match=message):
+        MODELS["mixed"]().model(random_tokens(1, 3), **given)
+
+
+def test_an_attention_without_a_mask_of_slots_is_refused(compiler):
+    model = tiny_sorted(attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match="needs `attn_implementation` 'sdpa' or 'eager', and not 'flex_attention'"):
+        run_compiled(model, SortedCache(max_cache_len=32), random_tokens(1, 3), compiler.config)
 
 
 def test_a_fixed_depth_compiles_once_a_depth(compiler):
