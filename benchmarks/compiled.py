@@ -98,7 +98,7 @@ def accepting(share: float | None):
 
     def accept(scores, drafts, probabilities=None):
         kept = (torch.rand(drafts.shape, generator=generator) < share).long().cumprod(1).sum(1).to(drafts.device)
-        return kept, scores.argmax(-1).gather(1, kept[:, None])
+        return kept, drafting_sorted_llama.likeliest(scores).gather(1, kept[:, None])
 
     drafting_sorted_llama.accept_greedy = original if share is None else accept
     try:
@@ -134,10 +134,10 @@ def least_acceptance(tokens: float, length: int) -> str:
 
 
 class Table:
-    """One table: the calls of all modes on one model, with as many rows."""
+    """One table: the calls of all modes on one model, for some batches."""
 
-    def __init__(self, args: argparse.Namespace, model: Any, rows: int, inputs: list[dict[str, torch.Tensor]]):
-        self.args, self.model, self.rows, self.inputs = args, model, rows, inputs
+    def __init__(self, args: argparse.Namespace, model: Any, inputs: list[dict[str, torch.Tensor]]):
+        self.args, self.model, self.inputs = args, model, inputs
         self.layers = model.config.num_hidden_layers
         self.compiled = {"cache_implementation": "static", "compile_config": CompileConfig(backend=args.backend)}
         self.compiled["compile_config"]._compile_all_devices = True  # noqa: SLF001 - transformers' own, on a CPU
@@ -289,7 +289,7 @@ def main() -> None:
             f"\n{args.model}, {args.dtype}, {rows} row(s), {where()}; {args.new_tokens} new tokens, {args.runs} runs\n"
         )
         torch._dynamo.reset()  # graphs of other batch sizes
-        Table(args, model, rows, batches(tokenizer, prompts, rows, args.batches)).print()
+        Table(args, model, batches(tokenizer, prompts, rows, args.batches)).print()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main() -> None:
         ]
     inputs = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in inputs]
     print(f"Llama 2 7B's shape, {args.dtype}, {args.rows[0]} row(s), {where()}; {args.new_tokens} new tokens\n")
-    Table(args, model, args.rows[0], inputs).print()
+    Table(args, model, inputs).print()
 
 
 if __name__ == "__main__":
