@@ -21,9 +21,8 @@ class Block:
         self.width = max(self.counts)
         self.end = max(self.starts) + self.width
         self.even = len(set(self.starts)) == 1 and len(set(self.counts)) == 1
-        self.inputs: dict[str, Any] | None = (
-            None  # of layers, beside the states: made by the first stretch that it runs
-        )
+        # What layers are given beside the states: made by the first stretch that the block runs
+        self.inputs: dict[str, Any] | None = None
         self._index: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def count_in(self, lengths: Sequence[int]) -> tuple[int, ...]:
@@ -104,6 +103,11 @@ def index_tensor(values: Iterable[int], device: torch.device) -> torch.Tensor:
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
+def is_left_from_inference(tensor: torch.Tensor) -> bool:
+    """What `torch.inference_mode()` made can be neither written to nor trained through later."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
 def outside_inference(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, or a copy: what `torch.inference_mode()` made can be neither written to nor trained through later."""
-    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+    """`tensor`, or a copy where it is left from inference."""
+    return tensor.clone() if is_left_from_inference(tensor) else tensor

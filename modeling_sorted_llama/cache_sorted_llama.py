@@ -8,7 +8,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .block_sorted_llama import Block, index_tensor
+from .block_sorted_llama import Block, index_tensor, is_left_from_inference
 from .configuration_sorted_llama import as_int, check_int
 
 
@@ -52,9 +52,10 @@ class SortedCacheLayer(DynamicLayer):
         """Store the keys and values of a block, and return those that its rows attend to."""
         self.is_initialized = True
         sizes = len(self.lengths), STORAGE_STEP, self.max_cache_len
+        before = self._keys
         self._keys = block.store(self._keys, key_states, *sizes)
         self._values = block.store(self._values, value_states, *sizes)
-        if self.max_cache_len:  # without it, a graph that writes them is none of CUDA
+        if self.max_cache_len and self._keys is not before:  # without it, a graph that writes them is none of CUDA
             torch._dynamo.mark_static_address(self._keys, guard=False)
             torch._dynamo.mark_static_address(self._values, guard=False)
         return block.select(self._keys[..., : block.end, :]), block.select(self._values[..., : block.end, :])
@@ -67,9 +68,7 @@ class SortedCacheLayer(DynamicLayer):
     def has_room(self, num_slots: int) -> bool:
         """Whether `num_slots` tokens a row can be written without any storage made anew."""
         keys = self._keys
-        if keys is None or (keys.is_inference() and not torch.is_inference_mode_enabled()):
-            return False
-        return keys.shape[-2] >= num_slots
+        return keys is not None and not is_left_from_inference(keys) and keys.shape[-2] >= num_slots
 
     def get_seq_length(self) -> int:
         return max(self.lengths, default=0)
@@ -308,15 +307,16 @@ class SortedCache(Cache):
         if position_ids is None:
             position_ids = self._next_positions(block, device)
         position_ids = position_ids.expand(num_rows, num_tokens)
-        self._positions = block.store(self._positions, position_ids.unsqueeze(-1), *self._sizes(known))
+        self._positions = block.store(self._positions, position_ids.unsqueeze(-1), *self._sizes)
         self._append_to_mask(attention_mask, block, device)
         if rotary_emb is not None and (rotary_emb.rope_type == "longrope" or "dynamic" in rotary_emb.rope_type):
             self._write_angles(rotary_emb, position_ids, block, inputs_embeds, one_by_one)
         self.lengths = block.count_in(known)
         return block
 
-    def _sizes(self, lengths: Sequence[int]) -> tuple[int, int, int]:
-        return len(lengths), STORAGE_STEP, self.max_cache_len
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        return len(self.lengths), STORAGE_STEP, self.max_cache_len
 
     def _next_positions(self, block: Block, device: torch.device) -> torch.Tensor:
         """Positions of a block's tokens, each behind the one before it in its row."""
@@ -337,7 +337,7 @@ class SortedCache(Cache):
         if attention_mask is None:
             attention_mask = torch.ones(len(block.starts), block.width, dtype=torch.bool, device=device)
         attended = attention_mask.to(device, torch.bool).unsqueeze(-1)
-        self._mask = block.store(self._mask, attended[:, -block.width :], *self._sizes(self.lengths))
+        self._mask = block.store(self._mask, attended[:, -block.width :], *self._sizes)
         if attended.shape[1] > block.width and block.rows is None:
             self._mask[:, : block.starts[0]] = attended[:, : -block.width]
 
@@ -360,7 +360,7 @@ class SortedCache(Cache):
                 rotary_emb(states, position_ids=torch.zeros_like(newest))  # forgets the greatest
                 positions = torch.cat([position_ids[rows, call], newest], dim=1)
                 angles[rows, call] = torch.cat(rotary_emb(states, position_ids=positions), dim=-1)[:, :-1]
-        self._angles = block.store(self._angles, angles, *self._sizes(self.lengths))
+        self._angles = block.store(self._angles, angles, *self._sizes)
 
     def read(self, block: Block, num_slots: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """

@@ -14,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from .block_sorted_llama import Block
 from .cache_sorted_llama import SortedCache, SortedCacheLayer, is_sorted_cache
 from .compat_sorted_llama import CACHE_NAME
-from .layer_inputs_sorted_llama import layer_inputs, takes_slots
+from .layer_inputs_sorted_llama import layer_inputs, position_embeddings, takes_slots, up_to
 
 
 MAX_WIDTH = 16  # tokens a row of the widest block: longer prompts run uncompiled, as in transformers
@@ -55,7 +55,13 @@ class FixedCells:
         return keys, values
 
 
-def _run_layers(
+def _run_layers(layers: Iterable[nn.Module], hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
+    for layer in layers:
+        hidden_states = layer(hidden_states, **given)
+    return hidden_states
+
+
+def _run_cells(
     layers: Sequence[nn.Module],
     hidden_states: torch.Tensor,
     cells: FixedCells,
@@ -64,47 +70,40 @@ def _run_layers(
     **kwargs: Any,
 ) -> torch.Tensor:
     """What is compiled: positions, mask and layers of a block, `(batch_size, width, hidden_size)`."""
-    if cells.angles is None:
-        position_embeddings = rotary_emb(hidden_states, position_ids=cells.position_ids)
-    else:
-        position_embeddings = cells.angles.chunk(2, dim=-1)
-    slots = cells.slots
     mask = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
-        batch_size=slots.shape[0],
-        q_length=slots.shape[1],
+        batch_size=cells.slots.shape[0],
+        q_length=cells.slots.shape[1],
         kv_length=cells.attended.shape[1],
-        mask_function=lambda row, head, query, key: key <= slots[row, query],
+        mask_function=up_to(cells.slots),
         attention_mask=cells.attended,
         allow_is_causal_skip=False,
         dtype=hidden_states.dtype,
         config=config,
         device=hidden_states.device,
     )
-    for layer in layers:
-        hidden_states = layer(
-            hidden_states,
-            attention_mask=mask,
-            position_embeddings=position_embeddings,
-            position_ids=cells.position_ids,
-            use_cache=True,
-            **{CACHE_NAME: cells},
-            **kwargs,
-        )
-    return hidden_states
+    given = {
+        "attention_mask": mask,
+        "position_embeddings": position_embeddings(hidden_states, cells.position_ids, cells.angles, rotary_emb),
+        "position_ids": cells.position_ids,
+        "use_cache": True,
+        CACHE_NAME: cells,
+    }
+    return _run_layers(layers, hidden_states, **given, **kwargs)
 
 
-def check_compile_config(compile_config: Any, cache: Any, attention: str | None, returned: Iterable[str]) -> None:
+def check_compile_config(compile_config: Any, cache: Any, attention: str | None, returned: list[str]) -> None:
     """Refuse what no graph can do: other caches and attentions, and what is `returned` of every layer."""
     if not isinstance(compile_config, CompileConfig):
         raise ValueError(f"`compile_config` must be a `CompileConfig` of transformers, got {compile_config!r}.")
-    refused = {
-        "a `SortedCache` that is allocated at once, `max_cache_len=n`": is_sorted_cache(cache) and cache.max_cache_len,
-        f"`attn_implementation` 'sdpa' or 'eager', and not {attention!r}": takes_slots(attention),
-        f"an output without `{'`, `'.join(returned)}`": not returned,
-    }
-    for needed, is_there in refused.items():
-        if not is_there:
-            raise ValueError(f"`compile_config` needs {needed}.")
+    needed = None
+    if not is_sorted_cache(cache) or not cache.max_cache_len:
+        needed = "a `SortedCache` that is allocated at once, `max_cache_len=n`"
+    elif not takes_slots(attention):
+        needed = f"`attn_implementation` 'sdpa' or 'eager', and not {attention!r}"
+    elif returned:
+        needed = f"an output without `{'`, `'.join(returned)}`"
+    if needed is not None:
+        raise ValueError(f"`compile_config` needs {needed}.")
 
 
 _graphs: dict[Any, Callable] = {}
@@ -115,7 +114,7 @@ def graph_of(numbers: tuple[int, ...], of_several: bool, compile_config: Compile
     key = numbers, of_several, repr(compile_config)
     if key not in _graphs:
         options = {"isolate_recompiles": True, "recompile_limit": MAX_VARIANTS, **compile_config.to_dict()}
-        _graphs[key] = torch.compile(_run_layers, **options)
+        _graphs[key] = torch.compile(_run_cells, **options)
     return _graphs[key]
 
 
@@ -140,9 +139,7 @@ def run_block(
     whole = block.of_all_rows(cache_layers[0].lengths) if has_graph else block
     if not has_graph or not all(layer.has_room(whole.end) for layer in cache_layers):
         given = layer_inputs(cache, cache_layers, block, model, hidden_states)
-        for layer in layers:
-            hidden_states = layer(hidden_states, **given, **kwargs)
-        return hidden_states
+        return _run_layers(layers, hidden_states, **given, **kwargs)
 
     rows: Any = slice(None)
     states = hidden_states

@@ -1,8 +1,10 @@
 """What the decoder layers are given beside the states of a block: positions, a mask, and a cache for its cells."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, eager_mask, sdpa_mask
 
@@ -30,17 +32,27 @@ def layer_inputs(
     """What decoder layers of `model` are given beside the states of a block; `layers` are theirs in the cache."""
     if block.inputs is None:
         position_ids, angles, attended = cache.read(block, block.end)
-        if angles is None:
-            position_embeddings = model.rotary_emb(hidden_states, position_ids=position_ids)
-        else:
-            position_embeddings = angles.to(hidden_states.device).chunk(2, dim=-1)
         block.inputs = {
             "attention_mask": attention_mask(attended, block, model.config, hidden_states),
-            "position_embeddings": position_embeddings,
+            "position_embeddings": position_embeddings(hidden_states, position_ids, angles, model.rotary_emb),
             "position_ids": position_ids,
             "use_cache": True,
         }
     return block.inputs | {CACHE_NAME: BlockCache({layer.number: layer for layer in layers}, block)}
+
+
+def position_embeddings(
+    hidden_states: torch.Tensor, position_ids: torch.Tensor, angles: torch.Tensor | None, rotary_emb: nn.Module
+) -> Sequence[torch.Tensor]:
+    """Cosines and sines of positions: `angles` where the cache stores them, or what `rotary_emb` makes of them."""
+    if angles is None:
+        return rotary_emb(hidden_states, position_ids=position_ids)
+    return angles.to(hidden_states.device).chunk(2, dim=-1)
+
+
+def up_to(slots: torch.Tensor) -> Callable:
+    """The mask function of tokens that attend to the slots up to their own, `(num_rows, width)`."""
+    return lambda row, head, query, key: key <= slots[row, query]
 
 
 def takes_slots(implementation: str | None) -> bool:
@@ -76,8 +88,7 @@ def attention_mask(
         return None
     offset, mask_function = block.starts[0], causal_mask_function
     if len(set(block.starts)) > 1:
-        slots = block.index(device)[1]
-        offset, mask_function = 0, lambda row, head, query, key: key <= slots[row, query]
+        offset, mask_function = 0, up_to(block.index(device)[1])
     return make_mask(
         batch_size=len(block.starts),
         q_length=block.width,
