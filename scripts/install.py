@@ -1,7 +1,7 @@
 """
 `python scripts/install.py VENV EXTRAS [--oldest]`: makes the virtual environment, or takes the one that is there, and
 installs the project into it, with extras of pyproject.toml (`train,demo`). With `--oldest`, every package for which
-pyproject.toml names a lower bound is installed in just that version.
+the project or one of these extras names a lower bound is installed in just that version.
 
 On Linux without an NVIDIA GPU a CPU build of torch is installed, and a build that brings CUDA along (gigabytes) is
 refused before it is downloaded. `TORCH_INDEX` names another package index to look for the CPU build in.
@@ -56,9 +56,9 @@ def install_cpu_torch(python: str) -> None:
         run(*install, wheel["download_info"]["url"])
 
 
-def lower_bounds() -> list[str]:
+def lower_bounds(extras: str) -> list[str]:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    needed = chain(project["dependencies"], *project["optional-dependencies"].values())
+    needed = chain(project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras.split(",")))
     return sorted({requirement.replace(">=", "==") for requirement in needed if ">=" in requirement})
 
 
@@ -74,7 +74,7 @@ def main(venv: str, extras: str, oldest: str = "") -> None:
         packages.insert(0, TORCH)  # or pip might replace it by a newer one, with CUDA
     if oldest:
         constraints = Path(venv) / "oldest.txt"
-        constraints.write_text("\n".join(lower_bounds()))
+        constraints.write_text("\n".join(lower_bounds(extras)))
         packages += ["--constraint", str(constraints)]
     run(python, "-m", "pip", "install", "--quiet", *packages)
 

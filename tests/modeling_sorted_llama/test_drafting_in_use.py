@@ -26,6 +26,7 @@ from tests.modeling_sorted_llama.decoding import (
     ends,
     layer_calls,
     row_lengths,
+    since_transformers_5_20,
 )
 from tests.tiny import Pieces, prompts, reference_llama, tiny_tokenizer
 
@@ -273,7 +274,7 @@ def inputs_of(arguments):
 
 
 @pytest.mark.parametrize("length", [3, "auto"])
-@pytest.mark.parametrize("where", ["call", "constructor"])
+@pytest.mark.parametrize("where", ["call", pytest.param("constructor", marks=since_transformers_5_20)])
 def test_drafting_in_a_pipeline(even_clock, where, length):
     model, tokenizer = MODELS["accepting"](), tiny_tokenizer()
     arguments = {"max_new_tokens": 64, "do_sample": False, "batch_size": 2}

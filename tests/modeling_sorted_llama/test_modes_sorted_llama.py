@@ -7,8 +7,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -30,6 +28,7 @@ from tests.modeling_sorted_llama.decoding import (
     record_work,
     rows_of,
     shallow_model,
+    since_transformers_5_20,
     thresholds_at,
     undecided,
 )
@@ -124,10 +123,6 @@ def test_default_depth_bounds_the_search(tmp_path):
     assert max(call[1] for call in work if call[0] == "layer") == 2
     deep = generate(model, **inputs, exit_threshold=2.0, exit_layer=4)
     assert torch.equal(deep.sequences, generate(reference_llama(model, 4), **inputs).sequences)
-
-
-# Before, `pipeline` handed on a part alone of what its constructor was given for `generate`
-since_transformers_5_20 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="dropped")
 
 
 @pytest.mark.parametrize("at", [pytest.param("constructor", marks=since_transformers_5_20), "call", "model"])
