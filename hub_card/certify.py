@@ -281,6 +281,9 @@ def _apply(certificate: dict[str, Any], generation_config: Any, path: str) -> No
     if "setting" in certificate:  # else the file loses what was applied before, which a loaded model has not
         setting = Setting.read(certificate["setting"])
         setattr(generation_config, setting.mode.argument, setting.value)
+        if certificate["speed_up"] < 1:
+            slower = f"`{setting.call}` reads fewer weights, but ran at {certificate['speed_up']:.2f}x its speed here"
+            warnings.warn(f"What is applied is slower than full depth: {slower}.", stacklevel=3)
     generation_config.save_pretrained(path)
     find_faults([certificate], path)  # it may load in another precision
     if generation_config.do_sample:

@@ -182,6 +182,12 @@ def test_the_certified_setting_is_applied(run):
         certify.certify(run.path, run.data, apply=True, dtype="bfloat16", **LOOSE)
 
 
+def test_a_setting_that_is_slower_here_is_applied_with_a_warning(run, monkeypatch):
+    monkeypatch.setattr(certify, "_speed_up", lambda *_: 0.8)
+    with pytest.warns(UserWarning, match=r"slower than full depth: `exit_layer=2` reads .* ran at 0.80x"):
+        certify.certify(run.path, run.data, apply=True, **LOOSE)
+
+
 def test_prompts_that_repeat_are_told(run):
     rows = (run.folder / "rows.jsonl").read_text().splitlines()
     (run.folder / "rows.jsonl").write_text("\n".join(rows + rows[:3]))
