@@ -175,7 +175,8 @@ def test_a_block_of_python_runs_and_prints(block, at_home, capsys):
 
 def run(block: Block, capsys) -> str:
     """What a reader who pastes it into a new process sees."""
-    assert '"role": "user"' in block.text or not re.search(r"\.generate\(|pipeline\(", block.text), "no chat template"
+    asked_as_trained = '"role": "user"' in block.text or 'Answer:"' in block.text  # a chat, or the demo's questions
+    assert asked_as_trained or not re.search(r"\.generate\(|pipeline\(", block.text)
     capsys.readouterr()
     examples = doctest.DocTestParser().get_examples(block.text)
     namespace = {"__name__": "__main__"}
