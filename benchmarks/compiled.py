@@ -13,8 +13,8 @@ All calls decode the same prompts greedily, in turns in one process after a warm
   fixed depths, *x extracted* compares with the compiled Llama of these layers. Held to: at least 0.97.
 - *needs*: the acceptance from which drafting is faster than that plain decoding, every draft accepted alike, by the
   time that its cycles took.
-- *peak* and *launches*, on a GPU: memory at its peak over what was held before the call; kernels and graphs that the
-  host launches for a token, uncompiled and compiled.
+- *peak*: memory at its peak over what was held before the call, uncompiled and compiled (on a CPU as Linux counts it).
+- *launches*, on a GPU: kernels and graphs that the host launches for a token, uncompiled and compiled.
 
 ```shell
 python benchmarks/compiled.py --model out/demo/final
@@ -23,17 +23,21 @@ python benchmarks/compiled.py --model out/demo/final --rows 8
 """
 
 import argparse
+import ctypes
+import math
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from _common import DEVICE, endless, in_turns, load_sorted, print_head, print_row, ratio, synchronize, where
-from facts import build_facts
-from self_speculation import batches
+from self_speculation import batches, read_prompts
 from transformers import CompileConfig
 
 from sorted_llama.modeling_sorted_llama import drafting_sorted_llama, graphs_sorted_llama
@@ -107,14 +111,24 @@ def accepting(share: float | None):
         drafting_sorted_llama.accept_greedy = original
 
 
-def peak_mb(call: Callable[[], object]) -> str:
-    """Memory of a GPU at its peak during a call, over what was held before it."""
-    if DEVICE != "cuda":
-        return ""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+def peak_mb(call: Callable[[], object]) -> float:
+    """Memory at its peak during a call, over what was held before it."""
+    if DEVICE == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if not sys.platform.startswith("linux"):
+        return math.nan
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed, and would be taken again unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = resident_kb("VmRSS")
     call()
-    return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.0f}"
+    return (resident_kb("VmHWM") - before) / 1e3
+
+
+def resident_kb(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def launches(call: Callable[[], object]) -> int:
@@ -210,7 +224,7 @@ class Table:
             of_extracted,
             accepted,
             needs,
-            peak_mb(calls[name, "compiled"]),
+            ", ".join(f"{peak_mb(calls[name, kind]):.0f}" for kind in ("uncompiled", "compiled")),
             self.launches(name, calls, steps),
         ]
 
@@ -263,6 +277,7 @@ def acceptance(value: str) -> float | None:
 def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="out/demo/final", help="a SoFT checkpoint, or any Llama")
+    parser.add_argument("--prompts", type=Path, help="JSON lines with a field `prompt`; default: the demo's questions")
     parser.add_argument("--depths", type=int, nargs="*", default=[10], help="fixed depths, beside the full one")
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--drafts", type=int, nargs="*", default=[5, 10], help="exits that draft")
@@ -283,7 +298,7 @@ def main() -> None:
     if args.small:
         args.depths, args.drafts, args.new_tokens, args.runs, args.backend = [2], [2], 6, 1, "aot_eager"
     model, tokenizer = load_sorted(args.small, getattr(torch, args.dtype), args.model)
-    prompts = [] if args.small else of_one_length(tokenizer, [row["prompt"] for row in build_facts()[1]])
+    prompts = [] if args.small else of_one_length(tokenizer, read_prompts(args.prompts))
     for rows in args.rows:
         print(
             f"\n{args.model}, {args.dtype}, {rows} row(s), {where()}; {args.new_tokens} new tokens, {args.runs} runs\n"

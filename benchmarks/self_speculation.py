@@ -39,6 +39,11 @@ from _common import (
 from facts import build_facts
 
 
+def read_prompts(file: Path | None) -> list[str]:
+    rows = build_facts()[1] if file is None else [json.loads(line) for line in file.read_text().splitlines()]
+    return [row["prompt"] for row in rows]
+
+
 def batches(tokenizer, prompts: list[str], rows: int, number: int) -> list[dict[str, torch.Tensor]]:
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
@@ -70,11 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.small:
         args.exits, args.lengths, args.new_tokens, args.runs, args.rows = [2], [2], 6, 1, [1, 2]
-        prompts: list[str] = []
-    elif args.prompts:
-        prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines()]
-    else:
-        prompts = [row["prompt"] for row in build_facts()[1]]
+    prompts = [] if args.small else read_prompts(args.prompts)
 
     print(f"{args.model}, {where()}; {args.batches} batches, {args.new_tokens} new tokens, {args.runs} runs, greedy")
     for dtype in args.dtypes:
