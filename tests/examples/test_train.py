@@ -185,7 +185,11 @@ LENSES |= {"exit_schedule": "random", "self_distillation_weight": 0.5}
 HEADS = {"exit_heads": "separate"}  # weights that the loss uses without calling their modules
 
 
-@pytest.mark.parametrize("engine, options", [("ddp", LENSES), ("fsdp2", {}), ("zero2", {}), ("zero3", HEADS)], ids=str)
+LAYERS = {"exit_heads": "layer"}
+RUNS = [("ddp", LENSES), ("fsdp2", LAYERS), ("zero2", {}), ("zero3", HEADS)]
+
+
+@pytest.mark.parametrize("engine, options", RUNS, ids=str)
 def test_two_processes_equal_one(in_one_process, tmp_path, engine, options):
     """
     The same global batches split over two processes, with each engine's configuration: the losses and weights of a
