@@ -160,7 +160,9 @@ def _baichuan(config: Any) -> dict[str, Any]:
 def _gemma(config: Any) -> dict[str, Any]:
     if not config.tie_word_embeddings or config.use_bidirectional_attention:
         raise ValueError("has a head of its own, or looks ahead, as no Gemma 1 that generates text")
-    return {"attention_bias": config.attention_bias, "tie_word_embeddings": False}
+    # What its files call "gelu" is the tanh form, also where a version of transformers (5.16) computes the other
+    hidden_act = {"gelu": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act)
+    return {"attention_bias": config.attention_bias, "tie_word_embeddings": False, "hidden_act": hidden_act}
 
 
 FAMILIES = {
@@ -256,11 +258,12 @@ def llama_fields(fields: dict[str, Any], path: Any, max_position_embeddings: int
     # Fields that are not in the file have the family's defaults, where transformers knows them
     in_transformers = model_type in CONFIG_MAPPING
     config_class = CONFIG_MAPPING[model_type] if in_transformers else LlamaConfig
-    config = config_class(**{name: value for name, value in fields.items() if name != "model_type"})
-    max_position_embeddings = max_position_embeddings or config.max_position_embeddings
     try:
-        _check_positions(config, max_position_embeddings)
+        config = config_class(**{name: value for name, value in fields.items() if name != "model_type"})
+        _check_positions(config, max_position_embeddings or config.max_position_embeddings)
         own = family.fields(config)
+    except KeyError as error:  # what transformers raises about `rope_scaling`
+        raise ValueError(f"{what} that its own class in transformers refuses: {error.args[0]}") from error
     except ValueError as error:
         raise ValueError(f"{what} that {error}.") from error
     if family.fused and fields.get("quantization_config") is not None:

@@ -23,10 +23,18 @@ QWEN = {"model_type": "qwen2", "use_sliding_window": False, "rope_theta": 1e6, "
 QWEN_32K, QWEN_128K = {**QWEN, **FINE, **length(32768)}, {**QWEN, **FINE, **length(131072)}
 QWEN_LARGE = {**QWEN, **COARSE, **length(131072)}
 MISTRAL = {"model_type": "mistral", "rope_theta": 1e6, **length(32768), "sliding_window": None, **COARSE}
-PHI3 = {"model_type": "phi3", "sliding_window": None, **COARSE}
+PHI3 = {"model_type": "phi3", "sliding_window": None, "rope_scaling": None, **COARSE}
+PHI4 = (5120, 17920, 40, 40, 10, 100352)
 INTERNLM2 = {"model_type": "internlm2", "bias": False, "rope_theta": 1e6, **length(32768), **COARSE}
 BAICHUAN = {"model_type": "baichuan", **FINE, **length(4096)}
-GEMMA = {"model_type": "gemma", "head_dim": 256, "hidden_act": "gelu", **FINE, **length(8192)}
+GEMMA = {"model_type": "gemma", "head_dim": 256, **FINE, **length(8192)}
+# With what is known of the activation, which their files spell in several ways; what is meant is "gelu_pytorch_tanh"
+GELU = {"hidden_act": "gelu"}
+GEMMA_2B = {"gemma-2b": GELU, "gemma-2b-it": {}, "codegemma-1.1-2b": {}}
+GEMMA_2B |= {"gemma-1.1-2b-it": {"hidden_act": "gelu_pytorch_tanh"}}
+GEMMA_2B |= {"codegemma-2b": {**GELU, "hidden_activation": None}}
+GEMMA_7B = {"gemma-7b": {}, "gemma-7b-it": GELU, "gemma-1.1-7b-it": {}}
+GEMMA_7B |= {"codegemma-7b": {}, "codegemma-7b-it": {}, "codegemma-1.1-7b-it": {}}
 SEED_OSS = {"model_type": "seed_oss", "head_dim": 128, "rope_theta": 1e7, **FINE, **length(524288)}
 LLAMA = {"model_type": "llama"}
 DEEPSEEK_CODER = {**LLAMA, "rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}, **length(16384)}
@@ -61,8 +69,11 @@ REAL = {
         8019808256,
         facts(4096, 12288, 36, 32, 8, 131072, **{**MISTRAL, "sliding_window": 32768, "rope_theta": 1e8}, head_dim=128),
     ),
-    "phi-4": (14659507200, facts(5120, 17920, 40, 40, 10, 100352, **PHI3, rope_theta=250000, **length(16384))),
-    "Phi-4-reasoning": (14659507200, facts(5120, 17920, 40, 40, 10, 100352, **PHI3, rope_theta=5e5, **length(32768))),
+    "phi-4": (14659507200, facts(*PHI4, **PHI3, rope_theta=250000, **length(16384))),
+    **dict.fromkeys(
+        ("Phi-4-reasoning", "Phi-4-reasoning-plus"),
+        (14659507200, facts(*PHI4, **PHI3, rope_theta=5e5, **length(32768))),
+    ),
     "internlm2-1_8b": (1889110016, facts(2048, 8192, 24, 16, 8, 92544, **INTERNLM2, **dynamic(2.0))),
     "internlm2-7b": (7737708544, facts(4096, 14336, 32, 32, 8, 92544, **INTERNLM2, **dynamic(2.0))),
     "internlm2-20b": (19861149696, facts(6144, 16384, 48, 48, 8, 92544, **INTERNLM2)),
@@ -70,8 +81,8 @@ REAL = {
     "internlm2_5-7b": (7737708544, facts(4096, 14336, 32, 32, 8, 92544, **INTERNLM2)),
     "internlm2_5-20b": (19861149696, facts(6144, 16384, 48, 48, 8, 92544, **INTERNLM2)),
     "Baichuan2-7B": (7505973248, facts(4096, 11008, 32, 32, None, 125696, **BAICHUAN)),
-    "gemma-2b": (2506172416, facts(2048, 16384, 18, 8, 1, 256000, **GEMMA)),
-    "gemma-7b": (8537680896, facts(3072, 24576, 28, 16, 16, 256000, **GEMMA)),
+    **{name: (2506172416, facts(2048, 16384, 18, 8, 1, 256000, **GEMMA, **act)) for name, act in GEMMA_2B.items()},
+    **{name: (8537680896, facts(3072, 24576, 28, 16, 16, 256000, **GEMMA, **act)) for name, act in GEMMA_7B.items()},
     "Seed-OSS-36B": (36151104512, facts(5120, 27648, 64, 80, 8, 155136, **SEED_OSS)),
     "Yi-6B": (6061035520, facts(4096, 11008, 32, 32, 4, 64000, **LLAMA, rope_theta=5e6)),
     "Yi-9B": (8829407232, facts(4096, 11008, 48, 32, 4, 64000, **LLAMA)),
@@ -95,13 +106,15 @@ REAL = {
 }
 
 
-def longrope(frequencies: int, sliding_window: int) -> dict[str, Any]:
+def longrope(frequencies: int, sliding_window: int, kind: str = "longrope") -> dict[str, Any]:
     factors = {"short_factor": [1.0] * frequencies, "long_factor": [2.0] * frequencies}
     lengths = {**length(131072), "original_max_position_embeddings": 4096, "sliding_window": sliding_window}
-    return {**PHI3, **lengths, "rope_scaling": {"type": "longrope", **factors}}
+    return {**PHI3, "attention_bias": False, **lengths, "rope_scaling": {"type": kind, **factors}}
 
 
+PHI3_4K = {**PHI3, "sliding_window": 2047, **length(4096), "original_max_position_embeddings": 4096}
 PHI3_MINI, PHI3_MEDIUM = (3072, 8192, 32, 32, 32, 32064), (5120, 17920, 40, 40, 10, 32064)
+PHI4_MINI = facts(3072, 8192, 32, 24, 8, 200064, **longrope(48, 262144), partial_rotary_factor=0.75, **TIED)
 BAICHUAN_13B = (5120, 13696, 40, 40, None)
 
 # With a part of the reason
@@ -110,15 +123,12 @@ REFUSED = {
         "`sliding_window=4096`",
         facts(4096, 14336, 32, 32, 8, 32000, **{**MISTRAL, "sliding_window": 4096, "rope_theta": 1e4}),
     ),
-    "Phi-3-mini-4k": ("=2047`", facts(*PHI3_MINI, **{**PHI3, "sliding_window": 2047}, **length(4096))),
-    "Phi-3-medium-4k": ("=2047`", facts(*PHI3_MEDIUM, **{**PHI3, "sliding_window": 2047}, **length(4096))),
-    "Phi-3-mini-128k": ("'longrope'", facts(*PHI3_MINI, **longrope(48, 262144))),
-    "Phi-3-medium-128k": ("'longrope'", facts(*PHI3_MEDIUM, **longrope(64, 131072))),
+    "Phi-3-mini-4k": ("`sliding_window=2047`", facts(*PHI3_MINI, **PHI3_4K)),
+    "Phi-3-medium-4k": ("`sliding_window=2047`", facts(*PHI3_MEDIUM, **PHI3_4K)),
+    "Phi-3-mini-128k": ("'longrope'", facts(*PHI3_MINI, **longrope(48, 262144, "su"))),
+    "Phi-3-medium-128k": ("'longrope'", facts(*PHI3_MEDIUM, **longrope(64, 131072, "su"))),
     "Phi-3.5-mini": ("'longrope'", facts(*PHI3_MINI, **longrope(48, 262144))),
-    "Phi-4-mini": (
-        "`partial_rotary_factor=0.75`",
-        facts(3072, 8192, 32, 24, 8, 200064, **longrope(48, 262144), partial_rotary_factor=0.75, **TIED),
-    ),
+    **dict.fromkeys(("Phi-4-mini", "Phi-4-mini-reasoning"), ("`partial_rotary_factor=0.75`", PHI4_MINI)),
     "Baichuan-7B": ("only Baichuan 2", facts(4096, 11008, 32, 32, None, 64000, **BAICHUAN)),
     "Baichuan-13B": ("ALiBi", facts(*BAICHUAN_13B, 64000, **BAICHUAN)),
     "Baichuan2-13B": ("ALiBi", facts(*BAICHUAN_13B, 125696, model_type="baichuan", model_max_length=4096)),

@@ -411,6 +411,26 @@ def test_a_model_quantized_as_it_is_read_equals_that_of_the_family(tmp_path, cas
     assert torch.equal(model(**prompts((9, 9))).logits, expected(**prompts((9, 9))).logits)
 
 
+SPELLINGS = [
+    {"hidden_act": "gelu"},
+    {"hidden_act": "gelu", "hidden_activation": None},
+    {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"},
+    {"hidden_activation": "gelu_pytorch_tanh"},
+    {},
+]
+
+
+@pytest.mark.parametrize("fields", SPELLINGS)
+def test_gelu_in_a_file_of_gemmas_is_its_tanh_form(tmp_path, fields):
+    reference = tiny_family("gemma")
+    reference.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved.pop("hidden_act") == "gelu_pytorch_tanh"
+    (tmp_path / "config.json").write_text(json.dumps(saved | fields))
+    model = SortedLlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(model(**prompts()).logits, reference(**prompts()).logits)
+
+
 def test_reading_a_family_changes_nothing_for_llamas(tmp_path):
     """transformers reverses conversions where it saves: no Llama, plain or sorted, may get the family's names."""
     load(tmp_path / "family", "phi3")
@@ -438,7 +458,7 @@ def test_a_real_model_has_the_parameters_of_its_own_class_and_its_page(name, tmp
     assert type(config) is LlamaConfig and config.num_hidden_layers == fields["num_hidden_layers"]
     for field in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "head_dim"):
         assert getattr(config, field) == fields.get(field, getattr(config, field))
-    theta, scaling = fields.get("rope_theta", 1e4), fields.get("rope_scaling", {"type": "default"})
+    theta, scaling = fields.get("rope_theta", 1e4), fields.get("rope_scaling") or {"type": "default"}
     assert config.rope_parameters["rope_theta"] == theta and config.rope_parameters["rope_type"] == scaling["type"]
     config.num_hidden_layers = 1
     model_type, one_layer = fields["model_type"], {**fields, "num_hidden_layers": 1}
@@ -446,7 +466,7 @@ def test_a_real_model_has_the_parameters_of_its_own_class_and_its_page(name, tmp
         llama = LlamaForCausalLM(config)
         if model_type in CONFIG_MAPPING:
             own = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**one_layer))
-            assert own.config.hidden_act == config.hidden_act
+            assert config.hidden_act == ("gelu_pytorch_tanh" if model_type == "gemma" else own.config.hidden_act)
         else:
             kv_heads = fields["num_key_value_heads"] or fields["num_attention_heads"]
             own = Published(model_type, {**one_layer, "num_key_value_heads": kv_heads})
@@ -466,3 +486,6 @@ def test_a_real_model_that_is_no_llama_is_refused(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=f"holds a model of type '{fields['model_type']}' that .*{reason}"):
         SortedLlamaForCausalLM.from_pretrained(tmp_path)
+    if "window" in reason:  # where texts stay within it, there is none
+        config = SortedLlamaConfig.from_pretrained(tmp_path, max_position_embeddings=fields["sliding_window"])
+        assert config.to_llama().max_position_embeddings == fields["sliding_window"]
