@@ -3,6 +3,7 @@ Tiny models of other families, each with random weights in every tensor: of tran
 InternLM2 and Baichuan 2 it has not: `Published` is written from what their published modelling code computes.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,9 @@ def tiny_family(case: str, seed: int = 0, **overrides: Any) -> nn.Module:
     return model.eval()
 
 
+@functools.cache
 def first_layers(case: str, num_layers: int) -> nn.Module:
-    """The first layers of a case's model as a model of the family."""
+    """The first layers of a case's model as a model of the family, which no test changes."""
     overrides = {"layer_types": ["full_attention"] * num_layers} if "layer_types" in CASES[case][1] else {}
     whole, cut = tiny_family(case), tiny_family(case, num_hidden_layers=num_layers, **overrides)
     kept = cut.state_dict().keys()

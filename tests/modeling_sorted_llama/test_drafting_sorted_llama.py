@@ -1,5 +1,6 @@
 """`generate(assistant_early_exit=k)`: a shallow exit drafts, the layers above verify, and nobody can tell."""
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -48,21 +49,32 @@ def even_clock(monkeypatch):
     monkeypatch.setattr(drafting_sorted_llama, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("length", LENGTHS)
-def test_greedy_tokens_are_full_depths(length, kind):
-    """Every draft exit; one row, a left-padded batch, and a batch whose rows end at different times."""
-    model = MODELS[kind]()
-    reference = reference_llama(model, 4)
+@functools.cache
+def greedy_runs(kind):
+    """Arguments of one row and of a left-padded batch, without end tokens and with, and full depth's tokens."""
+    reference, runs = reference_llama(MODELS[kind](), 4), []
     for inputs in (prompts((6,)), prompts()):
         for eos in ([], ends(reference, inputs)):
             arguments = {**inputs, "max_new_tokens": 17, "eos_token_id": eos}
-            expected = reference.generate(**arguments)
-            for draft in (1, 2, 3, "auto"):
-                output = model.generate(**arguments, assistant_early_exit=draft, **LENGTHS[length], **RETURN)
-                assert torch.equal(output.sequences, expected), (draft, eos)
-                if "num_assistant_tokens" in LENGTHS[length] and "auto" not in length:
-                    assert output.draft_statistics.drafted > 0
+            runs.append((arguments, reference.generate(**arguments)))
+    return runs
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_greedy_tokens_are_full_depths(length, kind):
+    """
+    One row, a left-padded batch, and both with rows that end at different times: each drafted by two exits of four,
+    so that over all cases every exit drafts with every length, every model and every batch.
+    """
+    model, drafts = MODELS[kind](), [1, 2, 3, "auto"]
+    turn = list(LENGTHS).index(length) + list(MODELS).index(kind)
+    for number, (arguments, expected) in enumerate(greedy_runs(kind)):
+        for draft in {drafts[(turn + number) % 4], drafts[(turn + 2 * number + 1) % 4]}:
+            output = model.generate(**arguments, assistant_early_exit=draft, **LENGTHS[length], **RETURN)
+            assert torch.equal(output.sequences, expected), (draft, arguments["eos_token_id"])
+            if "num_assistant_tokens" in LENGTHS[length] and "auto" not in length:
+                assert output.draft_statistics.drafted > 0
 
 
 @settings(max_examples=30, deadline=None)
@@ -91,8 +103,13 @@ def test_greedy_tokens_of_any_model(data):
     assert torch.equal(tokens, reference.generate(**arguments))
 
 
-@pytest.mark.parametrize("source", ["argument", "generation_config", "given_generation_config", "config"])
-@pytest.mark.parametrize("draft", [1, 2, "auto"])
+@pytest.mark.parametrize(
+    "draft, source",
+    [
+        *((draft, "argument") for draft in (1, 2)),
+        *(("auto", source) for source in ("argument", "generation_config", "given_generation_config", "config")),
+    ],
+)
 def test_drafts_are_verified_at_a_depth_below_full(draft, source):
     fields = {"exit_layer": 3} if source == "config" else {}
     model = quiet(tiny_sorted(exit_layers=[1, 2, 3, 4], **fields), 2)
@@ -154,7 +171,7 @@ PROCESSORS = {
     "forced_eos": lambda: {"forced_eos_token_id": 9},
     "suppress_tokens": lambda: {"suppress_tokens": list(range(3, 200))},
     "begin_suppress_tokens": lambda: {"begin_suppress_tokens": list(range(3, 259, 2))},
-    "sequence_bias": lambda: {"sequence_bias": [[[5], 9.0], [[5, 6], 20.0]]},
+    "sequence_bias": lambda: {"sequence_bias": [[[5], 4.0], [[5, 6], 4.0]]},
     "exponential_decay": lambda: {"exponential_decay_length_penalty": (4, 1.5)},
     "prefix_allowed": lambda: {"prefix_allowed_tokens_fn": only_of_the_row},
     "user_processor": lambda: {"logits_processor": LogitsProcessorList([NoNeighbours()])},
@@ -163,22 +180,29 @@ PROCESSORS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@functools.cache
+def without_processors():
+    """Arguments, and full depth's tokens: a batch whose rows accept unequally, one that repeats itself, one row."""
+    reference, repeating = reference_llama(MODELS["mixed"](), 4), prompts((4, 4), seed=1)["input_ids"].repeat(1, 4)
+    batches = (prompts(), {"input_ids": repeating, "attention_mask": torch.ones_like(repeating)}, prompts((5,)))
+    arguments = [{**inputs, "max_new_tokens": 16} for inputs in batches]
+    return [(of_batch, reference.generate(**of_batch)) for of_batch in arguments]
+
+
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_drafting_with_processors_and_criteria(name, kind):
-    """A batch whose rows accept unequally, a batch that repeats itself, one row."""
-    model = MODELS[kind]()
+def test_drafting_with_processors_and_criteria(name):
+    """They are called for blocks of which all is kept, a part, or nothing."""
+    model, changed, kept = MODELS["mixed"](), False, []
     reference = reference_llama(model, 4)
-    repeating = prompts((4, 4), seed=1)["input_ids"].repeat(1, 4)
-    changed = False
-    for inputs in (prompts(), {"input_ids": repeating, "attention_mask": torch.ones_like(repeating)}, prompts((5,))):
-        arguments = {**inputs, "max_new_tokens": 16}
+    for arguments, plain in without_processors():
         expected = reference.generate(**arguments, **PROCESSORS[name]())
-        tokens = model.generate(**arguments, **PROCESSORS[name](), assistant_early_exit=1, num_assistant_tokens=3)
-        assert torch.equal(tokens, expected)
-        plain = reference.generate(**arguments)
+        drafting = {"assistant_early_exit": 1, "num_assistant_tokens": 3, **RETURN}
+        output = model.generate(**arguments, **PROCESSORS[name](), **drafting)
+        assert torch.equal(output.sequences, expected)
         changed = changed or plain.shape != expected.shape or not torch.equal(plain, expected)
-    if name not in ("max_time", "encoder_no_repeat_ngram") and not (kind == "accepting" and "encoder" in name):
+        kept.append((output.draft_statistics.accepted, output.draft_statistics.drafted))
+    assert 0 < sum(accepted for accepted, _ in kept) < sum(drafted for _, drafted in kept)
+    if name not in ("max_time", "encoder_no_repeat_ngram"):
         assert changed, "a processor that does nothing here shows nothing"
 
 
@@ -220,11 +244,10 @@ def test_drafting_with_a_criterion_that_reads_the_scores(kind):
     assert torch.equal(output.sequences, expected.sequences) and len(output.scores) == len(expected.scores) == 11
 
 
-@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("eos", [2, None])
-def test_drafting_with_stop_strings(eos, kind):
+def test_drafting_with_stop_strings(eos):
     """Without an end token a finished row goes on until all are done, as in transformers."""
-    model, tokenizer, inputs = MODELS[kind](eos_token_id=eos), tiny_tokenizer(), prompts()
+    model, tokenizer, inputs = MODELS["mixed"](eos_token_id=eos), tiny_tokenizer(), prompts()
     reference = reference_llama(model, 4)
     texts = [tokenizer.decode([token]) for token in range(259)]
     arguments = {**inputs, "max_new_tokens": 40}

@@ -76,7 +76,7 @@ def test_softs_losses_are_those_of_the_family(tmp_path, case):
 @pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if not name.islower()])
 def test_greedy_decoding_gives_the_tokens_of_the_family(tmp_path, case):
     model, _ = load(tmp_path, case)
-    greedy = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     for depth in EXITS:
         expected = first_layers(case, depth).generate(**prompts(), **greedy)
         assert torch.equal(model.generate(**prompts(), **greedy, exit_layer=depth), expected)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel, StaticCache
 
 from sorted_llama import SortedLlamaForCausalLM, SortedLlamaModel
@@ -465,7 +464,7 @@ class TestCompile:
 
     @pytest.mark.parametrize("use_cache", [False, True])
     def test_one_graph_a_depth(self, use_cache):
-        model, inputs = tiny_sorted(num_hidden_layers=3, exit_layers=[1, 2, 3]), batch((9, 5), "left")
+        model, inputs = tiny_sorted(num_hidden_layers=2, exit_layers=[1, 2]), batch((9, 5), "left")
         graphs = []
 
         def backend(graph, _):
@@ -475,38 +474,16 @@ class TestCompile:
         compiled = torch.compile(model, fullgraph=True, backend=backend)
         arguments = {**inputs, "use_cache": use_cache}
         with torch.no_grad():
-            for depth in (1, 3, 2):
+            for depth in (1, 2):
                 before = len(graphs)
                 output = compiled(**arguments, exit_layer=depth)
                 assert len(graphs) == before + 1
                 assert attention_calls(graphs[before:]) == depth
                 assert_same(output, reference_llama(model, depth)(**arguments), depth)
             before = len(graphs)
-            for depth in (3, 1, 2, 1):
+            for depth in (2, 1, 1, 2):
                 compiled(**arguments, exit_layer=depth)
             assert len(graphs) == before
-
-    def test_decoding_with_a_static_cache(self):
-        """Steps of a decoding loop share the graph of their depth, and equal what runs uncompiled."""
-        model, tokens = tiny_sorted(), batch((9, 9))["input_ids"]
-        counter = CompileCounter()
-        compiled = torch.compile(model, fullgraph=True, backend=counter)
-        counts = []
-        with torch.no_grad():
-            for depth in (1, 2, 1, 2):
-                cache = StaticCache(config=model.config, max_cache_len=16)
-                expected_cache = StaticCache(config=model.config, max_cache_len=16)
-                reference = reference_llama(model, depth)
-                model(tokens[:, :5], past_key_values=cache, exit_layer=depth)
-                reference(tokens[:, :5], past_key_values=expected_cache)
-                for step in range(5, 9):
-                    token = tokens[:, step : step + 1]
-                    output = compiled(token, past_key_values=cache, exit_layer=depth)
-                    expected = reference(token, past_key_values=expected_cache)
-                    torch.testing.assert_close(output.logits, expected.logits)  # a traced mask takes other kernels
-                counts.append(counter.frame_count)
-        assert counts[0] >= 1
-        assert counts[1] == counts[2] == counts[3]
 
     def test_a_compiled_model_still_refuses_wrong_depths(self):
         model = tiny_sorted()
