@@ -136,7 +136,14 @@ USE_THE_MODEL = """
     assert not hasattr(sorted_llama, "no_such_name")
 
     from transformers import AutoConfig
-    assert type(AutoConfig.for_model("sorted_llama")) is sorted_llama.SortedLlamaConfig
+    config = AutoConfig.for_model("sorted_llama", hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    assert type(config) is sorted_llama.SortedLlamaConfig
+    model = sorted_llama.SortedLlamaForCausalLM(config)
+
+    assert not {"peft", "sorted_llama.trainer"} & {*sys.modules}
+    import peft  # last, and yet it knows what LoRA is put on
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
+    assert sorted(adapted.peft_config["default"].target_modules) == ["q_proj", "v_proj"]
 
     import trainer
     assert trainer.MINE, "the user's own trainer.py is hidden"

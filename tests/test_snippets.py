@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import pytest
 from datasets import load_dataset
+from lm_eval.tasks import TaskManager
 from peft import LoraConfig
 from transformers.utils import logging
 from trl import TrlParser
@@ -140,6 +141,15 @@ def reader(tmp_path_factory):
         page = f"---\nconfigs:\n- config_name: {config}\n  data_dir: {config}\n---\n"
         (folder / name / "README.md").write_text(page)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def harness_tasks_are_read_once():
+    """lm-evaluation-harness reads thousands of files for each command."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = TaskManager().task_index
+        patch.setattr("lm_eval.tasks.manager.TaskIndex.build", lambda self, folders: dict(found))
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Tiny models and a byte-level tokenizer: real code paths in milliseconds, without a download."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -21,8 +22,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 259 tokens, with a chat template that marks what the assistant says."""
+@functools.cache
+def _bytes() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,9 +33,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
             special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
         ),
     )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
-    )
+    return tokenizer
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 259 tokens, with a chat template that marks what the assistant says."""
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=_bytes(), padding_side="left", **special)  # of a copy
     fast.chat_template = CHAT_TEMPLATE
     return fast
 

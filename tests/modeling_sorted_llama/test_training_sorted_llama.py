@@ -1,10 +1,6 @@
 """Training the model itself: `labels=`, checkpointing, compilation, autocast, PEFT, and plain `Trainer`."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from tests.tiny import reference_llama, save_tiny, tiny_llama, tiny_sorted
+from tests.tiny import reference_llama, tiny_llama, tiny_sorted
 
 
 EXITS = [1, 2, 4]
@@ -390,29 +386,6 @@ def test_peft_default_targets_are_llamas(method):
     assert {n for n, p in mine.named_parameters() if p.requires_grad} == {
         n for n, p in theirs.named_parameters() if p.requires_grad
     }
-
-
-LORA = """
-import sys
-
-from sorted_llama import SortedLlamaForCausalLM
-
-assert not {"peft", "trainer", "sorted_llama.trainer"} & {*sys.modules}
-model = SortedLlamaForCausalLM.from_pretrained(sys.argv[1])
-
-import peft
-
-model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
-print(sorted(model.peft_config["default"].target_modules))
-"""
-
-
-def test_peft_knows_the_targets_also_where_it_is_imported_last(tmp_path):
-    folder, root = save_tiny(tmp_path / "model", tiny_sorted()), str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", LORA, folder]
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert "['q_proj', 'v_proj']" in run.stdout, run.stderr
 
 
 NEW_TOKENS = [

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,21 +38,6 @@ def assert_equal_exits(actual, expected):
         with torch.no_grad():
             logits = [model.eval()(input_ids=INPUT_IDS, exit_layer=k).logits for model in (actual, expected)]
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
-
-
-REMOTE_SCRIPT = """
-import sys
-
-sys.modules["sorted_llama"] = None  # importing it fails, installed or not
-import torch
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-input_ids = torch.load(sys.argv[2])
-with torch.no_grad():
-    logits = {k: model(input_ids=input_ids, exit_layer=k).logits for k in (1, 2, 4)}
-torch.save(logits, sys.argv[3])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -113,25 +95,6 @@ def test_lora_adapter_generates_at_an_exit(lora):
     reference = reference_llama(AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload(), 2)
     arguments = {"input_ids": INPUT_IDS, "max_new_tokens": 8, "do_sample": False}
     assert reloaded.generate(**arguments, exit_layer=2).tolist() == reference.generate(**arguments).tolist()
-
-
-def test_lora_adapter_is_loaded_without_this_project(lora, tmp_path):
-    """In a process where neither package can be imported, the base folder's own code does."""
-    trainer, adapter = lora
-    torch.save(INPUT_IDS, tmp_path / "input_ids.pt")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", REMOTE_SCRIPT, str(adapter), "input_ids.pt", "logits.pt"],
-        env={**env, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    for k, logits in torch.load(tmp_path / "logits.pt").items():
-        with torch.no_grad():
-            torch.testing.assert_close(logits, trainer.model(input_ids=INPUT_IDS, exit_layer=k).logits)
 
 
 def test_lora_on_a_plain_llamas_folder_is_loaded_around_it(tmp_path):
