@@ -22,7 +22,7 @@ demo: .venv/.installed
 	.venv/bin/python examples/demo.py --model "$(MODEL)" $(if $(DATA),--data "$(DATA)")
 
 test: .venv/.test-installed
-	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/modeling_sorted_llama

@@ -3,6 +3,7 @@
 import ast
 import copy
 import inspect
+import itertools
 import math
 
 import pytest
@@ -312,12 +313,14 @@ def tiny_with_rope(kind: str, seed: int = 0) -> SortedLlamaForCausalLM:
     return tiny_sorted(seed, **{"max_position_embeddings": ROPE_LENGTH, **ENDLESS, **ROPES[kind]})
 
 
-@pytest.mark.parametrize("mode", FULL_DEPTH.values(), ids=FULL_DEPTH)
-@pytest.mark.parametrize("lengths", [(30,), (40,), (36, 20, 4)], ids=str)
+@pytest.mark.parametrize(
+    "lengths, name",
+    [*itertools.product([(30,), (40,)], ["threshold", "drafts"]), *(((36, 20, 4), name) for name in FULL_DEPTH)],
+)
 @pytest.mark.parametrize("kind", ROPES)
-def test_full_depth_beyond_the_original_length_of_rope_is_plain_llamas(kind, lengths, mode):
+def test_full_depth_beyond_the_original_length_of_rope_is_plain_llamas(kind, lengths, name):
     """Plain decoding turns each token by the angles of its own step; a block of tokens has the angles of no step."""
-    model, inputs = tiny_with_rope(kind, seed=1), prompts(lengths, seed=1)
+    model, inputs, mode = tiny_with_rope(kind, seed=1), prompts(lengths, seed=1), FULL_DEPTH[name]
     expected = greedy(reference_llama(model, 4), inputs, max_new_tokens=24)
     assert torch.equal(greedy(model, inputs, max_new_tokens=24, **depths_for(mode, len(lengths))), expected)
     # Nor do they depend on what the model has read before
@@ -459,10 +462,12 @@ ROW_MODES = {
 }
 
 
-@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), ("q_proj", "lm_head")], ids="+".join)
-@pytest.mark.parametrize("mode", ROW_MODES.values(), ids=ROW_MODES)
-def test_each_row_with_its_adapter_is_as_the_row_alone(mode, modules):
-    model, inputs, names = adapted(modules), prompts((6, 6, 6)), ["a", "b", "__base__"]
+@pytest.mark.parametrize(
+    "mode_name, module", [*((n, "v_proj") for n in ROW_MODES), ("drafts", "lm_head"), ("early", "lm_head")]
+)
+def test_each_row_with_its_adapter_is_as_the_row_alone(mode_name, module):
+    model, inputs, names = adapted(("q_proj", module)), prompts((6, 6, 6)), ["a", "b", "__base__"]
+    mode = ROW_MODES[mode_name]
     tokens = greedy(model, inputs, adapter_names=names, **mode)
     assert not row_hooks(model)
     for row, name in enumerate(names):
@@ -610,8 +615,7 @@ def test_a_checkpoint_trained_without_a_cache_decodes_with_one(mode, tmp_path):
         model.generate(**inputs, generation_config=GenerationConfig(use_cache=False, **mode))
 
 
-@pytest.mark.parametrize("first", FULL_DEPTH)
-@pytest.mark.parametrize("second", FULL_DEPTH)
+@pytest.mark.parametrize("first, second", [(name, list(FULL_DEPTH)[i - 1]) for i, name in enumerate(FULL_DEPTH)])
 def test_a_turn_under_inference_mode_goes_on_outside_of_it(first, second):
     model, inputs = tiny_sorted(**ENDLESS), prompts((6, 6, 6))
     with torch.inference_mode():
