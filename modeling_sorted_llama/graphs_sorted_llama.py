@@ -114,7 +114,9 @@ def graph_of(numbers: tuple[int, ...], of_several: bool, compile_config: Compile
     key = numbers, of_several, repr(compile_config)
     if key not in _graphs:
         options = {"isolate_recompiles": True, "recompile_limit": MAX_VARIANTS, **compile_config.to_dict()}
-        _graphs[key] = torch.compile(_run_cells, **options)
+        # By default torch looks for hooks that have come or gone since in no module that had none
+        guarding_hooks = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+        _graphs[key] = guarding_hooks(torch.compile(_run_cells, **options))
     return _graphs[key]
 
 
@@ -149,7 +151,5 @@ def run_block(
         states[rows] = hidden_states
     graph = graph_of(tuple(layer.number for layer in cache_layers), block.width > 1, compile_config)
     cells = FixedCells(cache, cache_layers, whole, states.device)
-    # By default torch looks for hooks that have come or gone since in no module that had none
-    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-        states = graph(list(layers), _copy(states, whole.width), cells, model.rotary_emb, model.config, **kwargs)
+    states = graph(list(layers), _copy(states, whole.width), cells, model.rotary_emb, model.config, **kwargs)
     return states[rows].clone()  # a CUDA graph's next replay writes over its output
