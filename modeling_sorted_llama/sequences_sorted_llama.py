@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +104,7 @@ class Sequences:
         model_kwargs: dict[str, Any],
     ):
         self.model = model
+        self._exit_head = lru_cache(model.exit_head)
         self.config = generation_config
         self.streamer = streamer
         self.device = input_ids.device
@@ -200,7 +201,7 @@ class Sequences:
 
     def head(self, hidden_states: torch.Tensor, depth: int, rows: Sequence[int]) -> torch.Tensor:
         """Logits of normed states of an exit, `(num_rows, ..., hidden_size)`."""
-        head = self.model.exit_head(depth)
+        head = self._exit_head(depth)
         logits = self._as_batch(head, hidden_states, rows) if self.rows_have_adapters else head(hidden_states)
         return logits.to(self.device)
 
