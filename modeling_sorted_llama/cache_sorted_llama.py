@@ -362,14 +362,22 @@ class SortedCache(Cache):
                 angles[rows, call] = torch.cat(rotary_emb(states, position_ids=positions), dim=-1)[:, :-1]
         self._angles = block.store(self._angles, angles, *self._sizes)
 
-    def read(self, block: Block, num_slots: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def read(self, block: Block) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
-        Of a block, the positions, `(num_rows, width)`, the angles where they are stored, and which of the first
-        `num_slots` tokens are no padding, `(num_rows, num_slots)`, where some are.
+        Of a block, the positions, `(num_rows, width)`, the angles where they are stored, and which tokens up to its
+        end are no padding, `(num_rows, block.end)`, where some are.
         """
         positions = block.read(self._positions).squeeze(-1)
         angles = None if self._angles is None else block.read(self._angles)
-        return positions, angles, None if self._mask is None else block.select(self._mask[:, :num_slots, 0])
+        return positions, angles, None if self._mask is None else block.select(self._mask[:, : block.end, 0])
+
+    def read_all(self, num_slots: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """As [`read`], of all slots, in use or not; the mask, `(batch_size, num_slots)`, also of no padding."""
+        if self._mask is None:
+            attended = self._positions.new_ones(len(self.lengths), num_slots, dtype=torch.bool)
+        else:
+            attended = torch.nn.functional.pad(self._mask[..., 0], (0, num_slots - self._mask.shape[1]))
+        return self._positions, self._angles, attended
 
     def segments(
         self, depth: int, rows: list[int] | None = None, exits: Collection[int] = ()

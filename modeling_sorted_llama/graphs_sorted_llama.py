@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CompileConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .block_sorted_llama import Block
+from .block_sorted_llama import Block, index_tensor
 from .cache_sorted_llama import SortedCache, SortedCacheLayer, is_sorted_cache
 from .compat_sorted_llama import CACHE_NAME
 from .layer_inputs_sorted_llama import layer_inputs, position_embeddings, takes_slots, up_to
@@ -22,37 +22,25 @@ MAX_WIDTH = 16  # tokens a row of the widest block: longer prompts run uncompile
 MAX_VARIANTS = 64
 
 
-def _copy(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    """An input of a graph, of plain strides."""
-    tensor = tensor.clone(memory_format=torch.contiguous_format)
-    if width > 1:
-        torch._dynamo.maybe_mark_dynamic(tensor, 1)
-    return tensor
-
-
 class FixedCells:
     """
-    The cells of a block in storage of fixed size, as the cache that layers are given: what differs from step to step
-    is in tensors, so that one graph does for all of them.
+    The cells of a block in storage of fixed size, as the cache that layers are given: which they are is in tensors, so
+    that one graph does for all of them.
     """
 
-    def __init__(self, cache: SortedCache, layers: list[SortedCacheLayer], block: Block, device: torch.device):
-        self.keys = {layer.number: layer.storage[0] for layer in layers}
-        self.values = {layer.number: layer.storage[1] for layer in layers}
-        self.rows, slots = block.index(device)
-        num_slots = layers[0].storage[0].shape[-2]
-        position_ids, angles, attended = cache.read(block, num_slots)
-        self.slots, self.position_ids = _copy(slots, block.width), _copy(position_ids, block.width)
-        self.angles = None if angles is None else _copy(angles, block.width)
-        if attended is None:
-            attended = torch.ones(len(block.starts), num_slots, dtype=torch.bool, device=device)
-        self.attended = nn.functional.pad(attended, (0, num_slots - attended.shape[1]))
+    def __init__(self, storage: dict[int, tuple[torch.Tensor, torch.Tensor]], starts: torch.Tensor, width: int):
+        self.storage = storage
+        self.rows = torch.arange(starts.shape[0], device=starts.device)[:, None]
+        self.slots = starts[:, None] + torch.arange(width, device=starts.device)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[self.rows, :, self.slots] = key_states.transpose(1, 2)
-        values[self.rows, :, self.slots] = value_states.transpose(1, 2)
-        return keys, values
+        for storage, states in zip(self.storage[layer_idx], (key_states, value_states), strict=True):
+            storage[self.rows, :, self.slots] = states.transpose(1, 2)
+        return self.storage[layer_idx]
+
+    def read(self, storage: torch.Tensor) -> torch.Tensor:
+        """As [`Block.read`]."""
+        return storage[self.rows, self.slots.clamp(max=storage.shape[1] - 1)]
 
 
 def _run_layers(layers: Iterable[nn.Module], hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
@@ -63,32 +51,44 @@ def _run_layers(layers: Iterable[nn.Module], hidden_states: torch.Tensor, **give
 
 def _run_cells(
     layers: Sequence[nn.Module],
+    norm: nn.Module,
     hidden_states: torch.Tensor,
-    cells: FixedCells,
+    starts: torch.Tensor,
+    storage: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    positions: torch.Tensor,
+    angles: torch.Tensor | None,
+    attended: torch.Tensor,
     rotary_emb: nn.Module,
     config: Any,
     **kwargs: Any,
-) -> torch.Tensor:
-    """What is compiled: positions, mask and layers of a block, `(batch_size, width, hidden_size)`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What is compiled: cells, mask, layers and the exit's norm of a block, `(batch_size, width, hidden_size)`, that
+    begins at `starts`; `positions`, `angles` and `attended` are of all slots.
+    """
+    cells = FixedCells(storage, starts, hidden_states.shape[1])
     mask = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
         batch_size=cells.slots.shape[0],
         q_length=cells.slots.shape[1],
-        kv_length=cells.attended.shape[1],
+        kv_length=attended.shape[1],
         mask_function=up_to(cells.slots),
-        attention_mask=cells.attended,
+        attention_mask=attended,
         allow_is_causal_skip=False,
         dtype=hidden_states.dtype,
         config=config,
         device=hidden_states.device,
     )
+    position_ids = cells.read(positions).squeeze(-1)
+    angles = None if angles is None else cells.read(angles)
     given = {
         "attention_mask": mask,
-        "position_embeddings": position_embeddings(hidden_states, cells.position_ids, cells.angles, rotary_emb),
-        "position_ids": cells.position_ids,
+        "position_embeddings": position_embeddings(hidden_states, position_ids, angles, rotary_emb),
+        "position_ids": position_ids,
         "use_cache": True,
         CACHE_NAME: cells,
     }
-    return _run_layers(layers, hidden_states, **given, **kwargs)
+    hidden_states = _run_layers(layers, hidden_states, **given, **kwargs)
+    return hidden_states, norm(hidden_states)
 
 
 def check_compile_config(compile_config: Any, cache: Any, attention: str | None, returned: list[str]) -> None:
@@ -124,24 +124,25 @@ def run_block(
     model: Any,
     cache: SortedCache,
     layers: Iterable[nn.Module],
+    norm: nn.Module,
     cache_layers: list[SortedCacheLayer],
     hidden_states: torch.Tensor,
     block: Block,
     compile_config: CompileConfig | None = None,
     **kwargs: Any,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Run the states of a block, `(num_rows, width, hidden_size)`, through decoder layers of `model`, whose keys and
     values are in `cache_layers` of `cache`: as a graph, with a `compile_config`, where the block is narrow enough and
-    storage for it is there.
+    storage for it is there. A graph has also the `norm` of the exit behind them, which is returned beside the states.
     """
     if block.width == 0:
-        return hidden_states
+        return hidden_states, None
     has_graph = compile_config is not None and block.width <= MAX_WIDTH
     whole = block.of_all_rows(cache_layers[0].lengths) if has_graph else block
     if not has_graph or not all(layer.has_room(whole.end) for layer in cache_layers):
         given = layer_inputs(cache, cache_layers, block, model, hidden_states)
-        return _run_layers(layers, hidden_states, **given, **kwargs)
+        return _run_layers(layers, hidden_states, **given, **kwargs), None
 
     rows: Any = slice(None)
     states = hidden_states
@@ -150,6 +151,12 @@ def run_block(
         states = hidden_states.new_zeros(len(whole.starts), *hidden_states.shape[1:])
         states[rows] = hidden_states
     graph = graph_of(tuple(layer.number for layer in cache_layers), block.width > 1, compile_config)
-    cells = FixedCells(cache, cache_layers, whole, states.device)
-    states = graph(list(layers), _copy(states, whole.width), cells, model.rotary_emb, model.config, **kwargs)
-    return states[rows].clone()  # a CUDA graph's next replay writes over its output
+    states = states.clone(memory_format=torch.contiguous_format)  # of plain strides
+    if whole.width > 1:
+        torch._dynamo.maybe_mark_dynamic(states, 1)
+    storage = {layer.number: layer.storage for layer in cache_layers}
+    starts = index_tensor(whole.starts, states.device)
+    slots = cache.read_all(cache_layers[0].storage[0].shape[-2])
+    outputs = graph(list(layers), norm, states, starts, storage, *slots, model.rotary_emb, model.config, **kwargs)
+    states, normed = (output[rows].clone() for output in outputs)  # a CUDA graph's next replay writes over them
+    return states, normed

@@ -31,7 +31,7 @@ def layer_inputs(
 ) -> dict[str, Any]:
     """What decoder layers of `model` are given beside the states of a block; `layers` are theirs in the cache."""
     if block.inputs is None:
-        position_ids, angles, attended = cache.read(block, block.end)
+        position_ids, angles, attended = cache.read(block)
         block.inputs = {
             "attention_mask": attention_mask(attended, block, model.config, hidden_states),
             "position_embeddings": position_embeddings(hidden_states, position_ids, angles, model.rotary_emb),

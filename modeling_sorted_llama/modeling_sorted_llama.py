@@ -193,7 +193,7 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
         inputs = inputs_embeds, position_ids, attention_mask
         if is_sorted_cache(cache):
             kwargs |= {"cache_rows": cache_rows, "one_by_one": one_by_one, "compile_config": compile_config}
-            states = self._run_segments(inputs, cache, depth, below, detach_exits, **kwargs)
+            states, normed = self._run_segments(inputs, cache, depth, below, detach_exits, **kwargs)
         elif cache_rows is not None:
             raise ValueError("`cache_rows` chooses rows of a `SortedCache`: pass one as `cache`.")
         else:
@@ -201,8 +201,9 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
                 cache = DynamicCache(config=self.config)
                 del cache.layers[self.num_layers(depth) :]
             states = self._run_at_once(inputs, cache, depth, below, detach_exits, use_cache=use_cache, **kwargs)
+            normed = None
         return SortedModelOutputWithPast(
-            last_hidden_state=self.exit_norm(depth)(states[depth]),
+            last_hidden_state=self.exit_norm(depth)(states[depth]) if normed is None else normed,
             exit_hidden_states=tuple(states[k] for k in exits) or None,
             **{CACHE_NAME: cache},
         )
@@ -270,8 +271,8 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
 
     def _run_segments(
         self, inputs, cache, depth, below, detach_exits, cache_rows, one_by_one, compile_config, **kwargs: Any
-    ) -> dict[int, torch.Tensor]:
-        """As [`_run_at_once`], taking along what is pending on the way."""
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+        """As [`_run_at_once`], taking along what is pending on the way; and the normed states, where a graph ran."""
         if cache_rows is not None and cache_rows == list(range(len(cache.lengths))):
             cache_rows = None
         own = [int(k) for k in self.exit_decoders]
@@ -283,27 +284,31 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
         block = cache.append(*inputs, cache_rows, rotary_emb=self.rotary_emb, one_by_one=one_by_one)
         run: Any = partial(run_block, self, cache, compile_config=compile_config, **kwargs)
         hidden_states, states, modules = inputs[0], {}, [*self.layers]  # a slice of a `ModuleList` is dear
+        if block.width == 0:  # below all that is pending there is nothing to run
+            lowest = min([*cache.pending, *(k - 1 for k in [*below, depth])])
+            segments = [(first, last) for first, last in segments if last > lowest]
         for first, last in segments:
             layers = cache.trunk(first, last)
             with cache.segment(layers, hidden_states, block) as (hidden_states, block):
-                hidden_states = run(modules[first:last], layers, hidden_states, block)
+                norm = self.exit_norm(last)
+                hidden_states, normed = run(modules[first:last], norm, layers, hidden_states, block)
                 if last == depth < len(self.layers):
                     cache.trunk(last, last + 1)[0].suspend(hidden_states, block)
             if last == depth or last in below:
                 at_exit = hidden_states.detach() if detach_exits and last < depth else hidden_states
-                states[last] = self._behind_exit_in(cache, last, at_exit, block, run)
+                states[last], normed = self._behind_exit_in(cache, last, at_exit, normed, block, run)
             elif last in own:
                 cache.of_exit(last).suspend(hidden_states, block)
-        return states
+        return states, normed
 
-    def _behind_exit_in(self, cache, exit_layer: int, hidden_states: torch.Tensor, block, run) -> torch.Tensor:
-        """As [`_behind_exit`], of a block and what is pending before the exit's own layer."""
+    def _behind_exit_in(self, cache, exit_layer: int, hidden_states, normed, block, run):
+        """As [`_behind_exit`], of a block and what is pending before the exit's own layer; and the normed states."""
         own = self.exit_decoder(exit_layer)
         if own is not None:
             layers = [cache.of_exit(exit_layer)]
             with cache.segment(layers, hidden_states, block) as (hidden_states, block):
-                hidden_states = run([own], layers, hidden_states, block)
-        return block.align_right(hidden_states)
+                hidden_states, normed = run([own], self.exit_norm(exit_layer), layers, hidden_states, block)
+        return block.align_right(hidden_states), None if normed is None else block.align_right(normed)
 
 
 class SortedLlamaForCausalLM(SavedAsItsModel, LoadsLlamas, SortedGenerationMixin, LlamaForCausalLM):

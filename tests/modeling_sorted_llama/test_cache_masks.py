@@ -59,7 +59,7 @@ def test_a_mask_of_another_shape_is_refused(shape, masked):
 
 
 def mask_of(cache, block, attention, states):
-    attended = cache.read(block, block.end)[2]
+    attended = cache.read(block)[2]
     return attention_mask(attended, block, SimpleNamespace(_attn_implementation=attention), states)
 
 

@@ -270,6 +270,17 @@ def test_rows_take_along_different_numbers_of_tokens():
         torch.testing.assert_close(states[row, -count:], expected[0, -count:], **CLOSE)
 
 
+def test_a_pass_without_new_tokens_returns_at_every_exit_what_was_pending_below_it():
+    tokens, cache = random_tokens(2, 4), SortedCache()
+    run(cache, tokens, depth=2)
+    assert run(cache, tokens[:, :0], depth=1).shape[1] == 0
+    passes = cache.layer_token_passes
+    outputs = sorted_model().model(tokens[:, :0], **{CACHE_NAME: cache}, exit_layers=[1, 3, LAYERS])
+    assert [states.shape[1] for states in outputs.exit_hidden_states] == [0, 4, 4]
+    assert cache.layer_token_passes - passes == tokens.numel() * (LAYERS - 2)
+    torch.testing.assert_close(outputs.last_hidden_state, run_plain(tokens)[0], **CLOSE)
+
+
 def test_states_at_exits_are_those_of_the_tokens_that_pass_them():
     tokens, cache, model = random_tokens(2, 6), SortedCache(), sorted_model()
     run(cache, tokens[:, :2])

@@ -80,6 +80,8 @@ def test_two_graphs_an_exit_serve_all_modes(compiler):
         ids, **{CACHE_NAME: first[CACHE_NAME]}, **calls[0], max_new_tokens=4, compile_config=options["compile_config"]
     )
     assert len(compiler) == 2 * len(model.config.exit_layers)
+    norms = [sum("rsqrt" in str(node.target) for node in graph.graph.nodes) for graph in compiler]
+    assert sorted(norms) == [3, 3, 3, 3, 5, 5]  # two a layer, and the exit's
     for seed, call in enumerate(calls):
         model.generate(**prompts((7, 7), seed=seed), **call, **options, max_new_tokens=17, eos_token_id=[])
     assert len(compiler) == 2 * len(model.config.exit_layers)
@@ -260,7 +262,7 @@ def test_hooks_that_come_and_go_after_compiling_run(compiler):
         return run_compiled(model, SortedCache(max_cache_len=32), tokens, compiler.config)
 
     plain = states()
-    for module in (model.model.layers[0], model.model.layers[0].mlp):
+    for module in (model.model.layers[0], model.model.layers[0].mlp, model.model.norm):
         for factor in (2.0, 3.0):
             hook = module.register_forward_hook(lambda _, args, output, factor=factor: output * factor)
             expected = model.model(tokens).last_hidden_state[:, -1:]
