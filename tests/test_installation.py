@@ -129,6 +129,7 @@ USE_THE_MODEL = """
     import sys
     import sorted_llama
 
+    print(sorted_llama.__file__)
     assert "trl" not in sys.modules, "importing the model imports TRL"
     from importlib.metadata import version
     assert sorted_llama.__version__ == version("sorted-llama")
@@ -147,7 +148,16 @@ USE_THE_MODEL = """
 
     import trainer
     assert trainer.MINE, "the user's own trainer.py is hidden"
-    print(sorted_llama.__file__)
+
+    model.save_pretrained("checkpoint")
+    sys.path.insert(0, "checkpoint")
+    try:
+        import modeling_sorted_llama
+    except ImportError as error:
+        assert "checkpoint/modeling_sorted_llama.py" in str(error)
+        assert "the installed package is `sorted_llama`" in str(error)
+    else:
+        raise AssertionError("the code of a checkpoint is imported by hand")
 """
 USE_ALL = """
     from sorted_llama import *
@@ -157,18 +167,29 @@ USE_ALL = """
 
     import runpy
     sys.argv[1:] = ["--help"]
+    try:
+        runpy.run_module("sorted_llama", run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0
+    sys.argv[1:] = ["card", "nowhere"]
     runpy.run_module("sorted_llama", run_name="__main__")
 """
 
 
-def run_beside_a_trainer(python: Path, script: str, folder: Path) -> list[str]:
+def run_beside_a_trainer(python: Path, script: str, folder: Path) -> subprocess.CompletedProcess:
     (folder / "trainer.py").write_text("MINE = True\n")
     (folder / "script.py").write_text(textwrap.dedent(script))
-    return run_well(python, folder / "script.py", cwd=folder).splitlines()
+    return run(python, folder / "script.py", cwd=folder)
 
 
 def test_a_wheel_gives_all_public_names_and_the_command_and_leaves_the_users_trainer_alone(installed, tmp_path):
-    where, *help_text = run_beside_a_trainer(installed, USE_THE_MODEL + USE_ALL, tmp_path)
+    """A command that fails ends in one line, and with an exit code."""
+    done = run_beside_a_trainer(installed, USE_THE_MODEL + USE_ALL, tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert (
+        done.stderr.splitlines()[-1] == "`path` must be the folder of a checkpoint, with a config.json, got 'nowhere'."
+    )
+    where, *help_text = done.stdout.splitlines()
     assert Path(where).is_relative_to(installed.parent.parent)
     for command in ("evaluate", "card", "push", "judge", "extract", "certify"):
         assert command in "\n".join(help_text)
@@ -176,7 +197,9 @@ def test_a_wheel_gives_all_public_names_and_the_command_and_leaves_the_users_tra
 
 
 def test_an_editable_install_gives_the_same_from_the_tree(installed_editable, source, tmp_path):
-    (where,) = run_beside_a_trainer(installed_editable, USE_THE_MODEL, tmp_path)
+    done = run_beside_a_trainer(installed_editable, USE_THE_MODEL, tmp_path)
+    assert done.returncode == 0, done.stderr
+    where, *_ = done.stdout.splitlines()
     assert Path(where).is_relative_to(source)
 
 

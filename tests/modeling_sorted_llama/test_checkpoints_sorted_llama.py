@@ -3,7 +3,6 @@
 import ast
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 
@@ -388,13 +387,3 @@ def test_remote_code_beside_the_installed_package(tmp_path):
     assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP
     assert all((again / name).exists() for name in REMOTE_CODE)
     assert_same_weights(SortedLlamaForCausalLM.from_pretrained(again), model)
-
-
-def test_the_code_of_a_checkpoint_that_is_imported_by_hand_names_the_package(tmp_path):
-    save_tiny(tmp_path, tiny_sorted())
-    code = "import sorted_llama; print(sorted_llama.__name__); import modeling_sorted_llama"
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode and run.stdout.strip() == "sorted_llama"
-    last = run.stderr.splitlines()[-1]
-    assert last.startswith("ImportError:") and str(tmp_path / "modeling_sorted_llama.py") in last
-    assert "the installed package is `sorted_llama`" in last
