@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from transformers.utils import logging
 
 
 # Nothing is compiled here, nor in what a test starts: torch's C++ extensions and inductor stop where they call this
@@ -24,6 +25,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def logging_of_transformers():
+    """Put back behind the tests of a file: commands and scripts, which run in this process, hide it for good."""
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(verbosity)
+    if progress_bar:
+        logging.enable_progress_bar()
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ import pytest
 from datasets import load_dataset
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig
-from transformers.utils import logging
 from trl import TrlParser
 
 import sorted_llama.hub_card.commands as commands
@@ -154,14 +153,10 @@ def harness_tasks_are_read_once():
 
 @pytest.fixture
 def at_home(reader, monkeypatch):
-    """In that folder, with what a block changes of the process put back."""
+    """In that folder."""
     monkeypatch.chdir(reader)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield reader
-    logging.set_verbosity(verbosity)
-    if progress_bar:
-        logging.enable_progress_bar()
+    return reader
 
 
 def test_every_block_says_what_it_is():

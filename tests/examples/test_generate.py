@@ -8,7 +8,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
-from transformers.utils import logging
 
 from sorted_llama import SortedLlamaForCausalLM
 from tests.tiny import save_tiny, tiny_llama, tiny_sorted, tiny_tokenizer
@@ -47,11 +46,7 @@ def run(generate, folder, monkeypatch):
         return stdout.getvalue()
 
     monkeypatch.delenv("NO_COLOR", raising=False)
-    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield run
-    logging.set_verbosity(verbosity)
-    if progress_bar:
-        logging.enable_progress_bar()
+    return run
 
 
 def pieces(tokenizer, tokens: list[int], depths: list[int]) -> list[tuple[str, int]]:

@@ -36,7 +36,6 @@ def run(study, folder, monkeypatch, *flags):
     def main(words):
         with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
             patch.setattr(sys, "argv", list(map(str, words)))
-            patch.setattr(study.logging, "set_verbosity_error", lambda: None)
             study.main()
         return printed.getvalue()
 
@@ -173,7 +172,6 @@ def test_what_is_wrong_is_one_line_before_a_model_is_loaded(study, tmp_path, mon
     (tmp_path / "types" / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
     (tmp_path / "broken.jsonl").write_text('{"task": "facts", "ar')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study.logging, "set_verbosity_error", lambda: None)
     monkeypatch.setattr(study.subprocess, "run", None)
     monkeypatch.setattr(sys, "argv", ["study.py", "--model", "model", "--results", "study.jsonl", *flags])
     with pytest.raises(SystemExit) as error:
