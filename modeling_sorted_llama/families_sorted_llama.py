@@ -402,5 +402,7 @@ def absent_biases(model: nn.Module) -> dict[str, nn.Parameter]:
 def freeze_absent_biases(model: Any) -> Any:
     """The model, without training of those zeros: what is trained of it fits into the family again."""
     for bias in absent_biases(model).values():
+        if bias.requires_grad:
+            bias.register_hook(torch.zeros_like)  # PEFT thaws it again with `bias="all"`: its gradient is zero
         bias.requires_grad_(False)
     return model

@@ -17,7 +17,7 @@ from transformers import (
 from sorted_llama import SortedLlamaForCausalLM
 from sorted_llama.trainer.prepare_model import _freeze_backbone
 from tests.families import CASES, tiny_family
-from tests.tiny import save_tiny, tiny_fields, tiny_llama, tiny_sorted, tiny_tokenizer
+from tests.tiny import prompts, save_tiny, tiny_fields, tiny_llama, tiny_sorted, tiny_tokenizer
 from tests.trainer.runs import (
     EXITS,
     SGD,
@@ -189,6 +189,21 @@ def test_adapters_do_not_train_the_bias_that_their_family_lacks(tmp_path, option
     merged = trainer.model.merge_and_unload()
     biases = [parameter for name, parameter in merged.named_parameters() if name.endswith("o_proj.bias")]
     assert len(biases) == 4 and not any(map(torch.any, biases))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_adapters_that_are_made_by_hand_do_not_train_it_either(tmp_path, bias):
+    """So they do on the family's own model what they do here."""
+    folder = save_tiny(tmp_path / "model", tiny_family("qwen2"))
+    lora = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], bias=bias, task_type="CAUSAL_LM")
+    model = get_peft_model(SortedLlamaForCausalLM.from_pretrained(folder, exit_layers=EXITS), lora)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        model(**prompts(), labels=prompts()["input_ids"]).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    assert torch.equal(own(**prompts()).logits, model(**prompts()).logits)
 
 
 # Exits and weights
