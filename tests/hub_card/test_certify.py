@@ -1,5 +1,6 @@
 """A certificate for a tiny model: what is promised is what free generation shows, and is kept, shown and applied."""
 
+import functools
 import json
 import random
 from collections import Counter
@@ -22,6 +23,12 @@ from tests.tiny import prompts, save_tiny, tiny_sorted, tiny_tokenizer
 
 
 LOOSE = {"risk": 0.2, "delta": 0.2, "num_timed": 1, "device": "cpu"}  # 8 prompts without a failure are enough
+
+
+@functools.cache
+def answer_alone(change: float, prompt: str, length: int, mode: str) -> str:
+    """What the model that is changed so much answers to one prompt; the mode is JSON."""
+    return answers(as_good_as_full_depth(2, change), tiny_tokenizer(), [prompt], length, **json.loads(mode))[0]
 
 
 def as_good_as_full_depth(exit_layer, change=0.0):
@@ -71,23 +78,19 @@ def test_an_exit_that_is_full_depth_is_certified(run):
 @pytest.mark.parametrize("loss, change", [("differs", 0.02), ("exact_match", 0.05), ("f1", 0.05)])
 def test_what_is_lost_is_what_free_generation_loses(run, loss, change):
     """Against answers to each prompt alone, scored here; the right answers are made from full depth's own."""
-    model, tokenizer = as_good_as_full_depth(2, change), tiny_tokenizer()
     for i, (prompt, row) in enumerate(run.rows.items()):
-        text = answers(model, tokenizer, [prompt], 24, exit_layer=4)[0].strip() or "x"
+        text = answer_alone(change, prompt, 24, '{"exit_layer": 4}').strip() or "x"
         row["answers"] = [text if i % 3 else text[: len(text) // 2] or "x", "no such answer"]
     (run.folder / "rows.jsonl").write_text("\n".join(map(json.dumps, run.rows.values())))
-    path, wide = save_tiny(run.folder / "other", model), {"risk": 0.5, "delta": 0.5}
+    path, wide = save_tiny(run.folder / "other", as_good_as_full_depth(2, change)), {"risk": 0.5, "delta": 0.5}
     found = certify.certify(path, run.data, loss=loss, thresholds=[0.9, [2, 0.6], 0.3], **{**LOOSE, **wide})
     length, (first, second) = found["decoding"]["max_new_tokens"], halves(run.rows)
 
-    def answer(prompt, mode):
-        return answers(model, tokenizer, [prompt], length, **mode)[0]
-
     def mean_loss(half, name):
         kind, value = name.split(" ", 1)
-        mode, lost = {{"exit": "exit_layer", "threshold": "exit_threshold"}[kind]: json.loads(value)}, []
+        mode, lost = f'{{"{dict(exit="exit_layer", threshold="exit_threshold")[kind]}": {value}}}', []
         for prompt in half:
-            ours, best = answer(prompt, mode), answer(prompt, {"exit_layer": 4})
+            ours, best = (answer_alone(change, prompt, length, m) for m in (mode, '{"exit_layer": 4}'))
             ours_scores, best_scores = (closed_book(text, run.rows[prompt]["answers"]) for text in (ours, best))
             lost.append(ours != best if loss == "differs" else max(best_scores[loss] - ours_scores[loss], 0))
         return sum(lost) / len(lost)
