@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -222,22 +223,23 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_certificate_is_shown_and_void_where_the_checkpoint_has_changed(run, change, recwarn):
+def test_a_certificate_is_shown_and_void_where_the_checkpoint_has_changed(run, recwarn):
     main(["certify", run.path, "--data", "=".join(run.data), *("--risk 0.2 --delta 0.2 --num_timed 1").split()])
     write_card(run.path)
     page = (run.folder / "model" / "README.md").read_text()
     assert "With 80 % certainty, at most 20 % of the answers to prompts like those of rows (n = 20) differ" in page
     assert "at `exit_layer=2`, at " in page and "Not promised: other prompts, other weights, another precision" in page
     assert "Void" not in page and "greedy answers" not in page and not recwarn
-    model, tokenizer = SortedLlamaForCausalLM.from_pretrained(run.path), AutoTokenizer.from_pretrained(run.path)
-    CHANGES[change](model, tokenizer)
-    for part in (model, tokenizer):
-        part.save_pretrained(run.path)
-    with pytest.warns(UserWarning, match=f"The checkpoint differs from what 'rows' has certified in .*{change}"):
-        write_card(run.path)
-    page = (run.folder / "model" / "README.md").read_text()
-    assert "**Void: the checkpoint differs" in page and "With 80 % certainty" in page
+    for name, change in CHANGES.items():
+        path = shutil.copytree(run.path, run.folder / name)
+        model, tokenizer = SortedLlamaForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        change(model, tokenizer)
+        for part in (model, tokenizer):
+            part.save_pretrained(path)
+        with pytest.warns(UserWarning, match=f"The checkpoint differs from what 'rows' has certified in .*{name}"):
+            write_card(path)
+        page = (path / "README.md").read_text()
+        assert "**Void: the checkpoint differs" in page and "With 80 % certainty" in page
 
 
 def test_the_command_takes_thresholds_and_says_what_was_found(run, capsys):

@@ -206,6 +206,13 @@ def test_drafting_with_processors_and_criteria(name):
         assert changed, "a processor that does nothing here shows nothing"
 
 
+def test_processors_read_the_drafts_before():
+    """The exit is full depth's equal: each draft that is processed as full depth's tokens are is accepted."""
+    arguments = {**prompts((6,)), "max_new_tokens": 17, "eos_token_id": [], "no_repeat_ngram_size": 1, **RETURN}
+    output = MODELS["accepting"]().generate(**arguments, assistant_early_exit=1, num_assistant_tokens=3)
+    assert output.draft_statistics.accepted == output.draft_statistics.drafted == 12
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_drafting_with_bad_words_and_min_new_tokens(kind):
     """Where full depth would take the token: a word of one token, one of two, and an end that comes too early."""

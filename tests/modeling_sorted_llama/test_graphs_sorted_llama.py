@@ -13,6 +13,7 @@ import torch
 from transformers import CompileConfig, GenerationConfig
 
 from sorted_llama import SortedCache
+from sorted_llama.modeling_sorted_llama import cache_sorted_llama
 from sorted_llama.modeling_sorted_llama.compat_sorted_llama import CACHE_NAME
 from sorted_llama.modeling_sorted_llama.graphs_sorted_llama import MAX_WIDTH
 from tests.modeling_sorted_llama.caches import random_tokens
@@ -149,8 +150,14 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("mode", ["thresholds", "drafts"])
+@pytest.mark.parametrize(
+    "name, mode",
+    [
+        *((name, "thresholds") for name in CONFIGS),
+        ("exits with a layer of their own", "drafts"),
+        ("angles that depend on the length", "drafts"),
+    ],
+)
 def test_compiled_decoding_of_a_model_with(name, mode, compiler):
     model, inputs = tiny_sorted(**CONFIGS[name]), prompts((6, 4, 1))
     for norm in model.model.exit_norms.values():  # as trained: no copy of the final one
@@ -196,13 +203,14 @@ def test_one_graph_takes_blocks_of_every_width(compiler):
     assert len(compiler) == len(model.config.exit_layers)
 
 
-def test_a_cache_that_has_become_too_small_grows_uncompiled(compiler):
-    model, inputs = MODELS["mixed"](), prompts((5, 5))
-    expected = model.generate(**inputs, **MODES["drafts"], max_new_tokens=300, eos_token_id=[])
-    given = {CACHE_NAME: SortedCache(max_cache_len=270), "compile_config": compiler.config}
-    assert torch.equal(
-        model.generate(**inputs, **MODES["drafts"], **given, max_new_tokens=300, eos_token_id=[]), expected
-    )
+def test_a_cache_that_has_become_too_small_grows_uncompiled(compiler, monkeypatch):
+    monkeypatch.setattr(cache_sorted_llama, "STORAGE_STEP", 16)
+    model, inputs = MODELS["mixed"](), {**prompts((5, 5)), "max_new_tokens": 40, "eos_token_id": []}
+    expected = model.generate(**inputs, **MODES["drafts"])
+    given = {CACHE_NAME: SortedCache(max_cache_len=24), "compile_config": compiler.config}
+    output = model.generate(**inputs, **MODES["drafts"], **given, **RETURN)
+    assert torch.equal(output.sequences, expected)
+    assert output[CACHE_NAME].layers[0].storage[0].shape[-2] > 24
     assert 0 < len(compiler) <= 4 * len(model.config.exit_layers)  # those of two sizes
 
 
