@@ -158,8 +158,8 @@ def _baichuan(config: Any) -> dict[str, Any]:
 
 
 def _gemma(config: Any) -> dict[str, Any]:
-    if not config.tie_word_embeddings or config.use_bidirectional_attention:
-        raise ValueError("has a head of its own, or looks ahead, as no Gemma 1 that generates text")
+    if not config.tie_word_embeddings:
+        raise ValueError("has a head of its own, `tie_word_embeddings=False`, as no Gemma 1 has")
     # What its files call "gelu" is the tanh form, also where a version of transformers (5.16) computes the other
     hidden_act = {"gelu": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act)
     return {"attention_bias": config.attention_bias, "tie_word_embeddings": False, "hidden_act": hidden_act}
@@ -350,8 +350,12 @@ def family_config(config: LlamaConfig, model_type: str) -> PreTrainedConfig:
 
 
 def _check_positions(config: PreTrainedConfig, max_position_embeddings: int) -> None:
-    """Refuse attention that does not reach back over the whole text, and heads that are not turned as a whole."""
-    window, layer_types = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
+    """Refuse attention that does not reach back over the whole text, or ahead, and heads not turned as a whole."""
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        raise ValueError("looks ahead, `is_causal=False` or `use_bidirectional_attention=True`, as no Llama does")
+    window = getattr(config, "sliding_window", None)
+    # A class that does not have the field (Mistral's, Phi-3's) slides in all layers, whatever is in the file
+    layer_types = config.layer_types if hasattr(type(config), "layer_types") else None
     slides = layer_types is None or "sliding_attention" in layer_types
     if window is not None and slides and window < 1:
         raise ValueError(f"has `sliding_window={window}`, which is no number of tokens: for none it is null")

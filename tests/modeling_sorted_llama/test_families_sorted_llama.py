@@ -251,6 +251,10 @@ REFUSED = {
     "window": ("Mistral", {"sliding_window": 32}, "`sliding_window=32`.*pass `max_position_embeddings=32`"),
     "no tokens": ("Mistral", {"sliding_window": 0}, "`sliding_window=0`, which is no number of tokens: .*null"),
     "less than none": ("Mistral", {"sliding_window": -1}, "`sliding_window=-1`, which is no number of tokens"),
+    "mistral types": ("Mistral", {"sliding_window": 32, "layer_types": ["full_attention"] * 4}, "`sliding_window=32`"),
+    "phi3 types": ("Phi3", {"sliding_window": 32, "layer_types": ["full_attention"] * 4}, "`sliding_window=32`"),
+    "qwen2 ahead": ("Qwen2", {"is_causal": False}, "looks ahead"),
+    "gemma ahead": ("Gemma", {"use_bidirectional_attention": True, "head_dim": 8}, "looks ahead"),
     "default window": ("Mistral", {"max_position_embeddings": 8192}, "`sliding_window=4096`"),
     "alternating": ("Ministral", {"sliding_window": 32, "head_dim": 8}, "`sliding_window=32`"),
     "qwen2 window": (
