@@ -337,16 +337,26 @@ def test_rows_at_their_depths_beyond_the_original_length_of_rope_are_the_submode
 
 
 @pytest.mark.parametrize("second", ["threshold", "drafts"])
+@pytest.mark.parametrize("ends", [False, True], ids=["endless", "a row ends"])
 @pytest.mark.parametrize("first", [{"exit_threshold": 0.0}, FULL_DEPTH["drafts"]], ids=["pending", "drafts"])
 @pytest.mark.parametrize("kind", ROPES)
-def test_a_second_turn_beyond_the_original_length_of_rope(kind, first, second):
-    """Also where the first turn left all its tokens pending: the reference runs them one at a time, as a turn does."""
+def test_a_second_turn_beyond_the_original_length_of_rope(kind, first, second, ends):
+    """
+    Also where the first turn left all its tokens pending, or padding behind a row that has ended: the reference runs
+    them one at a time, as a turn does.
+    """
     model, inputs = tiny_with_rope(kind), prompts((30, 25))
-    turn = greedy(model, inputs, max_new_tokens=8, return_dict_in_generate=True, **first)
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True, **first}
+    turn = greedy(model, inputs, **options)
+    if ends:
+        turn = greedy(model, inputs, **options, eos_token_id=int(turn.sequences[0, 32]), pad_token_id=0)
+        assert (turn.sequences[:, -1] == 0).tolist() == [True, False]
     ids = torch.cat([turn.sequences, prompts((5, 5), seed=1)["input_ids"]], dim=1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 13, dtype=torch.long)], dim=1)
     longer = {"input_ids": ids, "attention_mask": mask}
-    tokens = greedy(model, {**longer, CACHE_NAME: turn[CACHE_NAME]}, **FULL_DEPTH[second])
+    output = greedy(
+        model, {**longer, CACHE_NAME: turn[CACHE_NAME]}, **FULL_DEPTH[second], return_dict_in_generate=True
+    )
 
     plain, cache, size = reference_llama(model, 4), DynamicCache(), inputs["input_ids"].shape[1]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -354,7 +364,10 @@ def test_a_second_turn_beyond_the_original_length_of_rope(kind, first, second):
         for start, end in [(0, size), *((i, i + 1) for i in range(size, size + 7))]:
             step = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], CACHE_NAME: cache}
             plain(input_ids=ids[:, start:end], **step)
-    assert torch.equal(tokens, greedy(plain, {**longer, CACHE_NAME: cache}))
+    assert torch.equal(output.sequences, greedy(plain, {**longer, CACHE_NAME: cache}))
+    for mine, theirs in zip(output[CACHE_NAME].layers, cache.layers, strict=True):  # also angles that tip no token
+        keys = (layer.keys.transpose(1, 2)[:, : mask.shape[1]][mask.bool()] for layer in (mine, theirs))
+        torch.testing.assert_close(*keys, atol=1e-4, rtol=1e-4)
 
 
 # Processors and criteria
