@@ -18,7 +18,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from yaml import YAMLError
 
@@ -46,7 +46,7 @@ from .record import FILE_NAME, exit_scores, load_evaluation
 
 Find = Callable[[str], Path | None]  # of a name, where that file of the checkpoint is; `None` if it has none
 MODEL_TYPES = ("llama", *WAYS_BACK)  # that a checkpoint can be written as
-_HEAD = f"{heads.HEAD}.weight"
+_EMBEDDINGS, _HEAD = f"{heads.EMBEDDINGS}.weight", f"{heads.HEAD}.weight"
 _WHOLE = " The whole checkpoint holds this model too, beside the deeper ones."
 
 
@@ -82,8 +82,8 @@ def extract(
 
     Raises:
         ValueError: If `exit_layer` is out of range, if `output` is there already, if there are no safetensors in
-            `path`, or no head, if a file there cannot be read, if a quantized head would have to be multiplied by the
-            matrix of an exit, or if no model of `model_type` is the same.
+            `path`, or not those of all layers and a head, if a file there cannot be read, if a quantized head would
+            have to be multiplied by the matrix of an exit, or if no model of `model_type` is the same.
     """
     output, path = Path(output), str(path)
     if output.exists():
@@ -161,6 +161,8 @@ def _read_weights(
     family = FAMILIES[config.fused_tensors_of] if config.fused_tensors_of else Family()
     sources = {llama: name for name in weight_map for llama in family.llama_names(name)}
     names = _names_of_submodel(sources, config, exit_layer)
+    if _HEAD in weight_map and (_HEAD not in names or _HEAD in family.llama_names(_EMBEDDINGS)):
+        _check_tied_head(find, weight_map)
     weights: dict[str, torch.Tensor] = {}
     for file in {weight_map[sources[llama]] for llama in names.values()}:
         with safe_open(find(file), "pt") as opened:
@@ -172,6 +174,16 @@ def _read_weights(
     if matrix is not None:
         weights[_HEAD] = heads.fold_lens(weights[_HEAD], matrix)
     return {target: weights[target] for target in names if target in weights}
+
+
+def _check_tied_head(find: Find, weight_map: dict[str, str]) -> None:
+    """Refuse a head that is not the embeddings, of which `config.json` says that it is: transformers would read it."""
+    head, embeddings = (safe_open(find(weight_map[name]), "pt").get_tensor(name) for name in (_HEAD, _EMBEDDINGS))
+    if not torch.equal(head, embeddings):
+        raise ValueError(
+            f"`path` must hold embeddings that are the head too, as its `tie_word_embeddings=True` says, or say "
+            f"`false`: {_HEAD} has other values."
+        )
 
 
 def _save_weights(weights: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
@@ -200,14 +212,18 @@ def _names_of_submodel(tensors: Iterable[str], config: SortedLlamaConfig, exit_l
     """Of each tensor of the plain Llama, and of a lens, the tensor of the checkpoint that it is."""
     targets = {name: heads.submodel_name(name, config, exit_layer) for name in tensors}
     names = {target: name for name, target in targets.items() if target is not None}
-    needed = {heads.EMBEDDINGS, "model.layers.0.input_layernorm", heads.NORM, heads.HEAD}
+    llama_config = config.to_llama(exit_layer)
+    with torch.device("meta"):
+        plain = LlamaForCausalLM(llama_config)
     if heads.MATRIX in names:
-        names.setdefault(_HEAD, f"{heads.EMBEDDINGS}.weight")
-    elif config.to_llama(exit_layer).tie_word_embeddings:
+        names.setdefault(_HEAD, _EMBEDDINGS)
+    elif llama_config.tie_word_embeddings:
         names.pop(_HEAD, None)
-        needed.remove(heads.HEAD)
-    for module in needed.difference(name.rpartition(".")[0] for name in names):
-        raise ValueError(f"`path` must hold a model with its head, under its class's names: it has no {module!r}.")
+    there = {name.rpartition(".")[0] for name in names}
+    for name, _ in plain.named_parameters():  # by module: quantized ones have tensors of other names
+        module = name.rpartition(".")[0]
+        if module not in there:
+            raise ValueError(f"`path` must hold a model with its head, under its class's names: it has no {module!r}.")
     return names
 
 

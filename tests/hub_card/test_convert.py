@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from sorted_llama import SortedLlamaForCausalLM
@@ -115,6 +116,38 @@ def test_a_model_without_its_head_is_refused(tmp_path, case):
     tiny_family(case).model.save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="`path` must hold a model with its head, .* it has no '"):
         extract(tmp_path / "base", None, tmp_path / "out")
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "case, name", [("mistral", "self_attn.q_proj"), ("phi3", "self_attn.qkv_proj"), ("internlm2", "attention.wqkv")]
+)
+def test_a_model_without_one_of_its_layers_is_refused(tmp_path, case, name):
+    """transformers would make it up."""
+    tiny_family(case).save_pretrained(tmp_path / "family")
+    change_weights(tmp_path / "family", lambda weights: weights.pop(f"model.layers.2.{name}.weight"))
+    with pytest.raises(ValueError, match=r"it has no 'model\.layers\.2\.self_attn\.q_proj'"):
+        extract(tmp_path / "family", None, tmp_path / "out")
+    extract(tmp_path / "family", 2, tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "gemma"])
+def test_a_head_that_is_not_the_embeddings_as_the_config_says_is_refused(tmp_path, case):
+    tiny_family(case).save_pretrained(tmp_path / "family")
+    change_weights(tmp_path / "family", lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    extract(tmp_path / "family", None, tmp_path / "same")
+    assert_same_tensors(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "same"),
+        SortedLlamaForCausalLM.from_pretrained(tmp_path / "family").extract_submodel(4),
+    )
+    change_weights(tmp_path / "family", lambda weights: weights["lm_head.weight"].mul_(2))
+    with pytest.raises(ValueError, match=r"`tie_word_embeddings=True` .* lm_head\.weight has other values"):
+        extract(tmp_path / "family", None, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
