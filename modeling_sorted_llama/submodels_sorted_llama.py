@@ -100,17 +100,21 @@ class LlamaOfFamily(LoadsLlamas, LlamaForCausalLM):
             return model
         family = next((name for name in FAMILIES if type(model).__name__ == CAUSAL_LMS.get(name)), None)
         tensors = model.state_dict()
-        are_plain = all(tensor.is_floating_point() and tensor.itemsize > 1 for tensor in tensors.values())
+        are_plain = all(t.is_floating_point() and t.itemsize > 1 and not t.is_meta for t in tensors.values())
         if family is None or not are_plain or hasattr(model, "peft_config"):
             raise TypeError(
                 "`model` must be a LlamaForCausalLM, or a model of a family that is one (Qwen2ForCausalLM, ...) "
-                f"without adapters and not quantized, got {type(model).__name__}: pass its id or path instead."
+                "without adapters, not quantized and not offloaded, "
+                f"got {type(model).__name__}: pass its id or path instead."
             )
         config = copy.deepcopy(model.config)
         config.__dict__.pop("quantization_config", None)  # of a file that was dequantized as it was read
         config = cls.config_class.from_llama(config)
         splitting = splitting_class(family, cls)
         llama = splitting.from_pretrained(None, config=config, state_dict=tensors, dtype=model.dtype)
+        for name, parameter in model.named_parameters():  # what was frozen stays so
+            for of_llama in FAMILIES[family].llama_names(name):
+                llama.get_parameter(of_llama).requires_grad_(parameter.requires_grad)
         llama.generation_config = model.generation_config
         llama.config.name_or_path = model.name_or_path  # which is "None" without a path
         llama.name_or_path = converted_name(model.name_or_path) if config.fused_tensors_of else model.name_or_path

@@ -125,8 +125,9 @@ def quantize(model):
         ("Qwen3", change_nothing),
         ("Qwen2", quantize),
         ("Qwen2", lambda model: inject_adapter_in_model(LoraConfig(), model)),
+        ("Qwen2", lambda model: model.model.layers[1].to("meta")),
     ],
-    ids=["other", "quantized", "adapter"],
+    ids=["other", "quantized", "adapter", "offloaded"],
 )
 def test_a_model_in_memory_that_cannot_be_a_llama_is_refused(name, change):
     config = getattr(transformers, f"{name}Config")(**tiny_fields())
@@ -134,6 +135,17 @@ def test_a_model_in_memory_that_cannot_be_a_llama_is_refused(name, change):
     change(model)
     with pytest.raises(TypeError, match=f"`model` must be .* got {name}ForCausalLM: pass its id or path"):
         SortedLlamaForCausalLM.from_llama(model)
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "phi3", "gemma"])
+def test_what_is_frozen_of_a_model_in_memory_stays_so(case):
+    model = tiny_family(case)
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[:3].requires_grad_(False)
+    llama = SortedLlamaForCausalLM.from_llama(model)
+    trained = {name for name, parameter in llama.named_parameters() if parameter.requires_grad}
+    of_last = {name for name, _ in llama.named_parameters() if "layers.3" in name and "o_proj.bias" not in name}
+    assert trained == {"model.norm.weight"} | of_last
 
 
 @pytest.mark.parametrize(
