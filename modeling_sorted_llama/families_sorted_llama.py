@@ -260,7 +260,7 @@ def llama_fields(fields: dict[str, Any], path: Any, max_position_embeddings: int
     config_class = CONFIG_MAPPING[model_type] if in_transformers else LlamaConfig
     try:
         config = config_class(**{name: value for name, value in fields.items() if name != "model_type"})
-        _check_positions(config, max_position_embeddings or config.max_position_embeddings)
+        _check_attention(config, max_position_embeddings or config.max_position_embeddings)
         own = family.fields(config)
     except KeyError as error:  # what transformers raises about `rope_scaling`
         raise ValueError(f"{what} that its own class in transformers refuses: {error.args[0]}") from error
@@ -349,8 +349,11 @@ def family_config(config: LlamaConfig, model_type: str) -> PreTrainedConfig:
     return new
 
 
-def _check_positions(config: PreTrainedConfig, max_position_embeddings: int) -> None:
-    """Refuse attention that does not reach back over the whole text, or ahead, and heads not turned as a whole."""
+def _check_attention(config: PreTrainedConfig, max_position_embeddings: int) -> None:
+    """Refuse attention that does not reach back over the whole text, or ahead, and heads that no Llama has."""
+    if config.hidden_size % config.num_attention_heads:
+        heads = f"`hidden_size={config.hidden_size}` and `num_attention_heads={config.num_attention_heads}`"
+        raise ValueError(f"has {heads}: of a Llama's class in transformers the first is a multiple of the second")
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         raise ValueError("looks ahead, `is_causal=False` or `use_bidirectional_attention=True`, as no Llama does")
     window = getattr(config, "sliding_window", None)

@@ -265,6 +265,7 @@ REFUSED = {
     "less than none": ("Mistral", {"sliding_window": -1}, "`sliding_window=-1`, which is no number of tokens"),
     "mistral types": ("Mistral", {"sliding_window": 32, "layer_types": ["full_attention"] * 4}, "`sliding_window=32`"),
     "phi3 types": ("Phi3", {"sliding_window": 32, "layer_types": ["full_attention"] * 4}, "`sliding_window=32`"),
+    "size": ("Gemma", {"hidden_size": 18, "head_dim": 8}, "`hidden_size=18` and `num_attention_heads=4`"),
     "qwen2 ahead": ("Qwen2", {"is_causal": False}, "looks ahead"),
     "gemma ahead": ("Gemma", {"use_bidirectional_attention": True, "head_dim": 8}, "looks ahead"),
     "default window": ("Mistral", {"max_position_embeddings": 8192}, "`sliding_window=4096`"),
