@@ -394,6 +394,11 @@ class SortedCache(Cache):
             cuts.append(cut)  # also where only other rows differ: the layers of a segment hold the same tokens
         return list(zip(cuts, [*cuts[1:], depth], strict=True))
 
+    def from_pending(self, segments: list[tuple[int, int]], exits: list[int]) -> list[tuple[int, int]]:
+        """Of `segments`, those that a pass without new tokens runs to read `exits`: none below what is pending."""
+        lowest = min([*self.pending, *(k - 1 for k in exits)])
+        return [(first, last) for first, last in segments if last > lowest]
+
     def check_exit(self, exit_layer: int, rows: list[int] | None = None) -> None:
         """Refuse to read an exit that owns a layer which tokens have gone by."""
         own = f"the one that exit {exit_layer} owns: it was filled by a model that has none there"

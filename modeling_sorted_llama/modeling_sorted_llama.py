@@ -284,9 +284,8 @@ class SortedLlamaModel(SavedAsItsModel, LoadsLlamas, LlamaModel):
         block = cache.append(*inputs, cache_rows, rotary_emb=self.rotary_emb, one_by_one=one_by_one)
         run: Any = partial(run_block, self, cache, compile_config=compile_config, **kwargs)
         hidden_states, states, modules = inputs[0], {}, [*self.layers]  # a slice of a `ModuleList` is dear
-        if block.width == 0:  # below all that is pending there is nothing to run
-            lowest = min([*cache.pending, *(k - 1 for k in [*below, depth])])
-            segments = [(first, last) for first, last in segments if last > lowest]
+        if block.width == 0:
+            segments = cache.from_pending(segments, [*below, depth])
         for first, last in segments:
             layers = cache.trunk(first, last)
             with cache.segment(layers, hidden_states, block) as (hidden_states, block):
