@@ -12,8 +12,9 @@ from transformers.utils import logging
 os.environ["CXX"] = "no-compiler-in-tests"
 
 
-def pytest_collection_finish():
-    """Each training collects garbage, which would walk over all that was imported: three quarters of its time."""
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_is_no_garbage():
+    """Each training collects garbage, and would walk over all that was imported and cached: most of its time."""
     gc.collect()
     gc.freeze()
 

@@ -116,7 +116,7 @@ def test_a_run_killed_at_random_moments_is_resumed_to_the_same_weights(tmp_path,
     draw = random.Random(0)
     folder, kills = tmp_path / "run", 0
     for _ in range(7):
-        kills += not run(folder, OPTIONS, seconds=draw.uniform(0, undisturbed[2]))[0]
+        kills += not run(folder, OPTIONS, seconds=0.6 * draw.uniform(0, undisturbed[2]))[0]  # it may be faster now
         check(folder, OPTIONS)
     run(folder, OPTIONS)
     assert kills >= 1  # as the machine has it
