@@ -77,6 +77,7 @@ ARMS = {
     "SoFT": Arm(),
     "SoFT, layer dropout": Arm(layer_dropout=0.1),
     "lenses": Arm(LENSES),
+    "lenses, frozen": Arm({"exit_heads": "lens", "exit_learning_rate": 2e-3, "trainable": "exits"}, starts_from="SFT"),
     "layers, frozen": Arm(FROZEN, starts_from="SFT"),
     "layers, frozen, distilled": Arm({**FROZEN, **DISTILLED}, starts_from="SFT"),
     "layers, frozen, the last layer": Arm(FROZEN, starts_from="SFT", begun_as=-1),
