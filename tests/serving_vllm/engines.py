@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from vllm import LLM, RequestOutput, SamplingParams
 
 from sorted_llama import SortedLlamaForCausalLM
+from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS
 from tests.tiny import save_tiny, tiny_sorted
 
 
 PER_REQUEST = {"exit_layer": "request"}  # `additional_config` of a server that takes a depth from each request
+SEGMENTED = [kind for kind in EXIT_HEADS if kind != "layer"]  # what such a server, and one that drafts, takes
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 Requests = list[tuple[list[int], int | None]]  # prompts, and the depth that each asks for

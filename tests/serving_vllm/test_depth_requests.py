@@ -12,10 +12,10 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import StructuredOutputsParams
 
 from sorted_llama.hub_card.extract import extract
-from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS
 from sorted_llama.modeling_sorted_llama.vllm_scheduler import AsyncDepthScheduler, DepthScheduler
 from tests.serving_vllm.engines import (
     PER_REQUEST,
+    SEGMENTED,
     ask,
     counters,
     expected_tokens,
@@ -43,7 +43,7 @@ SMALL = {
     "num_gpu_blocks_override": BLOCKS + 1,  # vLLM keeps one
     "skip_tokenizer_init": False,
 }
-every_kind_of_heads = pytest.mark.parametrize("server", EXIT_HEADS, indirect=True)
+every_kind_of_heads = pytest.mark.parametrize("server", SEGMENTED, indirect=True)
 
 
 @pytest.fixture(scope="module")

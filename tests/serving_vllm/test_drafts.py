@@ -6,9 +6,9 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
-from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS
 from sorted_llama.modeling_sorted_llama.vllm_drafts import FirstLayers, FirstLayersProposer
 from tests.serving_vllm.engines import (
+    SEGMENTED,
     ask,
     cached_tokens,
     counters,
@@ -25,7 +25,7 @@ from tests.serving_vllm.engines import (
 FIELDS = {"exit_layers": (1, 2, 4, 6), "initializer_range": 0.1}
 DRAFTS = 3
 OPTIONS = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 32}
-every_kind_of_heads = pytest.mark.parametrize("drafting", EXIT_HEADS, indirect=True)
+every_kind_of_heads = pytest.mark.parametrize("drafting", SEGMENTED, indirect=True)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.cli import main as trl_command
 
 from sorted_llama import SortedLlamaForCausalLM
-from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS
-from tests.serving_vllm.engines import PER_REQUEST, counters, expected_tokens, make
+from tests.serving_vllm.engines import PER_REQUEST, SEGMENTED, counters, expected_tokens, make
 from tests.tiny import save_tiny, tiny_tokenizer
 
 
@@ -156,7 +155,6 @@ def expected_draft_counts(policy):
 
 
 # Of one depth, the kinds whose head is made of two tensors that come one after the other, and whose exits own layers
-SEGMENTED = [kind for kind in EXIT_HEADS if kind != "layer"]
 SERVERS = [*itertools.product(("drafts", "depths"), SEGMENTED), ("one depth", "lens"), ("one depth", "layer")]
 
 
