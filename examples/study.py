@@ -9,8 +9,9 @@ python examples/study.py --report                 # only the tables and the plot
 ```
 
 Arms: `SFT`; `SFT+ICT` (on SFT's weights, separate norms and heads of the exits are trained, the backbone is frozen);
-`SoFT` (the paper's sum); `lenses` (exits train only what they own); `alone 10`, the sub-model of ten layers extracted
-and fine-tuned by itself. `layers` give each exit a decoder layer: `frozen` on SFT's weights, or `detached` beside SFT;
+`SoFT` (the paper's sum); `lenses` (exits train only what they own; or `frozen`, on SFT's weights); `alone 10`, the
+sub-model of ten layers extracted and fine-tuned by itself. `layers` give each exit a decoder layer: `frozen` on SFT's
+weights, or `detached` beside SFT;
 `distilled` from full depth, too; or begun as `the last layer`, as in Balcony (arXiv 2503.05005), not as the next one.
 Their learning rate is searched with `--exit_learning_rate`, into `--results` and an `--output_dir` of its own.
 
