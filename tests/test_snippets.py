@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pytest
 from datasets import load_dataset
 from lm_eval.tasks import TaskManager
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from trl import TrlParser
 
 import sorted_llama.hub_card.commands as commands
@@ -117,6 +117,8 @@ def reader(tmp_path_factory):
     fields = {"num_hidden_layers": 30, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 4096}
     sizes = fields | {"num_attention_heads": 2, "num_key_value_heads": 1}
     save_tiny(folder / "HuggingFaceTB/SmolLM2-135M-Instruct", tiny_llama(**sizes))
+    for name in ("out/math", "out/code"):
+        get_peft_model(tiny_llama(**sizes), LoraConfig()).save_pretrained(folder / name)
     model = tiny_sorted(exit_layers=[10, 15, 20, 30], **sizes)
     save_tiny(folder / "user/sorted-llama", model)
     model.generation_config.eos_token_id = [2, *range(100, 259)]  # short answers to what is measured many times

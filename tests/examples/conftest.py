@@ -19,7 +19,6 @@ def _example(name):
 
 demo = _example("demo")
 generate = _example("generate")
-merge = _example("merge")
 plan = _example("plan")
 study = _example("study")
 train = _example("train")

@@ -89,6 +89,30 @@ def test_lora_is_merged(lora, tmp_path):
             torch.testing.assert_close(logits, merged(input_ids=INPUT_IDS, exit_layer=k).logits)
 
 
+def test_two_adapters_are_merged_into_one_sorted_model(tmp_path):
+    """`"cat"` keeps what each adapter adds: the merged weights are the base's and the weighted sum of both."""
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(tiny_sorted(), config).save_pretrained(tmp_path / name)
+
+    def merged(name: str) -> SortedLlamaForCausalLM:
+        model = PeftModel.from_pretrained(tiny_sorted(), tmp_path / "first", adapter_name="first")
+        model.load_adapter(tmp_path / "second", adapter_name="second")
+        model.add_weighted_adapter(["first", "second"], [0.7, 0.3], "both", combination_type="cat")
+        model.set_adapter(name)
+        return model.merge_and_unload()
+
+    base, both, *alone = (model.state_dict() for model in (tiny_sorted(), *map(merged, ("both", "first", "second"))))
+    for name, weight in both.items():
+        first, second = (of_one[name] - base[name] for of_one in alone)
+        torch.testing.assert_close(weight, base[name] + 0.7 * first + 0.3 * second, rtol=1e-5, atol=1e-5)
+    merged("both").save_pretrained(tmp_path / "both")
+    loaded = SortedLlamaForCausalLM.from_pretrained(tmp_path / "both")
+    assert loaded.config.exit_layers == EXITS
+    assert_equal_exits(loaded, merged("both"))
+
+
 def test_lora_adapter_generates_at_an_exit(lora):
     trainer, adapter = lora
     reloaded = AutoPeftModelForCausalLM.from_pretrained(adapter)
