@@ -163,7 +163,8 @@ def settings_to_try(
     """The settings to look at: in each list from the safest."""
     below = (config.exit_layers or [])[:-1]
     if not below:
-        raise ValueError(f"`path` must be a checkpoint with exits below full depth, got {config.exit_layers}.")
+        found = f"`exit_layers={config.exit_layers}`"
+        raise ValueError(f"`path` must be a checkpoint that was trained with exits below full depth, got {found}.")
     exits = [Setting("exit", k) for k in reversed(below)]
     if thresholds is not None:
         return [exits, *([Setting("threshold", _check_threshold(threshold, below))] for threshold in thresholds)]

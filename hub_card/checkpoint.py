@@ -18,7 +18,8 @@ def load_config(path: str | Path, revision: str | None = None, **fields: Any) ->
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
         is_adapter = (folder / "adapter_config.json").is_file()
-        hint = ", which holds an adapter: merge it into its base first" if is_adapter else ""
+        merge = "`PeftModel.from_pretrained(base, path).merge_and_unload().save_pretrained(FOLDER)`"
+        hint = f", which holds an adapter: merge it into its base first, {merge}" if is_adapter else ""
         raise ValueError(f"`path` must be the folder of a checkpoint, with a config.json, got {str(path)!r}{hint}.")
     try:
         return SortedLlamaConfig.from_pretrained(path, revision=revision, **fields)

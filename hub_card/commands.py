@@ -5,7 +5,7 @@ sorted-llama certify PATH --data completions=FILE --risk 0.05  # a depth as good
 sorted-llama card PATH                                                                  # README.md and plot
 sorted-llama push PATH user/name                                                        # to the Hub
 sorted-llama extract PATH --exit 10 FOLDER                                              # a plain Llama
-sorted-llama convert Qwen/Qwen2.5-0.5B FOLDER                                           # another family's model as one
+sorted-llama convert Qwen/Qwen2.5-0.5B FOLDER                                           # another family as a Llama
 sorted-llama judge PATH --data completions=FILE --exits 10 30 --judge MODEL --base_url URL   # exit against exit
 ```
 """
@@ -43,7 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None = None) -> tuple[Callable[..., None], dict[str, Any]]:
     """What to run, and its arguments."""
     as_it_stands = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("sorted-llama", description=__doc__, formatter_class=as_it_stands)
+    parser = argparse.ArgumentParser(
+        "sorted-llama",
+        description=__doc__.replace("```shell\n", "").replace("```\n", ""),
+        formatter_class=as_it_stands,
+    )
     commands = parser.add_subparsers(required=True)
     for name, (add_arguments, what) in COMMANDS.items():
         command = commands.add_parser(name, help=what)
@@ -156,7 +160,7 @@ def extract_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
     parser.add_argument("path", help="model id or path")
     parser.add_argument("output", help="folder to make")
     parser.add_argument("--exit", dest="exit_layer", type=int, required=True, help="number of layers")
-    return _extracting(parser, "--as", lambda exit_layer: f"The first {exit_layer} layers")
+    return _extracting(parser, "--as", lambda exit_layer: f"Exit {exit_layer}")
 
 
 def convert_command(parser: argparse.ArgumentParser) -> Callable[..., None]:
@@ -181,7 +185,7 @@ def _extracting(parser: argparse.ArgumentParser, option: str, which: Callable[[i
 
     def run(path: str, exit_layer: int, output: str, name: str | None, private: bool, **options: Any) -> None:
         extract.extract(path, exit_layer, output, name=name, **options)
-        print(f"{which(exit_layer)} are in {one_line(output)}, as a model of type {options['model_type']}.")
+        print(f"{which(exit_layer)}, as a model of type {options['model_type']}: {one_line(output)}")
         if name is not None:
             print(push.upload(output, name, f"{which(exit_layer)} of {one_line(path)}", private))
 

@@ -64,7 +64,7 @@ def evaluate(
             the model gives what is no number.
     """
     if not data and not harness_tasks:
-        raise ValueError("There is nothing to evaluate: pass `data` or `harness_tasks`.")
+        raise ValueError("There is nothing to evaluate: pass `data` or `harness_tasks` (`--data`, `--tasks`).")
     counts = {"num_timed": num_timed, "max_new_tokens": max_new_tokens, "runs": runs, "batch_size": batch_size}
     for name, value in {**counts, "limit": 1 if limit is None else limit}.items():
         check_int(value, name, 1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -97,6 +98,10 @@ def extract(
     config = load_config(path, revision, **length)
     exit_layer = config.num_hidden_layers if exit_layer is None else exit_layer
     check_exit_layer(exit_layer, config.num_hidden_layers, "exit_layer")
+    if exit_layer not in (trained := config.exit_layers or [config.num_hidden_layers]):
+        warnings.warn(
+            f"Exit {exit_layer} is none that {path!r} was trained for, {trained}: expect poor output.", stacklevel=2
+        )
     llama_config = config.to_llama(exit_layer)
     llama_config.architectures = ["LlamaForCausalLM"]
     new_config = llama_config if model_type == "llama" else family_config(llama_config, model_type)

@@ -340,7 +340,7 @@ def family_config(config: LlamaConfig, model_type: str) -> PreTrainedConfig:
         if getattr(config, name) != value:
             raise ValueError(
                 f"A model of type {model_type!r} has what a Llama has with `{name}={value}`: this one has "
-                f"`{name}={getattr(config, name)}`."
+                f"`{name}={getattr(config, name)}`. Types to try: {', '.join(map(repr, WAYS_BACK))}."
             )
     left_out = {"model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "base_model_type"}
     fields = {name: value for name, value in config.to_dict().items() if name not in left_out}

@@ -108,7 +108,7 @@ class ConfidenceExit:
         if not exits or len(exits) < 2:
             raise ValueError(
                 f"`exit_threshold={self.exit_threshold!r}` needs exits to leave at, but `config.exit_layers` is "
-                f"{exits!r}: load the model with `exit_layers=[...]`."
+                f"{exits!r}: load a model whose exits were trained, or name them, `exit_layers=[...]`."
             )
         is_users = callable(self.exit_confidence)
         if not is_users and self.exit_confidence not in tuple(CONFIDENCES):  # it may be no key
@@ -196,7 +196,7 @@ _FIELDS = list(dict.fromkeys(name for mode in MODES for name in _options(mode)))
 SORTED_GENERATION_FIELDS = tuple(name for name in _FIELDS if not hasattr(GenerationConfig(), name))
 # Those that there were once, and what to use instead
 REMOVED_FIELDS = {
-    "exit_agreement": '`exit_layer="auto"`, its mode, was slower than full depth: use `exit_threshold`',
+    "exit_agreement": "use `exit_threshold`",
     "min_exit_layer": "close an exit with a threshold above 1, `exit_threshold=[2, 0.9]` for example",
     "max_exit_layer": "pass `exit_layer=k` beside `exit_threshold`: no token goes deeper",
 }

@@ -42,7 +42,7 @@ inputs = tokenizer.apply_chat_template(
 ).to(model.device)"""
 _ASK = f'inputs = tokenizer("{START}", return_tensors="pt").to(model.device)'
 _CALLS = {
-    "exit_layer={low}, ": "  # {low} of {full_depth} layers run, and no more",
+    "exit_layer={low}, ": "  # the first {low} of {full_depth} layers",
     "exit_threshold=0.9, ": "  # each token at the exit that is sure",
     "assistant_early_exit={low}, ": "  # full depth's answer, drafted",
 }

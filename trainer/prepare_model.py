@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import is_peft_model
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file, logging
 from trl.trainer.utils import create_model_from_path
 
 from sorted_llama.modeling_sorted_llama import SortedLlamaForCausalLM
@@ -16,9 +17,17 @@ from sorted_llama.modeling_sorted_llama.heads_sorted_llama import EXIT_HEADS, OW
 from .sorted_sft_config import SortedSFTConfig
 
 
+logger = logging.get_logger(__name__)
+
+
 def load_sorted(model_id: str, args: SortedSFTConfig, quantization_config: Any) -> SortedLlamaForCausalLM:
     """Load a model as `SFTTrainer` does, but as a sorted one: its own loading picks a plain Llama's class."""
     model_init_kwargs = dict(args.model_init_kwargs or {})
+    if find_adapter_config_file(model_id, revision=model_init_kwargs.get("revision")) is not None:
+        raise ValueError(
+            f"`model={model_id!r}` holds an adapter, not a model: merge it first, `PeftModel.from_pretrained(base, "
+            f"{model_id!r}).merge_and_unload().save_pretrained(FOLDER)`, or pass the `PeftModel` itself."
+        )
     if quantization_config is not None:
         if "quantization_config" in model_init_kwargs:
             raise ValueError("`quantization_config` is in `args.model_init_kwargs` too: pass it to the trainer alone.")
@@ -46,6 +55,8 @@ def prepare_model(
             "`exit_layers` is not set, in `SortedSFTConfig` or the model's config: pass a list that ends in the full "
             f"depth, {config.num_hidden_layers}, or a spacing such as 'every:4'."
         )
+    if len(exits) == 1:
+        logger.warning(f"`exit_layers={exits}` is full depth alone: no shallower exit is trained, as in plain SFT.")
     same_exits = exits == config.exit_layers
     weights = args.weights_of(exits, config.exit_loss_weights if same_exits else None)
     exit_heads = args.exit_heads or config.exit_heads
@@ -58,7 +69,9 @@ def prepare_model(
         )
     if args.trainable == "exits":
         if is_peft_model(model) or peft_config is not None:
-            raise ValueError("`trainable='exits'` trains norm and head themselves, PEFT adapters instead: choose one.")
+            raise ValueError(
+                "`trainable='exits'` trains what reads the exits, `peft_config` adapters: pass one of them."
+            )
         model = _freeze_backbone(model)
     model.config.exit_layers, model.config.exit_loss_weights = exits, weights  # what is saved with the weights
     return model, exits, weights
@@ -75,9 +88,9 @@ def _check_effects(args: SortedSFTConfig, exits: list[int], exit_heads: str) -> 
         weight = args.self_distillation_weight
         raise ValueError(f"`self_distillation_weight={weight!r}` is for exits below full depth: {exits} has none.")
     if not EXIT_HEADS[exit_heads].owned and (args.detach_exits or args.exit_learning_rate is not None):
+        given = "`detach_exits=True`" if args.detach_exits else f"`exit_learning_rate={args.exit_learning_rate!r}`"
         raise ValueError(
-            f"`detach_exits={args.detach_exits!r}` and `exit_learning_rate={args.exit_learning_rate!r}` concern "
-            f"what the exits own, which is nothing with `exit_heads={exit_heads!r}`: choose {OWNING_HEADS}."
+            f"{given} is for what exits own, which is nothing with `exit_heads={exit_heads!r}`: choose {OWNING_HEADS}."
         )
 
 

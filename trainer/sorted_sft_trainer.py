@@ -49,8 +49,8 @@ class SortedSFTTrainer(AtomicSaves, SFTTrainer):
         model (`str`, [`~transformers.LlamaForCausalLM`], [`SortedLlamaForCausalLM`] or [`~peft.PeftModel`] of either):
             A model id or path of a Llama, of a family that is one (Mistral, Qwen2, Phi-3, ...) or of a sorted model,
             or the model. A plain Llama becomes a sorted model around the same weights, without a copy:
-            `trainer.model`. Its config says which exits it is trained for. Of a model of such a
-            family some weights are new.
+            `trainer.model`. Its config says which exits it is trained for. For families whose tensors are split or
+            scaled (Phi-3, Gemma, ...) those are copies.
         args ([`SortedSFTConfig`], *optional*):
             Configuration, not changed: `trainer.args` is a copy. An [`~trl.SFTConfig`] or
             [`~transformers.TrainingArguments`] works where the model's config has `exit_layers`.

@@ -275,7 +275,10 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(run, monkeypatch, option
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"exit_layers": None}, "must be a checkpoint with exits below full depth, got None"),
+        (
+            {"exit_layers": None},
+            "must be a checkpoint that was trained with exits below full depth, got `exit_layers=None`",
+        ),
         ({"exit_layer": 2}, "`apply` needs a config.json without a depth of its own, got `exit_layer=2`"),
         ({"num_hidden_layers": 2, "exit_layers": [1, 2]}, "is the evaluation of a model of 4 layers, `path` has 2"),
     ],

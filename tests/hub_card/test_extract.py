@@ -135,10 +135,16 @@ def test_wrong_arguments_of_an_extraction_leave_nothing_behind(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_exit_that_was_not_trained_is_extracted_with_a_warning(tmp_path):
+    make(tmp_path / "model")
+    with pytest.warns(UserWarning, match=r"Exit 3 is none that .* was trained for, \[1, 2, 4\]"):
+        assert extract(tmp_path / "model", 3, tmp_path / "out").is_dir()
+
+
 def test_the_command_extracts(tmp_path, capsys):
     make(tmp_path / "model")
     main(["extract", str(tmp_path / "model"), "--exit", "2", str(tmp_path / "out")])
-    assert f"The first 2 layers are in {tmp_path / 'out'}, as a model of type llama." in capsys.readouterr().out
+    assert f"Exit 2, as a model of type llama: {tmp_path / 'out'}" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
     with pytest.raises(SystemExit, match="`exit_layer` must be an integer from 1 to 4, got 9"):
         main(["extract", str(tmp_path / "model"), "--exit", "9", str(tmp_path / "nine")])

@@ -8,6 +8,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     Qwen2Config,
@@ -262,8 +263,24 @@ def test_options_for_exits_that_the_model_lacks_are_refused(tmp_path, options, s
 @pytest.mark.parametrize("options", [{"detach_exits": True}, {"exit_learning_rate": 1e-3}], ids=str)
 @pytest.mark.parametrize("exit_heads", [None, "shared"])
 def test_options_for_what_exits_own_are_refused_where_they_own_nothing(tmp_path, options, exit_heads):
-    with pytest.raises(ValueError, match=f"`{next(iter(options))}=.*`exit_heads='shared'`"):
+    with pytest.raises(ValueError, match=f"^`{next(iter(options))}=[^`]*`[^`]*`exit_heads='shared'`"):
         make_trainer(tmp_path, exit_heads=exit_heads, **options)
+
+
+def test_the_folder_of_an_adapter_is_refused_as_a_model(tmp_path):
+    """transformers would load it, with adapters in the layers that no training reaches and no checkpoint loads."""
+    folder = save_tiny(tmp_path / "base")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="holds an adapter, not a model: merge it first, .*merge_and_unload"):
+        make_trainer(tmp_path, str(tmp_path / "adapter"))
+
+
+def test_full_depth_alone_is_trained_with_a_warning(tmp_path, caplog):
+    """A spacing of more than all layers, for example."""
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(tmp_path, exit_layers="every:9")
+    assert trainer.exit_layers == [4] and "`exit_layers=[4]` is full depth alone" in caplog.text
 
 
 # What is trained
