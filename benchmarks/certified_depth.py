@@ -22,6 +22,7 @@ from _common import print_head, print_row, where
 from facts import build_facts
 from scipy.stats import binomtest
 
+from sorted_llama.hub_card.answering import conditions
 from sorted_llama.hub_card.certify import DIFFERS, Run, find_setting, settings_to_try
 from sorted_llama.hub_card.checkpoint import load_answering_tokenizer, load_model
 from sorted_llama.hub_card.judge import Replies
@@ -72,7 +73,7 @@ def read_model(args) -> tuple[dict[str, Population], list[list[Setting]], dict]:
     rows = as_text(build_facts()[1], tokenizer)
     tried, full = settings_to_try(model.config, None), Setting("exit", model.config.num_hidden_layers)
     task = Task("facts", "completions", rows, 12, "facts", "")
-    run = Run(model, tokenizer, full, DIFFERS, Replies(args.answers))
+    run = Run(model, tokenizer, conditions(model, tokenizer, model.dtype), full, DIFFERS, Replies(args.answers))
     settings = [full, *(setting for family in tried for setting in family)]
     losses = {str(setting): run.losses(task, setting) for setting in settings}
     costs = {str(setting): run.weights_read(task, setting) for setting in settings}

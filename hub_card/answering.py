@@ -17,7 +17,8 @@ from .record import fingerprint
 
 BATCH_SIZE = 64  # answers that are made, and kept, at once
 # Fields of a config that say how it came about, and not what the model computes
-_ORIGIN = ("_name_or_path", "architectures", "auto_map", "base_model_type", "dtype", "transformers_version")
+_ORIGIN = {"_name_or_path", "architectures", "auto_map", "base_model_type", "dtype", "transformers_version"}
+_ORIGIN |= {"exit_loss_weights"}
 
 
 def conditions(model: Any, tokenizer: Any, dtype: torch.dtype) -> dict[str, str]:
@@ -48,6 +49,7 @@ def kept_answers(
     prompts: Sequence[str],
     max_new_tokens: int,
     kept: Replies,
+    made_by: dict[str, str],
     mode: dict[str, Any],
     before: Callable[[], Any] = lambda: None,
 ) -> list[Answer]:
@@ -56,12 +58,12 @@ def kept_answers(
 
     Args:
         kept ([`Replies`]): The file of answers.
+        made_by (`dict[str, str]`): The [`conditions`] of the model as it is.
         mode (`dict[str, Any]`): The arguments of `generate` that choose the depth.
         before (`Callable`, *optional*): Called before the first answer is made, if one is missing.
     """
-    made_by = {**conditions(model, tokenizer, model.dtype), "device": model.device.type, "mode": mode}
-    made_by["decoding"] = decoding_options(model, max_new_tokens)
-    keys = [digest_of({**made_by, "prompt": prompt}) for prompt in prompts]
+    asked_with = {"device": model.device.type, "mode": mode, "decoding": decoding_options(model, max_new_tokens)}
+    keys = [digest_of({**made_by, **asked_with, "prompt": prompt}) for prompt in prompts]
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in kept}
     if missing:
         before()

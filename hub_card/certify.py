@@ -3,6 +3,7 @@ A certificate: the cheapest depth that, for prompts like those of a file, is as 
 The statistics are those of `risk`; the unit is the prompt, and its answer is generated freely.
 """
 
+import copy
 import random
 import warnings
 from collections.abc import Sequence
@@ -18,7 +19,11 @@ from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import (
     check_int,
     check_number,
 )
-from sorted_llama.modeling_sorted_llama.modes_sorted_llama import ConfidenceExit
+from sorted_llama.modeling_sorted_llama.modes_sorted_llama import (
+    ConfidenceExit,
+    choose_decoding,
+    read_decoding_fields,
+)
 
 from .answering import BATCH_SIZE, conditions, decoding_options, kept_answers
 from .certificate import DIFFERS, find_faults
@@ -84,16 +89,18 @@ def certify(
 
     Raises:
         ValueError: If an argument is out of range, if a file cannot be read, or if there are too few prompts for any
-            setting; all that before the weights are loaded.
+            setting, all that before the weights are loaded; or if the checkpoint's generation config is no greedy
+            decoding that may leave early, before anything is generated.
     """
     for name, value in {"risk": risk, "delta": delta}.items():
         check_number(value, name, 0, 0.5, exclusive=True)
-    check_int(num_timed, "num_timed", 1)
+    for name, value, least in (("num_timed", num_timed, 1), ("seed", seed, 0)):
+        check_int(value, name, least)
     check_device(device)
     config = load_config(path)
     tried = settings_to_try(config, thresholds)
-    if apply:
-        _check_applicable(path, config)
+    if apply and not Path(path).is_dir():
+        raise ValueError(f"`apply` writes into the folder of a checkpoint, and `path={path!r}` is none here.")
     output = output_of(path, output)
     _check_depth(output, config)
     kept = Replies(output.with_suffix(".answers.jsonl"))
@@ -103,7 +110,10 @@ def certify(
     halves = _halves(task, risk, delta, seed)
     model = load_model(path, dtype or "auto", device, exit_layers=config.exit_layers)
 
-    run = Run(model, tokenizer, Setting("exit", config.num_hidden_layers), loss, kept)
+    _check_decoding(model, tried, apply)
+
+    made_by = conditions(model, tokenizer, model.dtype)
+    run = Run(model, tokenizer, made_by, Setting("exit", config.num_hidden_layers), loss, kept)
     certificate = {
         "data": {"name": task.name, "kind": task.kind, "rows": len(task.rows), "sha256": task.digest, "chat": chat},
         "loss": loss,
@@ -111,7 +121,7 @@ def certify(
         "delta": delta,
         "seed": seed,
         **find_setting(run, *halves, tried, risk, delta),
-        **conditions(model, tokenizer, model.dtype),
+        **made_by,
         "device": model.device.type,
         "decoding": {**decoding_options(model, task.max_new_tokens), "batch_size": BATCH_SIZE},
         "made_by": provenance(model.device),
@@ -130,13 +140,15 @@ class Run:
 
     model: Any
     tokenizer: Any
+    made_by: dict[str, str]
     full: Setting
     loss: str
     kept: Replies
 
     def answers(self, task: Task, setting: Setting) -> list[Answer]:
         prompts = [row["prompt"] for row in task.rows]
-        return kept_answers(self.model, self.tokenizer, prompts, task.max_new_tokens, self.kept, setting.arguments)
+        kept = self.kept, self.made_by
+        return kept_answers(self.model, self.tokenizer, prompts, task.max_new_tokens, *kept, setting.arguments)
 
     def losses(self, task: Task, setting: Setting) -> np.ndarray:
         """Of each row, from 0 to 1."""
@@ -165,6 +177,9 @@ def settings_to_try(
     if not below:
         found = f"`exit_layers={config.exit_layers}`"
         raise ValueError(f"`path` must be a checkpoint that was trained with exits below full depth, got {found}.")
+    if config.exit_layer is not None:
+        own = f"`exit_layer={config.exit_layer}`"
+        raise ValueError(f"`path` needs a config.json without a depth of its own, which bounds all others, got {own}.")
     exits = [Setting("exit", k) for k in reversed(below)]
     if thresholds is not None:
         return [exits, *([Setting("threshold", _check_threshold(threshold, below))] for threshold in thresholds)]
@@ -181,19 +196,12 @@ def _alone(threshold: float, exit_layer: int, below: list[int]) -> list[float]:
 def _check_threshold(threshold: Any, below: list[int]) -> float | list[float]:
     if not isinstance(threshold, Sequence):
         return check_number(threshold, "thresholds", 0)
-    # 2.0 and 2 are one setting, and have one name
-    values = [int(v) if v == int(v) else v for v in (check_number(value, "thresholds", 0) for value in threshold)]
+    # What names one setting is one name: 2.0 and 2, and all that no confidence reaches
+    checked = [check_number(value, "thresholds", 0) for value in threshold]
+    values = [CLOSED if v > 1 else int(v) if v == int(v) else v for v in checked]
     if len(values) != len(below):
         raise ValueError(f"`thresholds` must hold numbers, or lists of one for each of exits {below}, got {values}.")
     return values
-
-
-def _check_applicable(path: str, config: SortedLlamaConfig) -> None:
-    if not Path(path).is_dir():
-        raise ValueError(f"`apply` writes into the folder of a checkpoint, and `path={path!r}` is none here.")
-    if config.exit_layer is not None:
-        depth = f"`exit_layer={config.exit_layer}`"
-        raise ValueError(f"`apply` needs a config.json without a depth of its own, got {depth}.")
 
 
 def _check_depth(output: Path, config: SortedLlamaConfig) -> None:
@@ -224,6 +232,17 @@ def _halves(task: Task, risk: float, delta: float, seed: int) -> tuple[Task, Tas
 
 
 # With the model
+
+
+def _check_decoding(model: Any, tried: list[list[Setting]], apply: bool) -> None:
+    """A `ValueError`, before an answer is made, where the checkpoint's generation config makes one impossible."""
+    config = copy.deepcopy(model.generation_config)
+    if apply:
+        config.validate(strict=True)  # as it is saved
+    config.do_sample = False
+    for setting in (family[0] for family in tried):
+        if setting.kind != "exit":
+            choose_decoding(model, config, read_decoding_fields(model, config, setting.arguments))
 
 
 def find_setting(

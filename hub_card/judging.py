@@ -8,7 +8,7 @@ from typing import Any
 
 from sorted_llama.modeling_sorted_llama.configuration_sorted_llama import check_exit_layer, check_int
 
-from .answering import kept_answers
+from .answering import conditions, kept_answers
 from .checkpoint import check_device, load_answering_tokenizer, load_config, load_model
 from .judge import PairwiseResult, Replies, check_judge, judge_pairs
 from .record import check_output, write_json
@@ -65,8 +65,9 @@ def judge_exits(
         if not texts or name != path:
             model = None  # before the next one comes
             model = load_model(name, dtype, device)
+            made_by = conditions(model, tokenizer, model.dtype)
         asked, mode = [row["prompt"] for row in task.rows], {"exit_layer": exit_layer}
-        found = kept_answers(model, tokenizer, asked, max_new_tokens, kept, mode, ask_judge)
+        found = kept_answers(model, tokenizer, asked, max_new_tokens, kept, made_by, mode, ask_judge)
         texts.append([answer.text for answer in found])
     prompts = [row["prompt"] for row in tasks[0].rows]
     result = judge_pairs(prompts, *texts, model=judge, base_url=base_url, cache=replies.path)

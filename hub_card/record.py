@@ -307,11 +307,12 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def fingerprint(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
-    """A digest of some of every tensor's values, as `dtype`: another training has another one."""
+    """A digest of all values of every tensor, as `dtype` where they are floating-point numbers."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        some = tensor.flatten()[:: max(tensor.numel() // 64, 1)]
-        digest.update(f"{name} {tuple(tensor.shape)} {some.to(dtype or some.dtype).float().tolist()}".encode())
+        values = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.flatten().contiguous().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

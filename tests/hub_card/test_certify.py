@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from sorted_llama import SortedLlamaForCausalLM
 from sorted_llama.hub_card import answering, certify, evaluate, load_evaluation
 from sorted_llama.hub_card.card import write_card
-from sorted_llama.hub_card.certificate import certificate_line
+from sorted_llama.hub_card.certificate import certificate_line, find_faults
 from sorted_llama.hub_card.commands import main
 from sorted_llama.hub_card.measure import answers
 from sorted_llama.hub_card.tasks import closed_book
@@ -214,7 +214,7 @@ def test_an_evaluation_and_its_certificates_live_in_one_file(run):
 
 
 CHANGES = {
-    "weights": lambda model, tokenizer: model.model.norm.weight.data.mul_(1.5),
+    "weights": lambda model, tokenizer: model.model.embed_tokens.weight.data[5, 3].add_(1),  # one of them all
     "config": lambda model, tokenizer: setattr(model.config, "rms_norm_eps", 0.1),
     "tokenizer": lambda model, tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", Lowercase()),
     "generation config": lambda model, tokenizer: setattr(model.generation_config, "repetition_penalty", 1.8),
@@ -259,10 +259,51 @@ WRONG = [
     ({"thresholds": [-1]}, "`thresholds` .* got -1"),
     ({"thresholds": [[0.5]]}, r"`thresholds` must hold numbers, or lists .* each of exits \[1, 2\], got \[0.5\]"),
     ({"num_timed": 0}, "`num_timed` must be an integer of at least 1"),
+    ({"seed": None}, "`seed` must be an integer of at least 0, got None"),
     ({"device": "gpu"}, "`device` must be one that torch finds here"),
     ({"data": ("poems", "x")}, "`kind` must be one of"),
     ({"output": "nowhere/x.json"}, "`output` must be a file in a folder that exists"),
 ]
+
+
+IMPOSSIBLE = [
+    ({"num_beams": 2}, False, "works with greedy decoding and sampling, not with beam_search"),
+    ({"prompt_lookup_num_tokens": 3}, False, "not with assisted_generation"),
+    ({"output_attentions": True}, False, "does not work with `output_attentions=True`"),
+    ({"temperature": 0.6}, True, "temperature"),  # saved without `do_sample`, it is refused
+]
+
+
+@pytest.mark.parametrize("options, apply, message", IMPOSSIBLE, ids=str)
+def test_a_generation_config_that_makes_it_impossible_is_told_before_an_answer_is_made(run, options, apply, message):
+    (run.folder / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **options}))
+    with pytest.raises(ValueError, match=message):
+        certify.certify(run.path, run.data, apply=apply, **LOOSE)
+    assert not run.generated
+
+
+def test_weights_of_losses_have_no_say_in_a_certificate(run, recwarn):
+    config = run.folder / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "exit_loss_weights": [0.1, 0.1, 1.0]}))
+    certify.certify(run.path, run.data, **LOOSE)
+    assert find_faults(load_evaluation(run.path)["certificates"], run.path) == [""] and not recwarn
+
+
+def test_an_option_that_is_taken_out_of_the_generation_config_makes_it_void(run):
+    GenerationConfig(eos_token_id=2, repetition_penalty=1.3).save_pretrained(run.path)
+    certify.certify(run.path, run.data, **LOOSE)
+    GenerationConfig(eos_token_id=2).save_pretrained(run.path)
+    with pytest.warns(UserWarning, match="certified in generation config"):
+        assert find_faults(load_evaluation(run.path)["certificates"], run.path) == ["generation config"]
+
+
+def test_answers_of_other_weights_are_not_taken_for_its_own(run):
+    certify.certify(run.path, run.data, **LOOSE)
+    model, before = SortedLlamaForCausalLM.from_pretrained(run.path), len(run.generated)
+    model.model.layers[0].mlp.down_proj.weight.data[3, 5] += 1
+    model.save_pretrained(run.path)
+    certify.certify(run.path, run.data, **LOOSE)
+    assert len(run.generated) > before
 
 
 @pytest.mark.parametrize("options, message", WRONG, ids=str)
@@ -279,7 +320,7 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(run, monkeypatch, option
             {"exit_layers": None},
             "must be a checkpoint that was trained with exits below full depth, got `exit_layers=None`",
         ),
-        ({"exit_layer": 2}, "`apply` needs a config.json without a depth of its own, got `exit_layer=2`"),
+        ({"exit_layer": 2}, "a config.json without a depth of its own, which bounds all others, got `exit_layer=2`"),
         ({"num_hidden_layers": 2, "exit_layers": [1, 2]}, "is the evaluation of a model of 4 layers, `path` has 2"),
     ],
     ids=str,
