@@ -263,6 +263,12 @@ class SortedLlamaConfig(LlamaConfig):
         in_memory = getattr(kwargs.get("name_or_path"), "depth_fields", {})
         config_dict = llama_fields(config_dict, "", kwargs.get("max_position_embeddings"))
         config_dict = {**{key: value for key, value in config_dict.items() if key != "model_type"}, **in_memory}
+        own = config_dict.get("exit_heads", "shared")
+        if own != "shared" and overrides.get("exit_heads", own) != own:
+            raise ValueError(
+                f"`exit_heads={overrides['exit_heads']!r}` would drop what the exits of this model own, which has "
+                f"`exit_heads={own!r}`: load it as it is, then `extract_submodel`."
+            )
         if "num_hidden_layers" in overrides:
             depth = check_int(config_dict.get("num_hidden_layers", cls.num_hidden_layers), "num_hidden_layers", 1)
             whole = cls(**copy.deepcopy(config_dict) | {"num_hidden_layers": depth})

@@ -369,3 +369,11 @@ def test_layers_below_exits_that_own_heads_cannot_be_left_out(tmp_path, exit_hea
         with pytest.raises(ValueError, match="`num_hidden_layers=2`.*extract_submodel"):
             load(path, num_hidden_layers=2)
     assert SortedLlamaForCausalLM.from_pretrained(path, num_hidden_layers=4).config.exit_layers == EXITS
+
+
+@pytest.mark.parametrize("exit_heads", ["separate", "lens", "layer"])
+def test_what_exits_own_is_not_dropped_when_a_model_is_loaded(tmp_path, exit_heads):
+    tiny_sorted(exit_heads=exit_heads).save_pretrained(tmp_path)
+    for other in {"shared", "lens", "layer"} - {exit_heads}:
+        with pytest.raises(ValueError, match=f"`exit_heads='{other}'` would drop .* `exit_heads='{exit_heads}'`"):
+            SortedLlamaForCausalLM.from_pretrained(tmp_path, exit_heads=other)
