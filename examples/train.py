@@ -1,4 +1,4 @@
-"""
+r"""
 Fine-tune a Llama into several models in one checkpoint (SoFT).
 
 ```shell
