@@ -164,7 +164,7 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--data", help="prompt/completion file (TRL's formats); default: the built-in facts")
     parser.add_argument("--output_dir", default="out/demo")
     parser.add_argument("--max_steps", type=int, default=400, help="of training, at most")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all of it: what is done is made to fit")
+    parser.add_argument("--minutes", type=float, default=12, help="for all of it: what is done is made to fit")
     return parser.parse_args()
 
 

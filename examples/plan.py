@@ -19,7 +19,7 @@ from sorted_llama.hub_card.tasks import as_text
 DTYPES = ("float32", "bfloat16")
 FIXED = 45  # seconds to load, to tokenize, to save and to reload
 ANSWERS = 0.3  # of the time, at most, for the questions; the rest is for training
-ROUNDS = 3.5  # of the questions: before, after, and what a certificate takes
+ROUNDS = 4.5  # of the questions: before, after, and what a certificate takes
 MIN_QUESTIONS = 120  # a certificate needs 117
 BATCH_SIZE = 16
 MAX_LENGTH = 256  # tokens of a row in training
@@ -84,7 +84,7 @@ def make_plan(
     steps = {dtype: seconds_of(partial(train_step, model, optimizer, batch, exits), dtype) for dtype in dtypes}
 
     passes = sum(exits) / exits[-1]  # of the whole depth, for one at each exit
-    step = 1.1 * min(steps.values())  # and what the trainer does beside it
+    step = 1.35 * min(steps.values())  # rows are of all lengths, and once a minute a checkpoint is written
     question = (passes + 1) * min(many_rows.values()) / len(prompts)  # generated at each exit, read once at all
     speed = 4 * passes * NUM_TIMED_TOKENS / max(one_row.values())
     left = deadline - time.monotonic() - FIXED
