@@ -1,5 +1,6 @@
 """What a certificate says on the page, and whether it is about the checkpoint that is there."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,12 @@ def find_faults(certificates: Sequence[dict[str, Any]], path: str | Path) -> lis
         model, tokenizer = load_model(path, "auto", "cpu"), load_tokenizer(path)
     except ValueError:
         model = tokenizer = None
+    conditions_as = functools.cache(lambda dtype: conditions(model, tokenizer, getattr(torch, dtype)))
     found = []
     for certificate in certificates:
         different = ["weights or tokenizer, which cannot be read"]
         if model is not None:
-            here = conditions(model, tokenizer, getattr(torch, certificate["dtype"]))
-            here["dtype"] = str(model.dtype).removeprefix("torch.")
+            here = {**conditions_as(certificate["dtype"]), "dtype": str(model.dtype).removeprefix("torch.")}
             different = [name.replace("_", " ") for name in here if here[name] != certificate.get(name)]
             longest = certificate["decoding"]["max_new_tokens"]
             certified = {name: value for name, value in certificate["decoding"].items() if name != "batch_size"}
