@@ -140,6 +140,15 @@ def check_exit_loss_weights(weights: Any, num_exits: int, name: str = "exit_loss
     return [float(entry) for entry in entries]
 
 
+def check_heads_are_kept(own: str, exit_heads: Any, num_hidden_layers: int) -> None:
+    """A `ValueError` where a model with the `exit_heads` `own` is to have others, or none."""
+    if own not in ("shared", exit_heads):
+        raise ValueError(
+            f"`exit_heads={exit_heads!r}` would drop what the exits of this model own, which has "
+            f"`exit_heads={own!r}`: start from `extract_submodel({num_hidden_layers})`."
+        )
+
+
 class ModelPath(str):
     """
     A model's id or path, with the `DEPTH_FIELDS` that the model has in memory, for whom loads it a second time by
@@ -263,12 +272,9 @@ class SortedLlamaConfig(LlamaConfig):
         in_memory = getattr(kwargs.get("name_or_path"), "depth_fields", {})
         config_dict = llama_fields(config_dict, "", kwargs.get("max_position_embeddings"))
         config_dict = {**{key: value for key, value in config_dict.items() if key != "model_type"}, **in_memory}
-        own = config_dict.get("exit_heads", "shared")
-        if own != "shared" and overrides.get("exit_heads", own) != own:
-            raise ValueError(
-                f"`exit_heads={overrides['exit_heads']!r}` would drop what the exits of this model own, which has "
-                f"`exit_heads={own!r}`: load it as it is, then `extract_submodel`."
-            )
+        if "exit_heads" in overrides:
+            depth = config_dict.get("num_hidden_layers", cls.num_hidden_layers)
+            check_heads_are_kept(config_dict.get("exit_heads", "shared"), overrides["exit_heads"], depth)
         if "num_hidden_layers" in overrides:
             depth = check_int(config_dict.get("num_hidden_layers", cls.num_hidden_layers), "num_hidden_layers", 1)
             whole = cls(**copy.deepcopy(config_dict) | {"num_hidden_layers": depth})

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from .compat_sorted_llama import gathered
-from .configuration_sorted_llama import SORTED_FIELDS, SortedLlamaConfig, as_sorted_config
+from .configuration_sorted_llama import SORTED_FIELDS, SortedLlamaConfig, as_sorted_config, check_heads_are_kept
 from .families_sorted_llama import (
     ABSENT_BIAS,
     FAMILIES,
@@ -166,12 +166,7 @@ def sorted_model(source: LlamaForCausalLM, cls: Any, config: Any) -> Any:
     A sorted model, of class `cls`, around the tensors of a Llama, plain or sorted. What its exits own and those of
     `source` do not are copies of its next layers, the final norm and the LM head.
     """
-    kind_of_source = getattr(source.config, "exit_heads", "shared")
-    if kind_of_source not in ("shared", config.exit_heads):
-        raise ValueError(
-            f"`exit_heads={config.exit_heads!r}` would drop what the exits of this model own, which has "
-            f"`exit_heads={kind_of_source!r}`: start from `extract_submodel({config.num_hidden_layers})`."
-        )
+    check_heads_are_kept(getattr(source.config, "exit_heads", "shared"), config.exit_heads, config.num_hidden_layers)
     target, share = _share_layers(source, cls, config, source.model.layers[: config.num_hidden_layers])
     model, kind = target.model, EXIT_HEADS[config.exit_heads]
     norm, head = model.norm, target.lm_head = share(source.model.norm), share(source.lm_head)
