@@ -11,9 +11,9 @@ python examples/study.py --report                 # only the tables and the plot
 Arms: `SFT`; `SFT+ICT` (on SFT's weights, separate norms and heads of the exits are trained, the backbone is frozen);
 `SoFT` (the paper's sum); `lenses` (exits train only what they own; or `frozen`, on SFT's weights); `alone 10`, the
 sub-model of ten layers extracted and fine-tuned by itself. `layers` give each exit a decoder layer: `frozen` on SFT's
-weights, or `detached` beside SFT;
-`distilled` from full depth, too; or begun as `the last layer`, as in Balcony (arXiv 2503.05005), not as the next one.
-Their learning rate is searched with `--exit_learning_rate`, into `--results` and an `--output_dir` of its own.
+weights, or `detached` beside SFT; `distilled` from full depth, too; or begun as `the last layer`, as in Balcony
+(arXiv 2503.05005), not as the next one. Their learning rate is searched with `--exit_learning_rate`, into `--results`
+and an `--output_dir` of its own.
 
 Another arm is an entry in `ARMS`. A run is an arm on a task with a seed, in a process of its own; data, steps, seed
 and learning rate (but that of what exits own) are the same for all arms. Its result is a line of the results file, and

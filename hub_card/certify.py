@@ -94,8 +94,8 @@ def certify(
     """
     for name, value in {"risk": risk, "delta": delta}.items():
         check_number(value, name, 0, 0.5, exclusive=True)
-    for name, value, least in (("num_timed", num_timed, 1), ("seed", seed, 0)):
-        check_int(value, name, least)
+    check_int(num_timed, "num_timed", 1)
+    check_int(seed, "seed", 0)
     check_device(device)
     config = load_config(path)
     tried = settings_to_try(config, thresholds)
